@@ -1,0 +1,29 @@
+# `make demo` and `make test` each set up what they need. PYTHON names the interpreter the environment is made from.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/ready
+	$(BIN)/thresher demo
+
+test: $(VENV)/ready lint types
+	$(BIN)/pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A type checker needs to see the root under its installed name; the link gives it that.
+types: $(VENV)/ready
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p thresher.cache -p thresher.harvest -p thresher.train -p thresher.evaluate -m thresher.cli
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/thresher
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .mypy_cache

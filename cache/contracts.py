@@ -1,0 +1,175 @@
+"""What one stage may know of another.
+
+No stage imports a stage. Harvest implements `Target`, train implements `Dictionary`, evaluate sees only these
+protocols, and `cli.py` hands the objects over. So evaluation can call `encode` and `decode` but never rewrite them.
+
+Tensor suffixes used throughout the project: N tokens (flattened), B contexts, T positions, D width read, E width
+written, F latents, S sites, V vocabulary. A trailing `_ND` in a name means shape [N, D].
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """A mistake in the user's input: the command line shows its text without a traceback and exits with 2.
+
+    The text is one paragraph and says which field, what was expected, what came, and what to do.
+    """
+
+
+class Site(NamedTuple):
+    """A named tensor of the target, [B, T, width]."""
+
+    name: str
+    """Unique in the target: `L05.mlp_in`, or a transformer-lens hook name such as `blocks.5.attn.hook_out`."""
+    layer: int
+    """Block index, from 0; -1 for a tensor outside the blocks."""
+    tap: str
+    """`resid_pre`, `resid_mid`, `resid_post`, `mlp_in`, `mlp_out`, or the hook name without its block prefix."""
+    width: int
+
+
+class Codes(NamedTuple):
+    """Sparse latents of N tokens in compressed rows: token n owns entries offsets[n] to offsets[n + 1].
+
+    A value may be 0 (a top-k slot that did not fire); only values > 0 count as active. Latents of one token are
+    distinct, in no promised order.
+    """
+
+    values: Tensor
+    """[A] activations, ≥ 0, in the dictionary's dtype."""
+    latents: Tensor
+    """[A] int64, in [0, width)."""
+    offsets: Tensor
+    """[N + 1] int64, offsets[0] = 0, offsets[N] = A."""
+    width: int
+    """F, the number of latents."""
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.offsets.shape[0] - 1
+
+    def rows(self) -> Tensor:
+        """[A] int64: the token that each entry belongs to."""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(
+            torch.arange(self.tokens, device=counts.device), counts, output_size=self.values.shape[0]
+        )
+
+    def l0(self) -> Tensor:
+        """[N] int64: active latents per token."""
+        active = torch.zeros(self.tokens, dtype=torch.int64, device=self.values.device)
+        return active.index_add_(0, self.rows(), (self.values > 0).to(torch.int64))
+
+    def dense(self) -> Tensor:
+        """[N, F], for tests and small displays only."""
+        out = self.values.new_zeros(self.tokens, self.width)
+        out[self.rows(), self.latents] = self.values
+        return out
+
+
+Edit = Callable[[Tensor], Tensor | None]
+"""Called with a site's live value [B, T, D] as the forward pass reaches it. Returns what the model goes on with, in
+the same shape, or None to leave it as it is."""
+
+
+class Target(Protocol):
+    """The model being explained: name its sites, read them, run it with some of them edited."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest context, tokens."""
+        ...
+
+    @property
+    def n_vocab(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """What makes it this model and no other (name, revision, hash of the weights, dtype): JSON values."""
+        ...
+
+    def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:
+        """Resolve site names, hook names and globs to sites in forward order.
+
+        `layers` restricts bare taps such as `mlp_in` (None: all layers). Raises UserError with near misses for a
+        pattern that matches nothing, and for a tap the architecture does not have.
+        """
+        ...
+
+    def record(self, tokens: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Activations [B, T, width] of `sites` for `tokens` [B, T] int64, by site name.
+
+        Stops after the last needed module; never computes logits. Padding, if any, must be on the right.
+        """
+        ...
+
+    def logits(self, tokens: Tensor, edits: Mapping[str, Edit] | None = None) -> Tensor:
+        """Next-token logits [B, T, V] for `tokens` [B, T], with `edits` by site name applied in forward order.
+
+        Differentiable in what the edits return when gradients are enabled.
+        """
+        ...
+
+
+class Dictionary(Protocol):
+    """One trained dictionary, acting on raw activations.
+
+    A source is a site it reads and encodes; a destination is a site it reconstructs. An SAE has one source that is
+    its destination, a transcoder one of each, a CLT one of each per layer.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Site names of the sources, in forward order."""
+        ...
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Site names of the destinations, in forward order."""
+        ...
+
+    @property
+    def n_latents(self) -> int:
+        """F, per source."""
+        ...
+
+    @property
+    def n_parameters(self) -> int: ...
+
+    @property
+    def means(self) -> Mapping[str, Tensor]:
+        """Mean of every destination over the training rows, [E] by site name: the mean-ablation baseline."""
+        ...
+
+    def sources(self, destination: int) -> range:
+        """Indices of the sources that write to a destination; in a CLT, those of its own layer and before."""
+        ...
+
+    def encode(self, source: int, x_ND: Tensor) -> Codes:
+        """Codes of raw activations under the frozen inference rule: each token alone decides its own latents."""
+        ...
+
+    def decode(self, destination: int, codes: Sequence[Codes]) -> Tensor:
+        """Reconstruction [N, E] in raw units from the codes of `sources(destination)`, in that order."""
+        ...

@@ -1,0 +1,1 @@
+"""The target: text and a language model, and the pass that writes its activations into a cache."""

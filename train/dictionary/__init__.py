@@ -1,0 +1,1 @@
+"""SAEs, transcoders and cross-layer transcoders."""

@@ -1,0 +1,1 @@
+"""The arithmetic of a training step; each fast path beside the plain one that specifies it."""
