@@ -1,0 +1,165 @@
+"""A recipe file to checked tables and the variants of its sweep.
+
+A recipe is TOML with one table per concern; every stage reads the tables it needs, so one file drives all of them.
+`[sweep]` holds nested tables of lists, and their product is the set of dictionaries; several `[[sweep]]` blocks are
+put side by side. Which tables exist and which class checks each is passed in, so this file knows no stage.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from thresher.cache.contracts import UserError
+from thresher.cache.records import from_dict, nearest, override, product, to_dict
+
+BUNDLED = Path(__file__).parent
+
+SWEEPABLE = ("dictionary", "train")
+"""Tables a sweep may vary: the others change the cache, which a sweep shares."""
+
+
+class Variant(NamedTuple):
+    """One point of the sweep."""
+
+    label: str
+    """Unique in the recipe: `transcoder-batch_topk-k16`; names run directories and table rows."""
+    tables: dict[str, Any]
+    """Every table, by name, as an instance of its class."""
+    resolved: dict[str, Any]
+    """The same as JSON values with every default written out: what a run directory stores."""
+
+
+class Recipe(NamedTuple):
+    """A checked recipe."""
+
+    name: str
+    """The file's name without `.toml`."""
+    about: str
+    """One or two sentences for `recipes list`."""
+    tables: dict[str, Any]
+    """Every table without the sweep, by name, as an instance of its class."""
+    variants: tuple[Variant, ...]
+    """At least one; the plain recipe when there is no sweep."""
+
+
+def bundled_names() -> list[str]:
+    """Names of the recipes that travel with the package, sorted."""
+    return sorted(path.stem for path in BUNDLED.glob("*.toml"))
+
+
+def find(name: str) -> Path:
+    """The file that a path or the name of a bundled recipe means. Raises UserError with near misses."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = BUNDLED / f"{name}.toml"
+    if bundled.is_file():
+        return bundled
+    raise UserError(
+        f"Recipe {name!r} is neither a file nor a bundled recipe.{nearest(name, bundled_names())} "
+        f"Bundled: {', '.join(bundled_names())}. See `thresher recipes list`."
+    )
+
+
+def read(name: str, assignments: Sequence[str], tables: Mapping[str, type]) -> Recipe:
+    """Read, override and check a recipe.
+
+    `assignments` are `table.key=value` with the value in TOML (a bare word counts as a string); they win over the
+    file, in its sweep too. `tables` maps each table name to the class that checks it.
+    """
+    path = find(name)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid TOML: {error}. Mend the file at that place.") from error
+    about = raw.pop("about", "")
+    sweep = raw.pop("sweep", {})
+    fixed = parsed(assignments, tables)
+    base = override(_known(raw, tables), fixed)
+    blocks = sweep if isinstance(sweep, list) else [sweep]
+    variants = tuple(variant for block in blocks for variant in _variants(block, base, fixed, tables))
+    _refuse_equal_labels(variants, path)
+    return Recipe(path.stem, str(about), _built(base, tables, path.stem), variants)
+
+
+def _known(raw: Mapping[str, Any], tables: Mapping[str, type]) -> Mapping[str, Any]:
+    for key, value in raw.items():
+        if key not in tables:
+            raise UserError(
+                f"A recipe has no table [{key}].{nearest(key, tables)} Known: {', '.join(tables)}, sweep; and the key about."
+            )
+        if not isinstance(value, Mapping):
+            raise UserError(f"[{key}] is {value!r}; expected a table. Write [{key}] on a line of its own, keys below it.")
+    return raw
+
+
+def parsed(assignments: Sequence[str], tables: Mapping[str, type]) -> dict[str, Any]:
+    """`table.key=value` texts as {dotted key: value}. Raises UserError for a text of another form."""
+    values = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        table = key.split(".")[0]
+        if not equals or "." not in key:
+            raise UserError(f"--set {text!r}: expected table.key=value, for example train.lr=3e-4.")
+        if table not in tables:
+            raise UserError(f"--set {text!r}: no table [{table}].{nearest(table, tables)} Known: {', '.join(tables)}.")
+        try:
+            values[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = value.strip()
+    return values
+
+
+def _variants(
+    block: Mapping[str, Any], base: dict[str, Any], fixed: Mapping[str, Any], tables: Mapping[str, type]
+) -> list[Variant]:
+    lists = {key: value for key, value in block.items() if key != "name"}
+    for table in lists:
+        if table not in SWEEPABLE:
+            raise UserError(
+                f"[sweep] varies [{table}]; expected keys of {' or '.join(f'[{t}]' for t in SWEEPABLE)}, since all "
+                "dictionaries of a sweep share one cache. Make another recipe for another cache."
+            )
+    found = []
+    for row in product(lists):
+        built = _built(override(base, {**row, **fixed}), tables, "recipe")
+        varied = [key for key, value in row.items() if isinstance(_at(block, key), list) and key not in fixed]
+        label = _label(block.get("name"), built["dictionary"], {key: row[key] for key in varied})
+        found.append(Variant(label, built, {table: to_dict(value) for table, value in built.items()}))
+    return found
+
+
+def _built(raw: Mapping[str, Any], tables: Mapping[str, type], name: str) -> dict[str, Any]:
+    return {table: from_dict(kind, raw.get(table, {}), table) for table, kind in tables.items()}
+
+
+def _at(tables: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = tables
+    for key in dotted.split("."):
+        value = value[key]
+    return value
+
+
+def _label(name: str | None, dictionary: Any, varied: Mapping[str, Any]) -> str:
+    """`kind-firing` or the block's name, then what the block varies: `-k16`, `-seed1`."""
+    pieces = [name or f"{dictionary.kind}-{dictionary.firing}"]
+    for dotted, value in varied.items():
+        key = dotted.split(".")[-1]
+        if key in ("kind", "firing") and name is None:
+            continue  # in the label already
+        text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+        pieces.append(text if key in ("kind", "firing") else f"{key}{text}")
+    return "-".join(pieces).replace("/", "_").replace(" ", "")
+
+
+def _refuse_equal_labels(variants: Sequence[Variant], path: Path) -> None:
+    seen: set[str] = set()
+    for variant in variants:
+        if variant.label in seen:
+            raise UserError(
+                f"{path.name}: two dictionaries of the sweep are both called {variant.label!r}. Give each [[sweep]] "
+                "block that repeats a kind and firing rule a name, such as name = 'wide'."
+            )
+        seen.add(variant.label)
