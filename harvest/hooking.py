@@ -1,0 +1,95 @@
+"""Forward hooks that read or replace one side of a module.
+
+A module's input is its first tensor argument (by keyword `hidden_states` when nothing is positional); its output is
+what it returns, or the first tensor of a returned tuple. Some models flatten contexts around their MLP: such a
+[B·T, D] tensor is shown as [B, T, D] and put back as it was.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from thresher.harvest.sites import Point
+
+Visit = Callable[[Tensor], Tensor | None]
+"""Gets the tensor as the model has it; what it returns takes the tensor's place, None leaves it."""
+
+
+class PassEnded(Exception):  # noqa: N818 - no error: everything wanted has been seen
+    """Cuts a forward pass short."""
+
+
+@contextmanager
+def attached(model: nn.Module, visits: Iterable[tuple[Point, Visit]]) -> Iterator[None]:
+    """Visit points during the block. Visits of one side of one module run in the order given."""
+    handles: list[RemovableHandle] = []
+    try:
+        handles += [_attach(model, point, visit) for point, visit in visits]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attach(model: nn.Module, point: Point, visit: Visit) -> RemovableHandle:
+    module = model.get_submodule(point.module)
+    if point.side == "in":
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            position, key = _first(args, kwargs)
+            if key is not None:
+                new = visit(kwargs[key])
+                return None if new is None else (args, {**kwargs, key: new})
+            new = visit(args[position])
+            return None if new is None else ((*args[:position], new, *args[position + 1 :]), kwargs)
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return visit(output)
+        new = visit(output[0])
+        return None if new is None else (new, *output[1:])
+
+    return module.register_forward_hook(after)
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, str | None]:
+    """Where the first tensor is: (its position, None), or (0, its keyword)."""
+    for position, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            return position, None
+    keys = ["hidden_states", *kwargs]
+    return 0, next(key for key in keys if isinstance(kwargs.get(key), Tensor))
+
+
+def batched(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[B, T, D] of a tensor that may come as [B·T, D]; anything else as it is."""
+    return x.view(*shape, -1) if x.dim() == 2 and x.shape[0] == shape[0] * shape[1] else x
+
+
+def taking(taken: dict[Point, Tensor], point: Point, shape: tuple[int, ...], last_of: int = 0) -> Visit:
+    """Put the tensor into `taken`; end the pass when that makes `last_of` of them (0: never)."""
+
+    def visit(x: Tensor) -> None:
+        taken[point] = batched(x, shape)
+        if len(taken) == last_of:
+            raise PassEnded
+
+    return visit
+
+
+def editing(edit: Callable[[Tensor], Tensor | None], shape: tuple[int, ...], where: str) -> Visit:
+    """Show the tensor as [B, T, D] to `edit` and put its result back in the model's own shape."""
+
+    def visit(x: Tensor) -> Tensor | None:
+        new = edit(batched(x, shape))
+        if new is None:
+            return None
+        assert new.numel() == x.numel(), f"an edit of {where} returned {list(new.shape)} for {list(x.shape)}"
+        return new.view(x.shape).to(x.dtype)
+
+    return visit

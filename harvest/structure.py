@@ -1,0 +1,184 @@
+"""Which module of a Hugging Face model holds each tensor that transformer-lens names.
+
+transformer-lens knows some 150 architectures: what their blocks, norms and MLPs are called, which run attention and MLP
+in parallel, which put a norm after the MLP. Its bridge replaces modules by wrappers, though, and recomputes attention
+so that patterns can be hooked, which makes the forward pass about 1.8 times as slow. So the bridge is built around a
+copy of the model without weights (on the meta device, some 0.1 s), asked which module lies behind each hook, and thrown
+away; the real model runs untouched, with plain forward hooks on those modules.
+
+Left out: tensors that exist only inside a module or only in the bridge's recomputation (attention patterns, the split
+q, k and v, a norm's scale). Encoder-decoder models.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from thresher.cache.contracts import UserError
+from thresher.harvest.sites import TAPS, Point, SiteTable
+
+# Tap: hook names inside a block, the first that is the input or output of a module counts. `hook_mlp_in` is not among
+# them: transformer-lens means by it the residual stream before the norm.
+HOOKS = {
+    "resid_pre": ("hook_resid_pre",),
+    "resid_mid": ("hook_resid_mid",),
+    "mlp_in": ("mlp.hook_in", "mlp.in.hook_in"),
+    "mlp_out": ("hook_mlp_out",),
+    "resid_post": ("hook_resid_post",),
+}
+SIDES: dict[str, Literal["in", "out"]] = {"hook_in": "in", "hook_out": "out"}
+
+
+class Structure(NamedTuple):
+    """What the bridge knows of one model."""
+
+    table: SiteTable
+    parallel: bool
+    """Attention and MLP read the same residual stream and are added together."""
+    attn_out: Mapping[int, Point]
+    """Per layer, what the block adds to the residual stream for its attention, where a module returns it."""
+    norm_after_mlp: bool
+    """`mlp_out` is taken behind a norm that follows the MLP, since that is what is added."""
+
+
+def read_structure(model: nn.Module) -> Structure:
+    """Ask transformer-lens for the structure of a Hugging Face causal language model; `model` itself stays as it is.
+
+    Raises UserError for an architecture that transformer-lens has no adapter for.
+    """
+    architecture = type(model).__name__
+    try:
+        bridge, paths = _bridge(model, "meta")
+    except NotImplementedError:  # adapters that split fused matrices need memory behind them, though not the values
+        bridge, paths = _bridge(model, "cpu")
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"target.model is a {architecture}, which transformer-lens cannot map: {str(error).splitlines()[0][:200]} "
+            "Expected a causal language model of an architecture that it supports, such as GPT-2, GPT-NeoX (Pythia), "
+            "Llama, Gemma, Qwen or Mistral."
+        ) from error
+    seen, unseen = _points(bridge, paths)
+    n_layers = len(bridge.blocks)
+    taps = {
+        (layer, tap): seen[hook][1]
+        for layer in range(n_layers)
+        for tap in TAPS
+        for hook in [f"blocks.{layer}.{name}" for name in HOOKS[tap] if f"blocks.{layer}.{name}" in seen][:1]
+    }
+    parallel = "Parallel" in type(bridge.blocks[0]).__name__
+    present = {tap for _, tap in taps}
+    lacking = {tap: _reason(tap, architecture, parallel, unseen) for tap in TAPS if tap not in present}
+    attn_out = {layer: seen[hook][1] for layer in range(n_layers) if (hook := f"blocks.{layer}.hook_attn_out") in seen}
+    canonical_out = seen.get("blocks.0.hook_mlp_out", ("", None))[0]
+    return Structure(
+        SiteTable(n_layers, taps, lacking, seen, unseen),
+        parallel,
+        attn_out,
+        canonical_out.endswith("ln2_post.hook_out"),
+    )
+
+
+def _bridge(model: nn.Module, device: str) -> tuple[Any, dict[int, str]]:
+    """A bridge around a weightless copy, and the copy's module paths by id, taken before the bridge rearranged it."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    with torch.device("meta"):
+        copied = type(model)(copy.deepcopy(model.config))
+    if device != "meta":
+        copied = copied.to_empty(device=device)  # untouched pages of it take no memory
+    paths = {id(module): path for path, module in copied.named_modules()}
+    return build_bridge_from_module(copied, type(model).__name__, hf_config=copied.config), paths
+
+
+def _points(bridge: Any, paths: Mapping[int, str]) -> tuple[dict[str, tuple[str, Point]], dict[str, str]]:
+    """Hook names that are a side of a module of the model, and why the others are not."""
+    seen: dict[str, tuple[str, Point]] = {}
+    unseen: dict[str, str] = {}
+    for hook, hook_point in bridge.hook_dict.items():
+        canonical = str(hook_point.name)
+        point = _point(bridge, canonical, paths)
+        if canonical == "unembed.hook_out":
+            unseen[hook] = "These are the logits, which recording never computes. Use ln_final.hook_out."
+        elif point is None:
+            unseen[hook] = (
+                "transformer-lens has this hook, but the tensor is no input or output of a module of the Hugging Face "
+                "model: it exists only inside one, or only in transformer-lens's own attention. Hooks that end in "
+                "hook_in or hook_out, such as blocks.0.attn.hook_out, can be recorded."
+            )
+        else:
+            seen[hook] = (canonical, point)
+    return seen, unseen
+
+
+def _point(bridge: Any, canonical: str, paths: Mapping[int, str]) -> Point | None:
+    *owners, end = canonical.split(".")
+    if end not in SIDES or not owners:
+        return None
+    chain = list(_components(bridge, owners))
+    module = getattr(chain[-1], "original_component", None)
+    # A component can stand for several modules without having one of its own (OPT's MLP): it then points at its parent.
+    if len(chain) > 1 and getattr(chain[-2], "original_component", None) is module:
+        return None
+    path = paths.get(id(module))
+    return None if path is None else Point(path, SIDES[end])
+
+
+def _components(bridge: Any, names: list[str]) -> Iterator[Any]:
+    here = bridge
+    for name in names:
+        here = here[int(name)] if name.isdigit() else getattr(here, name)
+        yield here
+
+
+def _reason(tap: str, architecture: str, parallel: bool, unseen: Mapping[str, str]) -> str:
+    if tap == "resid_mid" and parallel:
+        return (
+            f"{architecture} adds attention and MLP to the residual stream in parallel, so there is no resid_mid. Use "
+            "resid_pre for what the MLP's norm reads, or mlp_in for what the MLP reads."
+        )
+    if tap == "mlp_out" and "blocks.0.hook_mlp_out" in unseen:
+        return (
+            f"{architecture} scales the MLP's output inside the block before adding it, so no module returns it. Use "
+            "blocks.*.mlp.hook_out for the output before that scale."
+        )
+    return f"transformer-lens finds no such tensor in {architecture}. Use another tap or a hook name."
+
+
+def tap_faults(structure: Structure, taken: Mapping[Point, Tensor]) -> dict[tuple[int, str], str]:
+    """Taps whose recorded tensors [1, T, D] are not what their names promise, and why.
+
+    `mlp_in` must be what the MLP's first matrix multiplies. `mlp_out` must be the difference that the MLP makes to the
+    residual stream: resid_post = resid_mid + mlp_out, or resid_pre + attention's output + mlp_out where both run in
+    parallel. A tap of which some part was not recorded is left unchecked.
+    """
+    taps, hooks, faults = structure.table.taps, structure.table.hooks, {}
+    for layer in range(structure.table.n_layers):
+        read = taken.get(taps.get((layer, "mlp_in"), _NOWHERE))
+        for first in ("in", "gate"):
+            multiplied = taken.get(hooks.get(f"blocks.{layer}.mlp.{first}.hook_in", ("", _NOWHERE))[1])
+            if read is None or multiplied is None or multiplied.shape != read.shape:
+                continue
+            if not torch.allclose(multiplied, read, rtol=1e-3, atol=1e-5):
+                faults[layer, "mlp_in"] = "the MLP's first matrix multiplies something else than the MLP is given"
+        before = [taps.get((layer, "resid_mid"), _NOWHERE)]
+        if structure.parallel:
+            before = [taps.get((layer, "resid_pre"), _NOWHERE), structure.attn_out.get(layer, _NOWHERE)]
+        parts = [taps.get((layer, "resid_post"), _NOWHERE), taps.get((layer, "mlp_out"), _NOWHERE), *before]
+        if all(part in taken for part in parts) and not _adds_up(*(taken[part] for part in parts)):
+            for tap in ("resid_mid", "mlp_out"):
+                faults[layer, tap] = "the residual stream before and after the MLP does not differ by what it returns"
+    return faults
+
+
+_NOWHERE = Point("", "in")
+
+
+def _adds_up(whole: Tensor, added: Tensor, *rest: Tensor) -> bool:
+    """Whether whole = added + the rest within rounding, at every position but the first, whose size hides errors."""
+    eps = torch.finfo(whole.dtype).eps
+    whole, added, *others = (x[:, 1:].float() for x in (whole, added, *rest))
+    error = (whole - added - sum(others)).norm(dim=-1)
+    return bool((error <= 0.05 * added.norm(dim=-1) + 4 * eps * whole.norm(dim=-1)).all())

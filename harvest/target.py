@@ -1,0 +1,335 @@
+"""A Hugging Face causal language model as `Target`: name its tensors, record them, run it with some replaced.
+
+The model runs as it is, with the fastest attention that it allows (SDPA; eager where SDPA would compute something else,
+as for Gemma-2's capped scores). Tensors are taken and replaced by forward hooks on its own modules, which cost about
+2 % of a forward pass; where they sit is known from transformer-lens (structure.py). A recorded tensor is the model's
+own, not a copy. The pass is cut off by an exception as soon as the last wanted tensor has been seen, so neither later
+layers nor logits are computed.
+
+Before a tap is used it is checked on a few tokens: what `mlp_out` adds to the residual stream must be what the block
+adds, and `mlp_in` must be what the MLP's first matrix multiplies. A model that fails is refused rather than guessed.
+
+Contexts are run without an attention mask: full ones need none under a causal model, and padding on the right is
+behind every real token. Left out: left padding, models split over several devices, encoder-decoder models.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from thresher.cache.contracts import Edit, Site, UserError
+from thresher.harvest.checkpoint import commit_of, digest, locate, tokenizer_files, weight_files
+from thresher.harvest.hooking import PassEnded, Visit, attached, batched, editing, taking
+from thresher.harvest.sites import TAPS, Located, Point, resolve
+from thresher.harvest.structure import Structure, read_structure, tap_faults
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE_TOKENS = 8
+"""Length of the pass that measures widths and checks taps."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Which model, and how it is run: the table [target] of a recipe."""
+
+    model: str = "bundled:books-128"
+    """A name on the Hugging Face hub, a Hugging Face model directory, or bundled:books-128."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub; left out: what the local hub cache has, else the hub's main branch."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of weights and activations; auto: bfloat16 on a GPU that supports it, else float32."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto: a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise UserError("target.model is empty; expected a hub name, a directory, or bundled:books-128.")
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` to a device; UserError for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"target.device is {device!r}; expected auto, cpu, cuda, or cuda:N.") from error
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (wanted.index or 0) >= count:
+            found = f"PyTorch sees {count} CUDA device(s)" if count else "PyTorch sees no CUDA device"
+            raise UserError(
+                f'target.device is {device!r}, but {found} here. Set device = "cpu" or "auto", or install a CUDA '
+                "build of PyTorch and check the driver with nvidia-smi."
+            )
+    return wanted
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` to bfloat16 where the GPU computes in it, else float32."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def model_identity(config: TargetConfig) -> dict[str, object]:
+    """What makes a target this one and no other, from its files alone: nothing is loaded into a model."""
+    path = locate(config.model, config.revision)
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    tokenizer = tokenizer_files(path)
+    local = Path(config.model).expanduser()
+    return {
+        "model": local.resolve().name if local.is_dir() else config.model,
+        "revision": commit_of(path) or config.revision,
+        "config": digest([path / "config.json"]),
+        "weights": digest(weight_files(path)),
+        "tokenizer": digest(tokenizer) if tokenizer else None,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def load_tokenizer(config: TargetConfig) -> "PreTrainedTokenizerBase | None":
+    """The model's tokenizer, None when it has no tokenizer files (tokenised data needs none)."""
+    path = locate(config.model, config.revision)
+    if not tokenizer_files(path):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise UserError(
+            f"target.model: the tokenizer of {config.model!r} cannot be loaded ({type(error).__name__}: "
+            f"{str(error)[:200]}). Check the tokenizer files in {path}."
+        ) from error
+
+
+def load_target(config: TargetConfig) -> "TransformerTarget":
+    """Load the model onto its device. Raises UserError for one that is missing, unreachable or of no use here."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    identity = model_identity(config)
+    path = locate(config.model, config.revision)
+    with _quiet():
+        model = _load(path, dtype, config.model)
+    return TransformerTarget(model.to(device), name=config.model, identity=identity)
+
+
+def _load(path: Path, dtype: torch.dtype, name: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(f"target.model {name!r} is an encoder-decoder; expected a causal language model.")
+        try:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        except ValueError as error:
+            if "attention" not in str(error):
+                raise
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"target.model {name!r} cannot be loaded as a causal language model from {path} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check that the directory is complete and "
+            "that the installed transformers knows the architecture; models that need remote code are not run."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and notices, which would run through ours."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class TransformerTarget:
+    """`contracts.Target` over a Hugging Face causal language model, frozen and in evaluation mode."""
+
+    def __init__(self, model: Any, *, name: str, identity: Mapping[str, object] | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        """The Hugging Face model, unchanged."""
+        self.name = name
+        self.identity: Mapping[str, object] = dict(identity or {"model": name})
+        with _quiet():
+            self.structure: Structure = read_structure(model)
+        self.n_layers = self.structure.table.n_layers
+        self.n_ctx = _n_ctx(model.config)
+        self.n_vocab = int(model.get_input_embeddings().weight.shape[0])
+        self._located: dict[str, Located] = {}
+        self._shapes: dict[Point, tuple[int, ...]] = {}
+        self._faults: dict[tuple[int, str], str] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, hence of the activations."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:
+        """As `contracts.Target.sites`."""
+        located = resolve(self.structure.table, patterns, layers)
+        if not self._shapes:
+            self._probe()
+        for each in located:
+            self._check(each)
+            self._located[each.name] = each
+        order = {point: i for i, point in enumerate(self._shapes)}
+        return tuple(
+            each.site(self._shapes[each.point][2]) for each in sorted(located, key=lambda each: order[each.point])
+        )
+
+    def describe(self, sites: Sequence[Site]) -> dict[str, str]:
+        """Where each site sits, for the record: `transformer.h.5.mlp, input`."""
+        out = {}
+        for site in sites:
+            point = self._point(site.name)
+            behind = " (after the norm that follows the MLP)"
+            out[site.name] = f"{point.module}, {point.side}put"
+            out[site.name] += behind if site.tap == "mlp_out" and self.structure.norm_after_mlp else ""
+        return out
+
+    def record(self, tokens: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """As `contracts.Target.record`. The tensors are the model's own, made under inference mode: use them before
+        the next pass, and clone them before autograd is to see them."""
+        points = {site.name: self._point(site.name) for site in sites}
+        wanted = list(dict.fromkeys(points.values()))
+        taken: dict[Point, Tensor] = {}
+        shape = tuple(tokens.shape)
+        visits = [(point, taking(taken, point, shape, last_of=len(wanted))) for point in wanted]
+        with torch.inference_mode(), attached(self.model, visits):
+            with suppress(PassEnded):
+                self._run(tokens)
+        return {name: taken[point] for name, point in points.items()}
+
+    def logits(self, tokens: Tensor, edits: Mapping[str, Edit] | None = None) -> Tensor:
+        """As `contracts.Target.logits`. An edit of `resid_mid` changes both what the second norm reads and what the
+        MLP's output is added to."""
+        with attached(self.model, self._visits(edits or {}, tuple(tokens.shape))):
+            return self._run(tokens).logits
+
+    def _run(self, tokens: Tensor) -> Any:
+        return self.model(input_ids=tokens.to(self.device), use_cache=False)
+
+    def _point(self, name: str) -> Point:
+        if name not in self._located:
+            self.sites([name])
+        if name not in self._located:
+            raise UserError(f"{name!r} is no site name of {self.name}; expected one such as L00.mlp_out, no pattern.")
+        return self._located[name].point
+
+    def _visits(self, edits: Mapping[str, Edit], shape: tuple[int, ...]) -> list[tuple[Point, Visit]]:
+        """Edits in forward order, which for one side of one module is the order of the taps.
+
+        The residual stream has no module of its own in the middle of a block: what replaces `resid_mid` is also given
+        to the block's output, as itself plus the MLP's output after all edits of that.
+        """
+        points = {name: self._point(name) for name in edits}
+        ranks = {tap: rank for rank, tap in enumerate(TAPS)}
+        ordered = sorted(edits, key=lambda name: ranks.get(self._located[name].tap, len(ranks)))
+        visits: list[tuple[Point, Visit]] = []
+        sums: list[tuple[Point, Visit]] = []
+        lasts: list[tuple[Point, Visit]] = []
+        for name in ordered:
+            located, edit = self._located[name], edits[name]
+            if located.tap == "resid_mid":
+                taps = self.structure.table.taps
+                kept: list[Tensor] = []
+                edit = _keeping(edit, kept)
+                sums.append((taps[located.layer, "mlp_out"], _summing(kept, shape)))
+                sums.append((taps[located.layer, "resid_post"], _replacing(kept)))
+            visit = (points[name], editing(edit, shape, name))
+            (lasts if located.tap == "resid_post" else visits).append(visit)
+        return visits + sums + lasts
+
+    def _probe(self) -> None:
+        """Run a few tokens once, to learn every point's shape and their order, and to check the taps."""
+        points = {point for _, point in self.structure.table.hooks.values()}
+        tokens = (torch.arange(PROBE_TOKENS) * 7 + 1).remainder(self.n_vocab)[None]
+        taken: dict[Point, Tensor] = {}
+        visits = [(point, taking(taken, point, tuple(tokens.shape))) for point in points]
+        with torch.inference_mode(), attached(self.model, visits):
+            self._run(tokens)
+        self._shapes = {point: tuple(x.shape) for point, x in taken.items()}
+        self._faults = tap_faults(self.structure, taken)
+
+    def _check(self, located: Located) -> None:
+        shape = self._shapes.get(located.point)
+        stem = f"sites asks for {located.name!r}, which transformer-lens places at {located.point.module} "
+        stem += f"({located.point.side}put) in {type(self.model).__name__}"
+        if shape is None or shape[:2] != (1, PROBE_TOKENS) or len(shape) != 3:
+            got = "the model never runs that module" if shape is None else f"the tensor there has shape {list(shape)}"
+            raise UserError(f"{stem}. Expected one vector per token, but {got}. Choose another site.")
+        if (located.layer, located.tap) in self._faults:
+            raise UserError(
+                f"{stem}. On trial tokens {self._faults[located.layer, located.tap]}, so it is refused rather than "
+                "guessed. Choose another tap, or name the tensor that you mean by its hook, such as "
+                "blocks.*.mlp.hook_out."
+            )
+
+
+def _keeping(edit: Edit, kept: list[Tensor]) -> Edit:
+    """The edit, with its result put into `kept`."""
+
+    def keep(x: Tensor) -> Tensor | None:
+        new = edit(x)
+        if new is not None:
+            kept.append(new)
+        return new
+
+    return keep
+
+
+def _summing(kept: list[Tensor], shape: tuple[int, ...]) -> Visit:
+    """Add what passes by to the kept residual stream, in the model's own order and precision."""
+
+    def visit(x: Tensor) -> None:
+        if kept:
+            kept.append(kept.pop().to(x.dtype) + batched(x, shape))
+
+    return visit
+
+
+def _replacing(kept: list[Tensor]) -> Visit:
+    """Put the kept sum in the place of the block's output."""
+
+    def visit(x: Tensor) -> Tensor | None:
+        return kept.pop().view(x.shape) if kept else None
+
+    return visit
+
+
+def _n_ctx(config: Any) -> int:
+    """Longest context of a model; where positions are unlimited (ALiBi), what it was trained on, else 2048."""
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048
