@@ -224,9 +224,8 @@ class TransformerTarget:
         taken: dict[Point, Tensor] = {}
         shape = tuple(tokens.shape)
         visits = [(point, taking(taken, point, shape, last_of=len(wanted))) for point in wanted]
-        with torch.inference_mode(), attached(self.model, visits):
-            with suppress(PassEnded):
-                self._run(tokens)
+        with torch.inference_mode(), attached(self.model, visits), suppress(PassEnded):
+            self._run(tokens)
         return {name: taken[point] for name, point in points.items()}
 
     def logits(self, tokens: Tensor, edits: Mapping[str, Edit] | None = None) -> Tensor:

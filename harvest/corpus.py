@@ -1,0 +1,319 @@
+"""Text to packed token contexts in disjoint splits.
+
+Documents are read lazily, tokenised in batches, and each goes whole into one split, chosen by a keyed hash of its
+content: equal documents land in the same split whatever their order, and adding documents moves none. Every split is
+packed by itself. What stays in memory is 9 bytes a token: token id, document id and keep class.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from thresher.cache.contracts import UserError
+from thresher.cache.layout import Contexts
+from thresher.cache.order import SPLITS, split_of
+from thresher.harvest.documents import Document, Source, content_digest, documents, local_path
+from thresher.harvest.packing import Marks, Packer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_CONTEXT = 1024
+"""Context length when the recipe gives none and the model allows more."""
+
+_BATCH_DOCUMENTS, _BATCH_CHARS = 1024, 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how it becomes contexts: the table [data] of a recipe."""
+
+    source: str = "bundled:books"
+    """A dataset on the hub; a .txt, .jsonl or .parquet file or a directory of them; a save_to_disk directory; or
+    bundled:books."""
+
+    subset: str | None = None
+    """Configuration name of a hub dataset, such as wikitext-103-raw-v1."""
+
+    split: str = "train"
+    """Split of a hub or saved dataset to read; Thresher makes its own train, test and validation from it."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; left out: its main branch."""
+
+    column: str = "text"
+    """Column that holds the text, or lists of token ids."""
+
+    streaming: bool = False
+    """Read a hub dataset over the network as it goes instead of downloading it first; use it with a limit."""
+
+    txt_documents: Literal["file", "paragraph", "line"] = "file"
+    """What a document is in a .txt file: the whole file, what stands between blank lines, or a line."""
+
+    context: int | None = None
+    """Tokens per context; left out: as many as the model allows, at most 1024."""
+
+    packing: Literal["packed", "document"] = "packed"
+    """packed: documents end to end, cut into full contexts. document: one document per context, cut or padded."""
+
+    bos: bool = True
+    """Put the tokenizer's BOS (its EOS if it has none) at position 0 of every context."""
+
+    separator: Literal["eos", "bos", "none"] = "eos"
+    """Token behind (eos) or in front of (bos) every document."""
+
+    max_tokens: int | None = None
+    """Stop after this many tokens of documents, all splits together; the last document is cut."""
+
+    max_documents: int | None = None
+    """Stop after this many documents."""
+
+    test_fraction: float = 0.01
+    """Share of documents held out for evaluation."""
+
+    validation_fraction: float = 0.0
+    """Share of documents held out for choosing between runs."""
+
+    split_seed: int = 0
+    """Key of the hash that decides a document's split."""
+
+    def __post_init__(self) -> None:
+        for name in ("test_fraction", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"data.{name} is {getattr(self, name)}; expected at least 0 and less than 1.")
+        if self.test_fraction + self.validation_fraction >= 1:
+            raise UserError(
+                f"data.test_fraction + data.validation_fraction is {self.test_fraction + self.validation_fraction}; "
+                "expected less than 1, so that some documents are left for training."
+            )
+        for name in ("max_tokens", "max_documents"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}; expected at least 1. Leave it out for no limit.")
+        if self.context is not None and self.context < 2:
+            raise UserError(f"data.context is {self.context}; expected at least 2 tokens.")
+        if not self.source or not self.column:
+            raise UserError("data.source and data.column must not be empty.")
+
+
+class Corpus(NamedTuple):
+    """Packed text."""
+
+    splits: dict[str, Contexts]
+    """Those of train, test and validation that have documents."""
+    facts: dict[str, Any]
+    """Counts per split, what was dropped, and the token ids put in: JSON values, to stand beside the fingerprint."""
+
+
+def data_identity(config: DataConfig) -> dict[str, Any]:
+    """What makes these contexts these, given a tokenizer: settings, and for local files a digest of their content."""
+    path = local_path(config.source)
+    return {
+        "source": config.source if path is None or config.source.startswith("bundled:") else path.resolve().name,
+        "content": None if path is None else content_digest(path),
+        "subset": config.subset,
+        "split": config.split,
+        "revision": config.revision,
+        "column": config.column,
+        "txt_documents": config.txt_documents,
+        "context": config.context,
+        "packing": config.packing,
+        "bos": config.bos,
+        "separator": config.separator,
+        "max_tokens": config.max_tokens,
+        "max_documents": config.max_documents,
+        "test_fraction": config.test_fraction,
+        "validation_fraction": config.validation_fraction,
+        "split_seed": config.split_seed,
+        "keep": "position 0 and special tokens apart",
+    }
+
+
+def read_corpus(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", n_ctx: int, n_vocab: int, console: Console
+) -> Corpus:
+    """Read, tokenise, split and pack.
+
+    `n_ctx` and `n_vocab` are the model's limits. Raises UserError for text without a tokenizer, token ids that the
+    model does not have, contexts longer than it allows, and splits that come out empty.
+    """
+    context = _context(config, n_ctx)
+    marks = _marks(config, tokenizer)
+    special = np.unique([mark for mark in marks if mark is not None] + list(_special_ids(tokenizer))).astype(np.int64)
+    packers = {split: Packer(context=context, packing=config.packing, marks=marks, special=special) for split in SPLITS}
+    _fill(packers, config, tokenizer, n_vocab, console)
+    if not any(packer.documents for packer in packers.values()):
+        raise UserError(
+            f"data.source {config.source!r} gave no document with any token (column {config.column!r}); expected at "
+            "least one. Check the source and the column."
+        )
+    splits = {name: packer.contexts() for name, packer in packers.items() if packer.documents}
+    _check_splits(config, packers, splits, context)
+    facts = {
+        "context": context,
+        "bos": marks.bos,
+        "separator": marks.before if marks.before is not None else marks.after,
+        "splits": {
+            name: {
+                "documents": packers[name].documents,
+                "tokens": packers[name].tokens,
+                "contexts": len(contexts.token_id),
+                "dropped_tokens": packers[name].dropped,
+            }
+            for name, contexts in splits.items()
+        },
+    }
+    return Corpus(splits, facts)
+
+
+def _context(config: DataConfig, n_ctx: int) -> int:
+    context = min(n_ctx, LONGEST_CONTEXT) if config.context is None else config.context
+    if context > n_ctx:
+        raise UserError(
+            f"data.context is {context} tokens, and the model takes at most {n_ctx}. Set data.context to {n_ctx} or "
+            "less, or leave it out."
+        )
+    return context
+
+
+def _marks(config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None") -> Marks:
+    """The tokens to put in. Raises UserError when the tokenizer does not have them."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    bos = eos if bos is None else bos
+    for key, wanted, token, off in (
+        ("bos", config.bos, bos, "false"),
+        ("separator", config.separator == "eos", eos, '"none"'),
+        ("separator", config.separator == "bos", bos, '"none"'),
+    ):
+        if wanted and token is None:
+            have = "the model has no tokenizer" if tokenizer is None else "its tokenizer has no such token"
+            raise UserError(f"data.{key} asks for a token, but {have}. Set data.{key} = {off}.")
+    # One document per context needs no separator in front of it beside the BOS of the context.
+    doubled = config.packing == "document" and config.bos
+    return Marks(
+        bos=bos if config.bos else None,
+        before=bos if config.separator == "bos" and not doubled else None,
+        after=eos if config.separator == "eos" else None,
+    )
+
+
+def _special_ids(tokenizer: "PreTrainedTokenizerBase | None") -> Iterable[int]:
+    return () if tokenizer is None else tokenizer.all_special_ids
+
+
+def _fill(
+    packers: dict[str, Packer],
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    n_vocab: int,
+    console: Console,
+) -> None:
+    """Give every document to the packer of its split, until a limit."""
+    source = Source(
+        config.source,
+        config.subset,
+        config.split,
+        config.revision,
+        config.column,
+        config.streaming,
+        config.txt_documents,
+    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading text")
+        count = 0
+        for batch in _batches(documents(source)):
+            for document, tokens in zip(batch, _token_ids(batch, tokenizer, config), strict=True):
+                if not len(tokens):
+                    continue
+                _check_range(tokens, n_vocab, count)
+                taken = sum(packer.tokens for packer in packers.values())
+                packer = packers[
+                    split_of(
+                        _content_key(document), config.split_seed, config.test_fraction, config.validation_fraction
+                    )
+                ]
+                left = None if config.max_tokens is None else config.max_tokens - taken
+                packer.add(tokens[:left], count)
+                count += 1
+                if count == config.max_documents or (left is not None and len(tokens) >= left):
+                    return
+            tokens_read = sum(packer.tokens for packer in packers.values())
+            progress.update(task, description=f"reading text: {count:,} documents, {tokens_read:,} tokens")
+
+
+def _batches(rows: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in groups that are worth a tokenizer's threads and bounded in size."""
+    batch: list[Document] = []
+    chars = 0
+    for row in rows:
+        batch.append(row)
+        chars += len(row)
+        if len(batch) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _token_ids(
+    batch: list[Document], tokenizer: "PreTrainedTokenizerBase | None", config: DataConfig
+) -> list[np.ndarray]:
+    texts = [document for document in batch if isinstance(document, str)]
+    if texts and tokenizer is None:
+        raise UserError(
+            f"data.column {config.column!r} holds text, but the model has no tokenizer files. Add its tokenizer to the "
+            "model directory, or give a column of token ids."
+        )
+    encoded = iter(_encode(tokenizer, texts) if texts else [])
+    return [np.asarray(next(encoded) if isinstance(document, str) else document, dtype=np.int64) for document in batch]
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids without special tokens. Fast tokenizers skip the offsets, which we do not need."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "encode_batch_fast"):
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _content_key(document: Document) -> int:
+    """64 bits of a document's content: of the text, or of the token ids as little-endian int32."""
+    if isinstance(document, str):
+        content = document.encode("utf-8", "surrogatepass")
+    else:
+        content = np.asarray(document, dtype="<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _check_range(tokens: np.ndarray, n_vocab: int, document: int) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= n_vocab:
+        raise UserError(
+            f"data.source: document {document} holds the token id {low if low < 0 else high}; expected 0 to "
+            f"{n_vocab - 1}, since the model has {n_vocab} token embeddings. The text was tokenised for another model: "
+            "give the text itself, or the matching model."
+        )
+
+
+def _check_splits(config: DataConfig, packers: dict[str, Packer], splits: dict[str, Contexts], context: int) -> None:
+    fractions = {"train": 1.0, "test": config.test_fraction, "validation": config.validation_fraction}
+    total = sum(packer.documents for packer in packers.values())
+    for name, fraction in fractions.items():
+        if not fraction or (name in splits and len(splits[name].token_id)):
+            continue
+        packer = packers[name]
+        raise UserError(
+            f"the {name} split has no full context: {packer.documents} of {total} documents went to it, with "
+            f"{packer.tokens} tokens, and a context takes {context}. Give more documents (for a .txt file, "
+            'txt_documents = "paragraph"), a larger share to this split (data.test_fraction, '
+            "data.validation_fraction), or a shorter data.context; a fraction of 0 leaves a split out."
+        )
