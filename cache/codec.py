@@ -1,0 +1,113 @@
+"""How activations become bytes and come back: `int8z` (default) and `bf16`.
+
+int8z standardises every dimension by μ and σ of a calibration sample, then stores a row as 8-bit integers under one
+16-bit scale of its own. Outlier dimensions cannot erase the others (they are divided by their own σ) and massive rows
+cannot either (they have their own scale). Half the bytes of bf16, at an expected share of unexplained variance of
+E[m²] / 193548 with m the largest |z| of a row: 5e-5 at m = 3.1.
+
+`encode_plain` and `decode_plain` are the specification, written for clarity and for any float dtype. `encode_int8z`
+gives the same bits as `encode_plain` in float32, with the sums that `stats` needs gathered on the way, in few passes.
+
+Left out: 8-bit floats (they spend bits on a range that standardised data does not have, for ten times the error) and
+scales per row alone (outlier dimensions then swallow the rest).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEVELS = 127
+MIN_SCALE = 2.0**-14
+"""Smallest normal float16: a row of zeros still divides."""
+
+
+class Calibration(NamedTuple):
+    """Standardisation of one site, fixed once per cache."""
+
+    mean: Tensor
+    """[d] float32, μ."""
+    std: Tensor
+    """[d] float32, σ > 0."""
+
+    def to(self, device: torch.device) -> "Calibration":
+        return Calibration(self.mean.to(device), self.std.to(device))
+
+    def as_array(self) -> np.ndarray:
+        """[2, d] float32."""
+        return torch.stack([self.mean, self.std]).cpu().numpy()
+
+
+class EncodedBlock(NamedTuple):
+    """A block of rows in stored form, with what the encoder saw on the way."""
+
+    codes: Tensor
+    """[N, D] int8 (int8z) or bfloat16 (bf16)."""
+    scale: Tensor | None
+    """[N] float16, int8z only."""
+    norm: Tensor
+    """[N] ‖x‖ of each row, float32: not finite as soon as one element is not."""
+    sums: Tensor
+    """[3, D] Σv, Σv², Σe² of each dimension in float32, where v = (x − shift) / σ and e is the error of v."""
+
+
+def calibrate(mean: np.ndarray, variance: np.ndarray) -> Calibration:
+    """μ and σ from float64 moments; a dimension that hardly moves gets a thousandth of the median deviation."""
+    std = np.sqrt(variance)
+    std = np.maximum(std, 1e-3 * np.median(std))
+    std[std < np.finfo(np.float32).tiny] = 1.0  # a site that never moves at all
+    return Calibration(torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(std.astype(np.float32)))
+
+
+def encode_plain(x_ND: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """(codes int8 [N, D], scale float16 [N]) of rows, in the dtype of `x_ND`: the specification of int8z."""
+    v_ND = (x_ND - calibration.mean.to(x_ND)) / calibration.std.to(x_ND)
+    scale_N = (v_ND.abs().amax(dim=1) / LEVELS).clamp_min(MIN_SCALE).to(torch.float16)
+    codes_ND = torch.round(v_ND / scale_N[:, None].to(x_ND)).clamp(-LEVELS, LEVELS)
+    return codes_ND.to(torch.int8), scale_N
+
+
+def decode_plain(codes_ND: Tensor, scale_N: Tensor, calibration: Calibration, dtype: torch.dtype) -> Tensor:
+    """x̂ = μ + σ · (s · q), [N, D] in `dtype`: the specification of decoding."""
+    v_ND = scale_N[:, None].to(dtype) * codes_ND.to(dtype)
+    return calibration.mean.to(dtype) + calibration.std.to(dtype) * v_ND
+
+
+def encode_int8z(x_ND: Tensor, calibration: Calibration) -> EncodedBlock:
+    """Encode float32 rows, overwriting `x_ND`.
+
+    The clip of the specification is left out: s ≥ max|v| / 127 · (1 − 2⁻¹¹), so |v / s| < 127.07 rounds to at most 127.
+    """
+    norm_N = torch.linalg.vector_norm(x_ND, dim=1)
+    v_ND = x_ND.sub_(calibration.mean).div_(calibration.std)
+    work_ND = torch.abs(v_ND)
+    scale_N = (work_ND.amax(dim=1) / LEVELS).clamp_min_(MIN_SCALE).to(torch.float16)
+    sums = [v_ND.sum(dim=0), torch.mul(v_ND, v_ND, out=work_ND).sum(dim=0)]
+    s_N1 = scale_N[:, None].to(torch.float32)
+    v_ND.div_(s_N1)
+    torch.round(v_ND, out=work_ND)
+    codes_ND = work_ND.to(torch.int8)
+    error_ND = v_ND.sub_(work_ND).mul_(s_N1)
+    sums.append(error_ND.mul_(error_ND).sum(dim=0))
+    return EncodedBlock(codes_ND, scale_N, norm_N, torch.stack(sums))
+
+
+def encode_bf16(x_ND: Tensor, shift_D: Tensor) -> EncodedBlock:
+    """Round float32 rows to bfloat16 (nearest even), overwriting `x_ND`; σ is 1 and `shift_D` [D] only centres sums."""
+    norm_N = torch.linalg.vector_norm(x_ND, dim=1)
+    codes_ND = x_ND.to(torch.bfloat16)
+    work_ND = codes_ND.to(torch.float32)
+    error_ND = work_ND.sub_(x_ND)
+    error_D = error_ND.mul_(error_ND).sum(dim=0)
+    v_ND = x_ND.sub_(shift_D)
+    sums = [v_ND.sum(dim=0), v_ND.mul_(v_ND).sum(dim=0), error_D]
+    return EncodedBlock(codes_ND, None, norm_N, torch.stack(sums))
+
+
+def decode(codes_ND: Tensor, scale_N: Tensor | None, calibration: Calibration | None, dtype: torch.dtype) -> Tensor:
+    """Rows [N, D] in `dtype` on the device of the codes; int8z decodes in float32 and then casts."""
+    if scale_N is None or calibration is None:
+        return codes_ND.to(dtype)
+    x_ND = codes_ND.to(torch.float32).mul_(scale_N[:, None].to(torch.float32))
+    return torch.addcmul(calibration.mean, x_ND, calibration.std, out=x_ND).to(dtype)

@@ -1,0 +1,161 @@
+"""Commit records and the manifest: what makes bytes on disk count.
+
+A shard exists once `commits/<split>.<i>.json` does, and not before; the record holds the CRC32C of every chunk of every
+array. A cache exists once MANIFEST.json does; it holds a hash over all commit records and of every other file.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from thresher.cache.contracts import UserError
+from thresher.cache.layout import FORMAT, VERSION, ArraySpec, crc32c
+from thresher.cache.plan import Plan
+from thresher.cache.publish import publish, read_sealed, sealed, write_json
+from thresher.cache.records import canonical, fingerprint
+
+MANIFEST = "MANIFEST.json"
+ROOT = "zarr.json"
+LOCK = "create.lock"
+
+
+class Quality(NamedTuple):
+    """How well one shard stores one site."""
+
+    fvu: float
+    """Fraction of the variance of kept rows that decoding does not give back."""
+    worst: float
+    """The same of the worst dimension; dimensions that hardly move are measured against the calibration's floor."""
+    peak: float
+    """Largest |z| of a stored row (int8z; 0 for bf16)."""
+    special_fvu: float
+    """FVU of special rows, 0 when none are stored."""
+
+
+def commit_path(root: Path, split: str, index: int) -> Path:
+    return root / "commits" / f"{split}.{index}.json"
+
+
+def chunk_sums(spec: ArraySpec, rows: np.ndarray) -> list[str]:
+    """CRC32C of every chunk of a shard's rows, 8 hex digits each."""
+    return [f"{crc32c(rows[at : at + spec.chunk[0]]):08x}" for at in range(0, len(rows), spec.chunk[0])]
+
+
+def publish_commit(
+    root: Path,
+    plan: Plan,
+    split: str,
+    index: int,
+    arrays: Mapping[str, Mapping[str, Any]],
+    quality: Mapping[str, Quality],
+    calibration: str | None,
+) -> None:
+    """Make a shard count. If it already does, its bytes must be these: raises UserError otherwise."""
+    record = {
+        "format": f"{FORMAT}-commit",
+        "version": VERSION,
+        "split": split,
+        "shard": index,
+        "rows": plan.shard_rows_of(split, index),
+        "fingerprint": plan.fingerprint,
+        "plan": fingerprint(plan.to_json()),
+        "calibration": calibration,
+        "arrays": arrays,
+        "quality": {site: q._asdict() for site, q in quality.items()},
+        "writer": {name: version(name) for name in ("thresher", "torch", "numpy")},
+    }
+    path = commit_path(root, split, index)
+    try:
+        write_json(path, sealed(record), exclusive=True)
+    except FileExistsError:
+        if read_sealed(path)["arrays"] != arrays:
+            raise UserError(
+                f"shard {index} of {split!r} was already committed with different bytes ({path}); the first stands. "
+                f"Expected every writer to compute the same: use one kind of device, dtype and software for all."
+            ) from None
+
+
+def read_commit(root: Path, plan: Plan, split: str, index: int) -> dict[str, Any]:
+    """A shard's commit record. Raises UserError when it is missing, damaged or of another cache."""
+    path = commit_path(root, split, index)
+    if not path.exists():
+        raise UserError(f"{path} is missing: shard {index} of {split!r} is not committed. Run harvest again.")
+    record = read_sealed(path)
+    expected = (split, index, plan.shard_rows_of(split, index), fingerprint(plan.to_json()))
+    if (record["split"], record["shard"], record["rows"], record["plan"]) != expected:
+        raise UserError(
+            f"{path} belongs to another cache: expected split, shard, rows and plan digest {expected}, got "
+            f"{(record['split'], record['shard'], record['rows'], record['plan'])}. Restore the right file, or delete "
+            f"it and MANIFEST.json and run harvest again."
+        )
+    return record
+
+
+def shard_files(plan: Plan, split: str, index: int) -> dict[str, int]:
+    """Size in bytes of every file that one commit covers, by path below the root."""
+    files = {
+        f"{split}/{name}/{spec.file_name(index)}": spec.file_bytes(index)
+        for name, spec in plan.sharded_arrays(split).items()
+    }
+    files[f"{split}/moments/{plan.moments_array(split).file_name(index)}"] = 16 * plan.moments_width + 4
+    return files
+
+
+def committed(root: Path, plan: Plan) -> set[tuple[str, int]]:
+    """The shards that have a commit record, by name only."""
+    return {
+        (split, index)
+        for split, sizes in plan.splits.items()
+        for index in range(sizes.shards)
+        if commit_path(root, split, index).exists()
+    }
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commits_digest(root: Path, plan: Plan) -> str:
+    """SHA-256 over all commit records, splits by name and shards ascending."""
+    digest = hashlib.sha256()
+    for split in sorted(plan.splits):
+        for index in range(plan.splits[split].shards):
+            digest.update(commit_path(root, split, index).read_bytes())
+    return digest.hexdigest()
+
+
+def side_files(plan: Plan) -> list[str]:
+    """Every file below the root that no commit covers and the manifest lists, sorted."""
+    files = [ROOT, *plan.documents()]
+    for split in plan.splits:
+        for name, spec in plan.context_arrays(split).items():
+            assert spec.shard is not None
+            shards = -(-spec.shape[0] // spec.shard[0])
+            files += [f"{split}/contexts/{name}/{spec.file_name(i)}" for i in range(shards)]
+    if plan.codec == "int8z":
+        files += [f"calibration/{site.name}/c.0.0" for site in plan.sites]
+    files += [f"stats/{site.name}/{name}" for site in plan.sites for name in ("c.0.0.0", "zarr.json")]
+    return sorted(files)
+
+
+def publish_manifest(root: Path, plan: Plan) -> None:
+    """Declare the cache complete."""
+    record = {
+        "format": f"{FORMAT}-manifest",
+        "version": VERSION,
+        "complete": True,
+        "fingerprint": plan.fingerprint,
+        "splits": {name: {"rows": sizes.rows, "shards": sizes.shards} for name, sizes in plan.splits.items()},
+        "commits": commits_digest(root, plan),
+        "files": {
+            name: {"bytes": (root / name).stat().st_size, "sha256": file_digest(root / name)}
+            for name in side_files(plan)
+        },
+    }
+    publish(root / MANIFEST, [canonical(sealed(record))])

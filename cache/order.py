@@ -1,0 +1,166 @@
+"""Where every row goes and when it comes back: pure functions of integers, the same on every machine and for ever.
+
+Two permutations hide behind the word shuffle. While harvesting, contexts are drawn in the order of a keyed hash and
+the rows of a shard are permuted, so a stored chunk is a sample of the whole shard. While training, whole chunks are
+visited in another keyed order, `group_chunks` of them at a time, taking one row from each chunk in turn. A training
+position is therefore a single integer, seeking costs nothing, and the global sequence of batches does not depend on
+the number of ranks. NumPy's generators are not used: their streams may change between releases (NEP 19).
+
+Left out: a Feistel network for orders too long to sort. An argsort takes .1 s per million chunks, and a billion rows
+have one million chunks.
+
+Source: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+SPLITS = ("train", "test", "validation")
+"""Names of the splits; the index is the split's code p in every key below."""
+
+ORDER_ID = "splitmix64-1"
+"""Name of this family of permutations, stored in a cache: other constants would need another name."""
+
+_MASK = (1 << 64) - 1
+_STRIDE = 0xD1342543DE82EF95
+_HARVEST, _SHARD, _CHUNKS, _WITHIN, _SPLIT = 1, 2, 3, 4, 5  # second word of a key: what the permutation is for
+
+
+def mix(x: int) -> int:
+    """Scramble 64 bits with the SplitMix64 finaliser (a bijection)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def mix_array(x: np.ndarray) -> np.ndarray:
+    """`mix` of every element of a uint64 array."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def key(*words: int) -> int:
+    """Fold integers into one 64-bit key: start at 0, then k = mix(k ^ word) for each word."""
+    k = 0
+    for word in words:
+        k = mix(k ^ (word & _MASK))
+    return k
+
+
+def perm(n: int, *words: int) -> np.ndarray:
+    """Permutation of range(n), int64, that depends on `words` alone.
+
+    Sorts i by mix(i · odd constant + key): both maps are bijections, so no two i tie.
+    """
+    ranks = mix_array(np.arange(n, dtype=np.uint64) * np.uint64(_STRIDE) + np.uint64(key(*words)))
+    return np.argsort(ranks).astype(np.int64, copy=False)
+
+
+def split_of(document_key: int, seed: int, test_fraction: float, validation_fraction: float) -> str:
+    """Name of the split that a document belongs to, given a 64-bit key of its content."""
+    u = key(seed, _SPLIT, document_key) / 2.0**64
+    if u < test_fraction:
+        return "test"
+    return "validation" if u < test_fraction + validation_fraction else "train"
+
+
+def context_order(n_contexts: int, seed: int, split: str) -> np.ndarray:
+    """[M] context ids in the order in which their rows enter the stream of a split."""
+    return perm(n_contexts, seed, _HARVEST, SPLITS.index(split))
+
+
+def shard_order(rows: int, seed: int, split: str, shard: int) -> np.ndarray:
+    """[rows]: stored row j of a shard is row `shard_order[j]` of the shard's part of the stream."""
+    return perm(rows, seed, _SHARD, SPLITS.index(split), shard)
+
+
+class ShardSource(NamedTuple):
+    """What one shard is made of."""
+
+    contexts: np.ndarray
+    """[K] context ids to run, in stream order; the first and the last may contribute a part of their rows."""
+    context: np.ndarray
+    """[R] index into `contexts` of every stream row of the shard."""
+    position: np.ndarray
+    """[R] position of that row in its context."""
+
+
+class Stream:
+    """The row stream of one split: the stored rows of its contexts, in harvest order, cut to `rows`."""
+
+    def __init__(self, stored: np.ndarray, seed: int, split: str, rows: int) -> None:
+        """`stored` [M, T] bool says which positions are stored at all."""
+        self.stored, self.rows = stored, rows
+        self.order = context_order(stored.shape[0], seed, split)
+        self.ends = np.cumsum(stored.sum(axis=1, dtype=np.int64)[self.order])
+
+    def shard(self, index: int, shard_rows: int) -> ShardSource:
+        """Contexts and positions of stream rows [index · shard_rows, (index + 1) · shard_rows)."""
+        start, stop = index * shard_rows, min((index + 1) * shard_rows, self.rows)
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        last = int(np.searchsorted(self.ends, stop, side="left"))
+        contexts = self.order[first : last + 1]
+        context, position = np.nonzero(self.stored[contexts])
+        skipped = start - (int(self.ends[first - 1]) if first else 0)
+        rows = slice(skipped, skipped + stop - start)
+        return ShardSource(contexts, context[rows], position[rows])
+
+
+class Segment(NamedTuple):
+    """A run of consecutive positions inside one group of chunks."""
+
+    epoch: int
+    group: int
+    first: int
+    """Offset u of the first position within the group."""
+    length: int
+    chunks: np.ndarray
+    """[r] chunk ids of the group; offset u takes row u // r of chunk u % r."""
+
+
+class ReadOrder:
+    """Training order over the chunks of a split: positions 0, 1, … to rows, epoch after epoch."""
+
+    def __init__(self, n_chunks: int, chunk_rows: int, seed: int, split: str, group_chunks: int) -> None:
+        self.n_chunks, self.chunk_rows, self.group_chunks = n_chunks, chunk_rows, group_chunks
+        self.seed, self.code = seed, SPLITS.index(split)
+        self._epoch, self._chunks = -1, np.empty(0, np.int64)
+
+    def segments(self, start: int, count: int) -> Iterator[Segment]:
+        """Cut positions [start, start + count) at group borders."""
+        epoch_rows, group_rows = self.n_chunks * self.chunk_rows, self.group_chunks * self.chunk_rows
+        stop = start + count
+        while start < stop:
+            epoch, q = divmod(start, epoch_rows)
+            group, u = divmod(q, group_rows)
+            chunks = self.epoch_chunks(epoch)[group * self.group_chunks : (group + 1) * self.group_chunks]
+            taken = min(stop - start, len(chunks) * self.chunk_rows - u)
+            yield Segment(epoch, group, u, taken, chunks)
+            start += taken
+
+    def epoch_chunks(self, epoch: int) -> np.ndarray:
+        """[n] chunk ids in the order of an epoch (the last epoch asked for is remembered)."""
+        if epoch != self._epoch:
+            self._epoch, self._chunks = epoch, perm(self.n_chunks, self.seed, _CHUNKS, self.code, epoch)
+        return self._chunks
+
+    def within(self, epoch: int, chunk: int) -> np.ndarray | None:
+        """[C] order of the rows of a chunk, or None for the stored order, which epoch 0 keeps."""
+        return perm(self.chunk_rows, self.seed, _WITHIN, self.code, epoch, chunk) if epoch else None
+
+    def rows(self, start: int, count: int) -> np.ndarray:
+        """[count] stored rows at positions [start, start + count): the plain definition that `Batches` must meet."""
+        out = []
+        for segment in self.segments(start, count):
+            u = np.arange(segment.first, segment.first + segment.length)
+            turn, chunk = u // len(segment.chunks), segment.chunks[u % len(segment.chunks)]
+            if segment.epoch:
+                inner = {int(c): self.within(segment.epoch, int(c)) for c in segment.chunks}
+                turn = np.array([inner[int(c)][a] for c, a in zip(chunk, turn, strict=True)])  # type: ignore[index]
+            out.append(chunk * self.chunk_rows + turn)
+        return np.concatenate(out) if out else np.empty(0, np.int64)
