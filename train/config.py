@@ -1,0 +1,74 @@
+"""The recipe's [train] table."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from thresher.cache.contracts import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How dictionaries are trained; what they are is the [dictionary] table's matter."""
+
+    batch_rows: int = 4096
+    """Cached rows per optimiser step."""
+    epochs: float | None = None
+    """Passes over the cache's training rows; 1 when neither epochs, rows nor steps is given."""
+    rows: int | None = None
+    """Training rows to consume, in place of epochs."""
+    steps: int | None = None
+    """Optimiser steps, in place of epochs."""
+    lr: float | Literal["auto"] = "auto"
+    """Adam's learning rate; auto: 2e-4 / √(F / 2¹⁴), F the latents per source."""
+    beta1: float | None = None
+    """Adam's first moment decay; 0.9 when not given, 0 for jumprelu."""
+    beta2: float = 0.999
+    """Adam's second moment decay."""
+    eps: float = 1e-8
+    """Adam's ε."""
+    warmup: int = 100
+    """Steps over which the learning rate rises linearly."""
+    decay: Literal["none", "step", "tail", "linear"] = "tail"
+    """Learning rate towards the end. none: constant; step: a tenth from 80 % on; tail: linear to 0 over the last 20 %;
+    linear: to 0 over the whole run."""
+    clip: float | None = 1.0
+    """Largest global gradient norm of a dictionary, after the decoder's projection; none when not given."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the encoder's matrix product; auto: bfloat16 on CUDA, float32 on CPU. All else is float32."""
+    seed: int = 0
+    """Seed of initial weights and of the order of rows."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last two are kept."""
+    log_every: int = 50
+    """Steps between lines in metrics.jsonl."""
+    calibrate_rows: int = 1_000_000
+    """Training rows over which batchtopk's final threshold is set, or all if the cache has fewer."""
+    heldout_rows: int = 100_000
+    """Held-out rows for the final check of FVU and L0, or all if the cache has fewer."""
+
+    def __post_init__(self) -> None:
+        lengths = {name: getattr(self, name) for name in ("epochs", "rows", "steps")}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        if len(given) > 1:
+            raise UserError(f"[train] takes one of epochs, rows and steps; got {given}. Remove all but one.")
+        positive = {"batch_rows", "checkpoint_every", "log_every", "calibrate_rows", "heldout_rows", "eps", *given}
+        if self.clip is not None:
+            positive.add("clip")
+        if self.lr != "auto":
+            positive.add("lr")
+        for name in sorted(positive):
+            if not getattr(self, name) > 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; expected more than 0.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"train.{name} is {value}; expected 0 ≤ value < 1.")
+        if self.warmup < 0:
+            raise UserError(f"train.warmup is {self.warmup}; expected 0 or more.")
+
+    def total_steps(self, cached_rows: int) -> int:
+        """Optimiser steps for a cache with that many training rows."""
+        if self.steps is not None:
+            return self.steps
+        rows = self.rows if self.rows is not None else (1.0 if self.epochs is None else self.epochs) * cached_rows
+        return max(1, -int(-rows // self.batch_rows))

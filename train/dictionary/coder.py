@@ -1,0 +1,129 @@
+"""SAEs and transcoders, and the frame that cross-layer transcoders fill differently.
+
+A coder has sources (sites it reads and encodes) and destinations (sites it reconstructs). Here there is one of each:
+y = z W_dec + b_dec with z from x, an SAE being the case of x = y. All decoders are stored by source, [F, T, E], T the
+destinations that the source writes; latent f's row is contiguous over all of them. Here T = 1.
+
+The same class trains (`forward`, in the training space of train/normalise.py) and serves (`encode`, `decode`, on raw
+activations, once dictionary/fold.py made the weights so); it implements cache.contracts.Dictionary.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from thresher.cache.contracts import Codes
+from thresher.train.dictionary.encoder import Encoder, Fired
+from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.kernels.sparse import add_decoded, bags
+
+
+class Pass(NamedTuple):
+    """A training pass."""
+
+    fired: tuple[Fired, ...]
+    """Per source."""
+    y: Tensor
+    """[N, S, E] reconstructions of all destinations, with gradient."""
+
+
+class Coder(nn.Module):
+    """One source, one destination: an SAE or a transcoder."""
+
+    def __init__(self, spec: DictionarySpec, name: str = "", deployed: bool = False) -> None:
+        """Weights are zero until `initialise` or a load; `deployed` swaps learned rules for constant thresholds."""
+        super().__init__()
+        self.spec = spec
+        self.label = name
+        self.deployed = deployed
+        self.encoders = nn.ModuleList(Encoder(spec, deployed) for _ in spec.reads)
+        self.W_dec = nn.ParameterList(
+            torch.zeros(spec.n_latents, len(self.written(source)), spec.d_out) for source in range(len(spec.reads))
+        )
+        self.b_dec = nn.Parameter(torch.zeros(len(spec.writes), spec.d_out))
+        self.register_buffer("mean", torch.zeros(len(spec.writes), spec.d_out))
+        self.mean: Tensor
+
+    def written(self, source: int) -> range:
+        """Indices of the destinations that a source writes."""
+        return range(1)
+
+    def sources(self, destination: int) -> range:
+        """Indices of the sources that write to a destination."""
+        return range(1)
+
+    # What cache.contracts.Dictionary asks for.
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.label
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Site names of the sources."""
+        return self.spec.reads
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Site names of the destinations."""
+        return self.spec.writes
+
+    @property
+    def n_latents(self) -> int:
+        """F, per source."""
+        return self.spec.n_latents
+
+    @property
+    def n_parameters(self) -> int:
+        """Trained numbers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def means(self) -> Mapping[str, Tensor]:
+        """[E] by site name: means of the destinations over the training rows."""
+        return {site: self.mean[index] for index, site in enumerate(self.writes)}
+
+    def encode(self, source: int, x_ND: Tensor) -> Codes:
+        """Codes of one source under the frozen rule."""
+        return self.encoder(source).encode(x_ND, self.bias(source).detach())
+
+    @torch.no_grad()
+    def decode(self, destination: int, codes: Sequence[Codes]) -> Tensor:
+        """[N, E] from the codes of `sources(destination)`, in that order."""
+        y_NE = self.b_dec[destination].expand(codes[0].tokens, -1)
+        for source, part in zip(self.sources(destination), codes, strict=True):
+            span = self.written(source)
+            table = self.W_dec[source].flatten(0, 1)  # row f·T + t: latent f's row for its t-th destination
+            index = part.latents * len(span) + (destination - span.start)
+            y_NE = y_NE + bags(table, index, part.offsets, part.values)
+        return y_NE
+
+    # What training asks for.
+
+    def encoder(self, source: int) -> Encoder:
+        """One source's encoder."""
+        module = self.encoders[source]
+        assert isinstance(module, Encoder)
+        return module
+
+    def bias(self, source: int) -> Tensor:
+        """[F] encoder bias with the pre-bias folded in: W (x − b_dec) + b_enc = W x + (b_enc − W b_dec)."""
+        encoder = self.encoder(source)
+        if not self.spec.pre_bias or self.deployed:
+            return encoder.b_enc
+        return encoder.b_enc - encoder.W_enc @ self.b_dec[source]
+
+    def forward(self, xs: Sequence[Tensor]) -> Pass:
+        """Training codes and reconstructions of one batch; xs: per source [N, D]."""
+        fired = tuple(self.encoder(source)(x_ND, self.bias(source)) for source, x_ND in enumerate(xs))
+        y_NSE = self.b_dec.expand(xs[0].shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
+        for source, part in enumerate(fired):
+            y_NSE = add_decoded(y_NSE, part.z, self.W_dec[source], part.selection, self.written(source).start)
+        return Pass(fired, y_NSE)
+
+    def decoder_norm(self, source: int) -> Tensor:
+        """[F] norm of each latent's row over all its destinations together, with gradient."""
+        return torch.linalg.vector_norm(self.W_dec[source].flatten(1), dim=1)

@@ -1,0 +1,57 @@
+"""From training space to raw activations: weights that need no normalisation by whoever loads them.
+
+With x̃ = (x − μ)/σ read and ỹ = (y − ν)/τ written:
+
+    W_enc ← W_enc diag(1/σ)      b_enc ← b_enc − W_enc μ (after the row above; any pre-bias goes first)
+    W_dec ← W_dec diag(τ)        b_dec ← b_dec ⊙ τ + ν
+
+Codes and thresholds stay what they were. An SAE under one factor c for its site is folded the other way, codes in raw
+units: weights stay (and with them unit rows), biases and thresholds are multiplied by c. All sums are float64, cast
+to fp32 last. The trained module is left as it is.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.crosslayer import build
+from thresher.train.dictionary.rules import Deployed
+from thresher.train.normalise import Affine
+
+
+@torch.no_grad()
+def deploy(
+    coder: Coder, reads: Sequence[Affine], writes: Sequence[Affine], dtype: torch.dtype = torch.float32
+) -> Coder:
+    """A new module with frozen rules that acts on raw activations, on the trained one's device."""
+    device = coder.b_dec.device
+    out = build(coder.spec, coder.label, deployed=True).to(device=device, dtype=dtype)
+    raw_codes = coder.spec.kind == "sae" and coder.spec.normalise == "scale"
+    for destination, site in enumerate(writes):
+        shift, scale = site.shift.to(device), site.scale.to(device)
+        out.b_dec[destination] = (coder.b_dec[destination].double() * scale + shift).to(dtype)
+        out.mean[destination] = (site.mean.to(device) * scale + shift).to(dtype)
+    for source, site in enumerate(reads):
+        factor = float(site.scale[0]) if raw_codes else 1.0  # code in raw units / code in training units
+        trained, folded = coder.encoder(source), out.encoder(source)
+        W_enc = trained.W_enc.double() * (factor / site.scale.to(device))
+        b_enc = _bias(coder, source) * factor - W_enc @ site.shift.to(device)
+        folded.W_enc.copy_(W_enc)
+        folded.b_enc.copy_(b_enc)
+        folded.tokens_since_fired.copy_(trained.tokens_since_fired)
+        thresholds = trained.rule.thresholds()
+        if thresholds is not None and isinstance(folded.rule, Deployed):
+            folded.rule.threshold.copy_(thresholds.double() * factor)
+        scales_TE = torch.stack([writes[destination].scale for destination in coder.written(source)]).to(device)
+        out.W_dec[source].copy_(coder.W_dec[source].double() * scales_TE / factor)
+    return out.requires_grad_(False)
+
+
+def _bias(coder: Coder, source: int) -> Tensor:
+    """[F] float64 encoder bias in training space with the pre-bias folded in."""
+    encoder = coder.encoder(source)
+    if not coder.spec.pre_bias:
+        return encoder.b_enc.double()
+    return encoder.b_enc.double() - encoder.W_enc.double() @ coder.b_dec[source].double()

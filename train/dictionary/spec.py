@@ -1,0 +1,219 @@
+"""What a dictionary is: the recipe's [dictionary] table, and the concrete shape it takes on given sites.
+
+`DictionaryConfig` is what a user writes; sites are patterns there and sizes may be relative. `DictionarySpec` is the
+same with everything resolved, as stored in a run's config.json: the module is built from it alone.
+
+A combination that would silently mean something else than it says is refused here, with the reason.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from thresher.cache.contracts import UserError
+
+Kind = Literal["sae", "transcoder", "clt"]
+FiringName = Literal["relu", "topk", "batchtopk", "jumprelu"]
+Penalty = Literal["l1", "l0", "target_l0", "tanh"]
+
+_SPARSE_BY_COUNT = ("topk", "batchtopk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Settings that a recipe and a concrete dictionary share."""
+
+    firing: FiringName = "batchtopk"
+    """Firing rule. topk: the k largest per token; batchtopk: k per token on average over the batch, and a frozen
+    threshold afterwards; relu: every positive pre-activation, kept few by an L1 penalty; jumprelu: every
+    pre-activation above a learned threshold."""
+    k: float | None = None
+    """Active latents per token for topk (integer) and batchtopk (may be fractional), per layer for a CLT; the target
+    of the target_l0 penalty."""
+    pre_bias: bool = False
+    """SAE only: subtract the decoder's bias from the input before encoding."""
+    normalise: Literal["none", "scale", "per_dim"] = "scale"
+    """Training space, from the cache's statistics: raw activations; one factor per site that makes the mean norm √d;
+    or every dimension centred and divided by its standard deviation. Saved weights act on raw activations anyway."""
+    penalty: Penalty | None = None
+    """Sparsity penalty: l1 for relu (its default); l0 (default), target_l0 or tanh for jumprelu."""
+    sparsity: float = 0.0
+    """Coefficient of the sparsity penalty, beside a reconstruction loss in FVU units."""
+    tanh_scale: float = 1.0
+    """Factor c in the tanh penalty Σ tanh(c · n_f · z_f), n_f the decoder row's norm."""
+    penalty_warmup: int = 0
+    """Optimiser steps over which penalties rise linearly from 0."""
+    preact: float = 0.0
+    """jumprelu: coefficient of Σ n_f · relu(θ_f − a_f), which pulls silent latents up to their thresholds."""
+    preact_on: Literal["dead", "all"] = "dead"
+    """Latents the pre-activation loss acts on; `all` costs a dense pass per step."""
+    theta: float = 1.0
+    """jumprelu: initial threshold, in standard deviations of the initial pre-activations."""
+    bandwidth: float = 0.5
+    """jumprelu: width ε of the gradient window, in the same unit."""
+    aux: float = 1 / 32
+    """Coefficient of AuxK, which lets dead latents explain what is left of the target; 0 turns it off."""
+    aux_k: int | None = None
+    """Dead latents per token that AuxK uses; half the written width when not given."""
+    dead_after: int = 1_000_000
+    """Training tokens without firing after which a latent counts as dead."""
+    threshold_decay: float = 0.99
+    """batchtopk: decay per step of the running mean of the smallest kept value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryConfig(_Settings):
+    """The [dictionary] table of a recipe."""
+
+    kind: Kind = "transcoder"
+    """sae: reconstructs the site it reads. transcoder: reads one site, reconstructs another of the same layer.
+    clt: cross-layer transcoder over all matched layers; each layer's latents write to that layer and all later ones."""
+    reads: str = ""
+    """Site the encoder reads: a tap such as `mlp_in`, a site name, a hook name or a glob. Default: `mlp_in` for
+    transcoder and clt; an SAE reads what it writes."""
+    writes: str = ""
+    """Site that is reconstructed; default `mlp_out`."""
+    layers: tuple[int, ...] | None = None
+    """Layers to use; all that the cache has when not given."""
+    n_latents: int | None = None
+    """Number of latents F, per layer for a CLT. Give this or `expansion`."""
+    expansion: float | None = None
+    """Latents per dimension of the site read: F = expansion · width."""
+    decoder: Literal["auto", "unit", "free"] = "auto"
+    """unit: decoder rows keep norm 1 (a CLT's over all its targets together). free: no constraint. auto: unit for SAEs,
+    free otherwise."""
+
+    def __post_init__(self) -> None:
+        if (self.n_latents is None) == (self.expansion is None):
+            raise UserError(
+                "[dictionary] needs exactly one of n_latents and expansion: "
+                f"got n_latents = {self.n_latents}, expansion = {self.expansion}. Remove one or add one."
+            )
+        if self.expansion is not None and self.expansion <= 0:
+            raise UserError(f"dictionary.expansion is {self.expansion}; expected a number above 0.")
+        if self.kind == "sae" and self.reads and self.writes and self.reads != self.writes:
+            raise UserError(
+                f"dictionary.kind is 'sae', which reconstructs what it reads, but reads = {self.reads!r} and writes = "
+                f"{self.writes!r}. Give one of them, or set kind = 'transcoder'."
+            )
+        check_settings(self, self.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionarySpec(_Settings):
+    """One dictionary with everything resolved."""
+
+    kind: Kind
+    """Topology."""
+    reads: tuple[str, ...]
+    """Site names of the sources, in forward order."""
+    writes: tuple[str, ...]
+    """Site names of the destinations, in forward order."""
+    layers: tuple[int, ...]
+    """Layer of each source."""
+    d_in: int
+    """Width of every source."""
+    d_out: int
+    """Width of every destination."""
+    n_latents: int
+    """F, per source."""
+    unit_norm: bool
+    """Whether decoder rows keep norm 1 in training space."""
+
+    def __post_init__(self) -> None:
+        check_settings(self, self.kind)
+        if self.k is not None and self.firing in _SPARSE_BY_COUNT and self.k > self.n_latents:
+            raise UserError(
+                f"dictionary.k is {self.k:g} but the dictionary has only {self.n_latents} latents; lower k or raise "
+                "n_latents."
+            )
+
+    @property
+    def sparsity_label(self) -> str:
+        """What sets the sparsity, for tables: `k=32` or `l0 0.002`."""
+        if self.firing in _SPARSE_BY_COUNT:
+            return f"k={self.k:g}"
+        if self.resolved_penalty == "target_l0":
+            return f"L0*={self.k:g}"
+        return f"{self.resolved_penalty} {self.sparsity:g}"
+
+    @property
+    def resolved_penalty(self) -> Penalty | None:
+        """The penalty in force; None for rules that fix their sparsity by count."""
+        if self.firing in _SPARSE_BY_COUNT:
+            return None
+        return self.penalty or ("l1" if self.firing == "relu" else "l0")
+
+    @property
+    def resolved_aux_k(self) -> int:
+        """Dead latents per token in AuxK."""
+        return self.aux_k if self.aux_k is not None else max(1, self.d_out // 2)
+
+
+def concrete(config: DictionaryConfig, **resolved: object) -> DictionarySpec:
+    """The spec that carries `config`'s settings and the resolved names and widths."""
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(_Settings)}
+    return DictionarySpec(**shared, **resolved)  # type: ignore[arg-type]
+
+
+def check_settings(settings: _Settings, kind: str) -> None:
+    """Raise UserError for values out of range and for combinations that make no sense."""
+    _check_k(settings)
+    _check_penalty(settings)
+    if settings.pre_bias and kind != "sae":
+        raise UserError(
+            f"dictionary.pre_bias is true for kind = {kind!r}, but subtracting the decoder's bias from the input only "
+            "means something when input and output are the same site. Remove pre_bias or set kind = 'sae'."
+        )
+    for name in ("sparsity", "preact", "aux", "penalty_warmup"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"dictionary.{name} is {getattr(settings, name)}; expected 0 or more.")
+    for name in ("theta", "bandwidth", "dead_after", "tanh_scale"):
+        if getattr(settings, name) <= 0:
+            raise UserError(f"dictionary.{name} is {getattr(settings, name)}; expected more than 0.")
+    if settings.aux_k is not None and settings.aux_k < 1:
+        raise UserError(f"dictionary.aux_k is {settings.aux_k}; expected 1 or more. Set aux = 0 to turn AuxK off.")
+    if not 0 <= settings.threshold_decay < 1:
+        raise UserError(f"dictionary.threshold_decay is {settings.threshold_decay}; expected 0 ≤ value < 1.")
+
+
+def _check_k(settings: _Settings) -> None:
+    by_count = settings.firing in _SPARSE_BY_COUNT
+    if by_count and settings.k is None:
+        raise UserError(f"dictionary.k is missing: firing = {settings.firing!r} needs the active latents per token.")
+    if settings.k is not None and settings.k <= 0:
+        raise UserError(f"dictionary.k is {settings.k:g}; expected more than 0.")
+    if settings.firing == "topk" and settings.k is not None and settings.k != int(settings.k):
+        raise UserError(
+            f"dictionary.k is {settings.k:g} with firing = 'topk', which takes a whole number per token. Round it, or "
+            "use firing = 'batchtopk', where k is a mean."
+        )
+    if not by_count and settings.k is not None and settings.penalty != "target_l0":
+        raise UserError(
+            f"dictionary.k is {settings.k:g}, but firing = {settings.firing!r} sets its sparsity by a penalty. Remove "
+            "k and set sparsity, or use penalty = 'target_l0' (jumprelu)."
+        )
+
+
+def _check_penalty(settings: _Settings) -> None:
+    allowed: dict[str, tuple[str, ...]] = {"relu": ("l1",), "jumprelu": ("l0", "target_l0", "tanh")}
+    known = allowed.get(settings.firing, ())
+    if settings.penalty is not None and settings.penalty not in known:
+        wants = f"one of {', '.join(known)}" if known else "no penalty, since k fixes the sparsity"
+        raise UserError(
+            f"dictionary.penalty is {settings.penalty!r} with firing = {settings.firing!r}; expected {wants}."
+        )
+    if settings.penalty == "target_l0" and settings.k is None:
+        raise UserError("dictionary.k is missing: penalty = 'target_l0' needs the L0 to aim at.")
+    if known and settings.sparsity == 0:
+        raise UserError(
+            f"dictionary.sparsity is 0 with firing = {settings.firing!r}: nothing would make its codes sparse. Set it "
+            "above 0, for example 1e-3."
+        )
+    if not known and settings.sparsity > 0:
+        raise UserError(
+            f"dictionary.sparsity is {settings.sparsity:g} with firing = {settings.firing!r}, whose sparsity k fixes. "
+            "Remove sparsity."
+        )
+    if settings.preact > 0 and settings.firing != "jumprelu":
+        raise UserError(f"dictionary.preact is for firing = 'jumprelu'; got firing = {settings.firing!r}. Remove it.")

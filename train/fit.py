@@ -1,0 +1,183 @@
+"""One dictionary in training: a step, its running numbers, its state."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thresher.cache.reader import CacheReader
+from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.crosslayer import build
+from thresher.train.dictionary.fold import deploy
+from thresher.train.dictionary.initial import initialise
+from thresher.train.losses import Losses, losses
+from thresher.train.normalise import Affine, affine
+from thresher.train.optim import Optimiser, base_rate, rate_factor
+from thresher.train.plan import RunPlan
+from thresher.train.state import Checkpoint
+
+_SAMPLE_ROWS = 4096
+
+
+class Views:
+    """One batch in the training spaces that its dictionaries use, each made once."""
+
+    def __init__(self, acts: Mapping[str, Tensor]) -> None:
+        self.acts = acts
+        self._made: dict[tuple[str, str], Tensor] = {}
+
+    def get(self, site: str, mode: str, space: Affine) -> Tensor:
+        """[N, D] float32 rows of a site in training space."""
+        key = (site, mode)
+        if key not in self._made:
+            self._made[key] = space.apply(self.acts[site].to(torch.float32))
+        return self._made[key]
+
+
+class _Window:
+    """Sums on the device since the last report: nothing is read back until someone asks."""
+
+    def __init__(self, sources: int, device: torch.device) -> None:
+        self.steps = self.tokens = 0
+        self.fvu = torch.zeros(sources, dtype=torch.float64, device=device)
+        self.active = torch.zeros_like(self.fvu)
+        self.other = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, terms: Losses, active: Tensor, norm: Tensor, tokens: int) -> None:
+        """One step: `active` [sources] entries that fired."""
+        self.fvu += terms.fvu.double() * tokens
+        self.active += active
+        self.other += torch.stack([terms.aux, terms.penalty, norm]).double()
+        self.steps += 1
+        self.tokens += tokens
+
+    def per_source(self) -> tuple[Tensor, Tensor]:
+        """[sources] mean L0 and FVU."""
+        tokens = max(self.tokens, 1)
+        return self.active / tokens, self.fvu / tokens
+
+    def terms(self) -> Tensor:
+        """Mean AuxK, penalty and gradient norm per step."""
+        return self.other / max(self.steps, 1)
+
+
+class Fit:
+    """A dictionary with its optimiser, its schedule and its position in the stream of rows."""
+
+    def __init__(self, plan: RunPlan, reader: CacheReader, device: torch.device) -> None:
+        """Build with zero weights; `start` or `load` must follow."""
+        spec = plan.spec
+        self.plan = plan
+        self.reads = [affine(spec.normalise, reader.statistics(site), site) for site in spec.reads]
+        self.writes = [affine(spec.normalise, reader.statistics(site), site) for site in spec.writes]
+        self.coder = build(spec, plan.name).to(device)
+        low = plan.train.dtype == "bfloat16" or (plan.train.dtype == "auto" and device.type == "cuda")
+        for source in range(len(spec.reads)):
+            self.coder.encoder(source).matmul_dtype = torch.bfloat16 if low else None
+        self.optimiser = Optimiser(self.coder, plan.train)
+        self.total = plan.train.total_steps(reader.rows("train"))
+        self.done = 0
+        self.position = 0
+        self._window = _Window(len(spec.reads), device)
+        self._rate = 0.0
+
+    def start(self, reader: CacheReader) -> None:
+        """Draw the initial weights, with a sample of training rows for what depends on data."""
+        rows = sample_rows(reader.rows("train"), _SAMPLE_ROWS)
+        samples = [
+            space.apply(reader.gather("train", site, rows).to(torch.float32))
+            for site, space in zip(self.plan.spec.reads, self.reads, strict=True)
+        ]
+        device = self.coder.b_dec.device
+        fresh = build(self.plan.spec, self.plan.name)
+        initialise(fresh, self.plan.seed, self.reads, self.writes, samples)
+        self.coder.load_state_dict(fresh.state_dict())
+        self.coder.to(device)
+
+    def step(self, views: Views, consumed: int) -> Tensor:
+        """One optimiser step on a batch that took `consumed` rows of the stream.
+
+        Returns the gradient norm; if it is not finite, nothing was changed.
+        """
+        spec, mode = self.plan.spec, self.plan.spec.normalise
+        xs = [views.get(site, mode, space) for site, space in zip(spec.reads, self.reads, strict=True)]
+        ys = [views.get(site, mode, space) for site, space in zip(spec.writes, self.writes, strict=True)]
+        ramp = min(1.0, (self.done + 1) / spec.penalty_warmup) if spec.penalty_warmup else 1.0
+        rate = base_rate(self.plan.train, spec) * rate_factor(self.plan.train, self.done, self.total)
+        out = self.coder(xs)
+        terms = losses(self.coder, out, xs, ys, [space.total_variance for space in self.writes], ramp)
+        terms.total.backward()
+        norm = self.optimiser.step(rate, terms.total.detach().isfinite())
+        if norm.device.type == "cpu" and not bool(norm.isfinite()):
+            return norm
+        active = [self.coder.encoder(source).observe(fired) for source, fired in enumerate(out.fired)]
+        self._window.add(terms, torch.stack(active), norm, xs[0].shape[0])
+        self._rate = rate
+        self.done += 1
+        self.position += consumed
+        return norm
+
+    def metrics(self) -> dict[str, Any]:
+        """Means since the last call, and the present state; one transfer from the device."""
+        spec = self.plan.spec
+        dead = self.dead_share()
+        thresholds = [self.coder.encoder(source).rule.thresholds() for source in range(len(spec.reads))]
+        theta = [dead.new_zeros(()) if t is None else t.double().mean().to(dead) for t in thresholds]
+        shares, *numbers = torch.stack([dead, torch.stack(theta), *self._window.per_source()]).tolist()
+        theta_mean, l0, fvu = (sum(row) / len(row) for row in numbers)
+        aux, penalty, norm = self._window.terms().tolist()
+        out: dict[str, Any] = {
+            "step": self.done,
+            "rows": self.position,
+            "fvu": fvu,
+            "l0": l0,
+            "dead": sum(shares) / len(shares),
+            "aux": aux,
+            "penalty": penalty,
+            "gradient_norm": norm,
+            "lr": self._rate,
+            "threshold": theta_mean,
+        }
+        if len(spec.layers) > 1:
+            for index, layer in enumerate(spec.layers):
+                per_layer = {"fvu": numbers[2][index], "l0": numbers[1][index], "dead": shares[index]}
+                out |= {f"{key}.L{layer:02d}": value for key, value in per_layer.items()}
+        self._window = _Window(len(spec.reads), self.coder.b_dec.device)
+        return out
+
+    def dead_share(self) -> Tensor:
+        """[sources] float64: share of latents that are dead."""
+        encoders = [self.coder.encoder(source) for source in range(len(self.plan.spec.reads))]
+        return torch.stack([e.dead(self.plan.spec.dead_after).double().mean() for e in encoders])
+
+    def deployed(self) -> Coder:
+        """The dictionary on raw activations with frozen rules."""
+        return deploy(self.coder, self.reads, self.writes)
+
+    def checkpoint(self) -> Checkpoint:
+        """The state between two steps."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.coder.state_dict().items()}
+        tensors |= {f"adam.{name}": tensor for name, tensor in self.optimiser.moments().items()}
+        return Checkpoint(self.done, self.position, tensors)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "adam": {}}
+        for name, tensor in checkpoint.tensors.items():
+            part, key = name.split(".", 1)
+            parts[part][key] = tensor
+        self.coder.load_state_dict(parts["model"])
+        self.optimiser.load_moments(parts["adam"])
+        self.done, self.position = checkpoint.step, checkpoint.position
+
+
+def sample_rows(available: int, wanted: int) -> np.ndarray:
+    """Up to `wanted` row numbers, evenly spaced."""
+    return np.unique(np.linspace(0, available - 1, min(wanted, available)).astype(np.int64))
+
+
+def sites_of(fits: Sequence[Fit]) -> list[str]:
+    """Every site that some dictionary reads or writes, each once."""
+    return list(dict.fromkeys(site for fit in fits for site in (*fit.plan.spec.reads, *fit.plan.spec.writes)))

@@ -1,0 +1,147 @@
+"""Training losses: reconstruction, AuxK, and the penalties that make ReLU and JumpReLU codes sparse.
+
+All are means over tokens with denominators that no batch decides, so that a batch split in two gives the same sum.
+
+- Reconstruction is the fraction of variance unexplained, ⟨‖y − ŷ‖²⟩ / V with V from the cache's statistics; a CLT's is
+  the mean over its layers.
+- AuxK (Gao et al. 2024, arXiv:2406.04093): of the latents that have been silent too long, each token's k' largest
+  reconstruct what the dictionary left, without decoder bias; scaled by min(n/k_aux, 1), n the number of dead latents,
+  and divided by the residual's own variance (this one does depend on the batch). The residual is detached: only dead
+  rows of encoder and decoder learn from it. In a CLT every layer's dead latents take their own layer's residual.
+- l1: λ⟨Σ z_f n_f⟩, n_f the norm of the latent's decoder row. l0: λ⟨Σ 1[a_f > θ_f]⟩. target_l0: λ(L0/k − 1)².
+  tanh: λ⟨Σ tanh(c n_f z_f)⟩. The step functions see a, not z: z is 0 in the lower half of the window.
+- Pre-activation loss: λ_P⟨Σ n_f relu(θ_f − a_f)⟩.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thresher.train.dictionary.coder import Coder, Pass
+from thresher.train.dictionary.encoder import Fired
+from thresher.train.dictionary.rules import JumpReLU
+from thresher.train.kernels.sparse import spread
+
+
+class Losses(NamedTuple):
+    """The terms of one step; scalars, `total` with gradient."""
+
+    total: Tensor
+    """What is minimised."""
+    fvu: Tensor
+    """[S] per destination, against the fixed V."""
+    aux: Tensor
+    """AuxK, unweighted; 0 without dead latents."""
+    penalty: Tensor
+    """Sparsity and pre-activation terms, as weighted in the total."""
+
+
+def losses(
+    coder: Coder,
+    done: Pass,
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    variances: Sequence[float],
+    ramp: float,
+) -> Losses:
+    """All terms of one batch in training space; xs, ys: [N, width] by source and destination; `ramp`: of penalties."""
+    spec = coder.spec
+    tokens = xs[0].shape[0]
+    outputs = done.y.unbind(1)
+    errors = [F.mse_loss(out, y, reduction="sum") for out, y in zip(outputs, ys, strict=True)]
+    fvu = torch.stack([error / (tokens * v) for error, v in zip(errors, variances, strict=True)])
+    total = fvu.mean()
+    aux = penalty = total.new_zeros(())
+    if spec.aux > 0:
+        aux = auxiliary(coder, done, xs, ys)
+        total = total + spec.aux * aux
+    if ramp > 0 and (spec.sparsity > 0 or spec.preact > 0):
+        penalty = ramp * penalties(coder, done.fired, xs)
+        total = total + penalty
+    return Losses(total, fvu.detach(), aux.detach(), penalty.detach())
+
+
+def auxiliary(coder: Coder, done: Pass, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """AuxK, the mean over the sources that have dead latents; 0 when none has."""
+    terms = []
+    for source, (x_ND, y_NE) in enumerate(zip(xs, ys, strict=True)):
+        dead = torch.nonzero(coder.encoder(source).dead(coder.spec.dead_after)).view(-1)
+        if dead.shape[0]:
+            residual = y_NE - done.y[:, source].detach()
+            terms.append(_auxiliary_of(coder, source, dead, x_ND, residual))
+    return torch.stack(terms).mean() if terms else done.y.new_zeros(())
+
+
+def _auxiliary_of(coder: Coder, source: int, dead: Tensor, x_ND: Tensor, residual_NE: Tensor) -> Tensor:
+    """One source's AuxK on the gathered rows of its dead latents, where dense products are cheap."""
+    k_aux = coder.spec.resolved_aux_k
+    count = dead.shape[0]
+    encoder = coder.encoder(source)
+    a_Nn = F.linear(x_ND, encoder.W_enc[dead], encoder.b_enc[dead] + _pre_bias(coder, source, dead))
+    z_Nn = torch.relu(a_Nn)
+    if count > k_aux:
+        kept = torch.topk(a_Nn.detach(), k_aux, dim=1, sorted=False).indices
+        z_Nn = z_Nn * torch.zeros_like(z_Nn).scatter_(1, kept, 1.0)
+    guess_NE = z_Nn @ coder.W_dec[source][dead, 0]
+    variance = (residual_NE - residual_NE.mean(0)).square().sum()
+    share = F.mse_loss(guess_NE, residual_NE, reduction="sum") / variance
+    return min(count / k_aux, 1.0) * torch.nan_to_num(share, nan=0.0, posinf=0.0)
+
+
+def _pre_bias(coder: Coder, source: int, dead: Tensor) -> Tensor:
+    """[n] what the pre-bias adds to dead latents' pre-activations; b_dec itself takes no gradient from AuxK."""
+    if not coder.spec.pre_bias:
+        return coder.b_dec.new_zeros(())
+    return -(coder.encoder(source).W_enc[dead] @ coder.b_dec[source].detach())
+
+
+def penalties(coder: Coder, fired: Sequence[Fired], xs: Sequence[Tensor]) -> Tensor:
+    """Weighted sparsity and pre-activation terms, the mean over sources."""
+    spec = coder.spec
+    terms = []
+    for source, part in enumerate(fired):
+        term = spec.sparsity * PENALTIES[spec.resolved_penalty or "l1"](coder, source, part)
+        if spec.preact > 0:
+            term = term + spec.preact * preactivation_loss(coder, source, xs[source])
+        terms.append(term)
+    return torch.stack(terms).mean()
+
+
+def _l1(coder: Coder, source: int, part: Fired) -> Tensor:
+    if coder.spec.unit_norm:
+        return part.z.sum() / part.tokens
+    return (part.z * spread(coder.decoder_norm(source), part.selection)).sum() / part.tokens
+
+
+def _l0(coder: Coder, source: int, part: Fired) -> Tensor:
+    rule = coder.encoder(source).rule
+    assert isinstance(rule, JumpReLU)
+    return rule.step(part.a, part.selection).sum() / part.tokens
+
+
+def _target_l0(coder: Coder, source: int, part: Fired) -> Tensor:
+    assert coder.spec.k is not None
+    return (_l0(coder, source, part) / coder.spec.k - 1).square()
+
+
+def _tanh(coder: Coder, source: int, part: Fired) -> Tensor:
+    norm = spread(coder.decoder_norm(source), part.selection)
+    return torch.tanh(coder.spec.tanh_scale * norm * part.z).sum() / part.tokens
+
+
+PENALTIES = {"l1": _l1, "l0": _l0, "target_l0": _target_l0, "tanh": _tanh}
+
+
+def preactivation_loss(coder: Coder, source: int, x_ND: Tensor) -> Tensor:
+    """⟨Σ n_f relu(θ_f − a_f)⟩ over dead latents, or over all: a dense pass on their rows, by ordinary autograd."""
+    spec, encoder = coder.spec, coder.encoder(source)
+    assert isinstance(encoder.rule, JumpReLU)
+    chosen = torch.arange(spec.n_latents, device=x_ND.device)
+    if spec.preact_on == "dead":
+        chosen = torch.nonzero(encoder.dead(spec.dead_after)).view(-1)
+    a_Nn = F.linear(x_ND, encoder.W_enc[chosen], coder.bias(source)[chosen])
+    below = torch.relu(encoder.rule.theta()[chosen] - a_Nn)
+    return (below.sum(0) * coder.decoder_norm(source)[chosen]).sum() / x_ND.shape[0]

@@ -1,0 +1,72 @@
+"""The training space: an affine change of each site's activations, taken from the cache's statistics.
+
+x̃ = (x − shift) / scale, per dimension, in one of three modes: `none`; `scale`, one factor that gives rows a mean norm
+of √d; `per_dim`, centred and of unit variance. The statistics cover the kept rows of the whole training split, so no
+batch and no outsize first position decides them. Since the change is affine it folds into the weights without loss
+(dictionary/fold.py); a per-token normalisation would not, and is not offered.
+"""
+
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thresher.cache.contracts import UserError
+
+Mode = Literal["none", "scale", "per_dim"]
+
+_FLOOR = 1e-2
+"""Smallest σ of a dimension, as a share of the median σ: a dimension that hardly moves is not blown up to noise."""
+
+
+class Statistics(Protocol):
+    """What is needed of a site's statistics (cache.reader.SiteStats)."""
+
+    @property
+    def mean(self) -> np.ndarray: ...
+    @property
+    def variance(self) -> np.ndarray: ...
+    @property
+    def mean_norm(self) -> float: ...
+
+
+class Affine(NamedTuple):
+    """One site's change of coordinates, with what is known of the site in the new ones."""
+
+    shift: Tensor
+    """[D] float64."""
+    scale: Tensor
+    """[D] float64, above 0."""
+    mean: Tensor
+    """[D] float64: the site's mean in training space."""
+    total_variance: float
+    """V: the site's variance summed over dimensions, in training space; the denominator of the FVU."""
+
+    def apply(self, x_ND: Tensor) -> Tensor:
+        """Rows in training space, same dtype and device."""
+        if bool((self.shift == 0).all()):
+            return x_ND if bool((self.scale == 1).all()) else x_ND / self.scale.to(x_ND)
+        return (x_ND - self.shift.to(x_ND)) / self.scale.to(x_ND)
+
+
+def affine(mode: Mode, statistics: Statistics, site: str) -> Affine:
+    """The change of coordinates of one site. Raises UserError for a site that never varies or is not finite."""
+    mean = torch.from_numpy(np.asarray(statistics.mean, dtype=np.float64).copy())
+    variance = torch.from_numpy(np.asarray(statistics.variance, dtype=np.float64).copy())
+    if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(variance).all())):
+        raise UserError(
+            f"The cache's statistics of site {site!r} are not finite. Check it with `thresher cache verify`."
+        )
+    if float(variance.sum()) <= 0:
+        raise UserError(
+            f"Site {site!r} has the same value on every cached row (variance 0), so there is nothing to reconstruct. "
+            "Choose another site or harvest more text."
+        )
+    shift, scale = torch.zeros_like(mean), torch.ones_like(mean)
+    if mode == "scale":
+        scale = torch.full_like(mean, statistics.mean_norm / mean.shape[0] ** 0.5)
+    elif mode == "per_dim":
+        sigma = variance.sqrt()
+        shift, scale = mean, sigma.clamp_min(_FLOOR * float(sigma.median()))
+    return Affine(shift, scale, (mean - shift) / scale, float((variance / scale**2).sum()))

@@ -1,0 +1,148 @@
+"""From a recipe's tables to the dictionaries to be trained: one per matched layer, or one CLT over all of them.
+
+Pure: it sees the cache's sites, not the cache.
+"""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from thresher.cache.contracts import Site, UserError
+from thresher.cache.records import nearest
+from thresher.train.config import TrainConfig
+from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec, concrete
+
+
+class RunPlan(NamedTuple):
+    """One dictionary to be trained."""
+
+    name: str
+    """Names the run directory; unique in a sweep."""
+    group: str
+    """Shared by the dictionaries that form a set, such as one per layer."""
+    spec: DictionarySpec
+    """What is trained."""
+    train: TrainConfig
+    """How."""
+    seed: int
+    """Of the initial weights and the order of rows."""
+    recipe: dict[str, Any]
+    """The resolved recipe it came from, JSON values."""
+
+
+def plan_runs(
+    label: str,
+    dictionary: DictionaryConfig,
+    train: TrainConfig,
+    sites: Mapping[str, Site],
+    recipe: Mapping[str, Any],
+) -> list[RunPlan]:
+    """Resolve a [dictionary] table against the sites of a cache.
+
+    Raises UserError when a pattern matches nothing there, when sources and destinations cannot be paired by layer, and
+    when a CLT's layers differ in width.
+    """
+    pairs = _pairs(dictionary, sites)
+    if dictionary.kind == "clt":
+        return [RunPlan(label, label, _spec(dictionary, pairs), train, train.seed, dict(recipe))]
+    per_layer = [pair[0].layer for pair in pairs]
+    return [
+        RunPlan(
+            _run_name(label, reads, per_layer.count(reads.layer) > 1),
+            label,
+            _spec(dictionary, [(reads, writes)]),
+            train,
+            train.seed,
+            dict(recipe),
+        )
+        for reads, writes in pairs
+    ]
+
+
+def _run_name(label: str, site: Site, ambiguous: bool) -> str:
+    suffix = f"-{site.tap.replace('.', '_')}" if ambiguous else ""
+    return f"{label}-L{site.layer:02d}{suffix}"
+
+
+def _pairs(config: DictionaryConfig, sites: Mapping[str, Site]) -> list[tuple[Site, Site]]:
+    """Source and destination of each layer, ascending."""
+    writes_pattern = config.writes or (config.reads if config.kind == "sae" else "") or "mlp_out"
+    writes = _matching(writes_pattern, "writes", config.layers, sites)
+    if config.kind == "sae":
+        return [(site, site) for site in writes]
+    reads = _matching(config.reads or "mlp_in", "reads", config.layers, sites)
+    by_layer = {site.layer: site for site in writes}
+    if len(by_layer) < len(writes):
+        raise UserError(
+            f"dictionary.writes = {writes_pattern!r} matches several sites of one layer "
+            f"({_listed(site.name for site in writes)}), so sources cannot be paired with them. Name one tap."
+        )
+    unpaired = sorted({site.layer for site in reads} ^ set(by_layer))
+    if unpaired:
+        raise UserError(
+            f"dictionary.reads matches {_listed(site.name for site in reads)} and dictionary.writes matches "
+            f"{_listed(site.name for site in writes)}; layers {unpaired} lack one side. Set dictionary.layers to those "
+            "that have both, or harvest the missing sites."
+        )
+    if config.kind == "clt" and len(by_layer) < len(reads):
+        raise UserError(
+            f"dictionary.reads matches several sites of one layer ({_listed(site.name for site in reads)}); a CLT "
+            "reads one per layer. Name one tap."
+        )
+    return [(site, by_layer[site.layer]) for site in reads]
+
+
+def _matching(pattern: str, field: str, layers: tuple[int, ...] | None, sites: Mapping[str, Site]) -> list[Site]:
+    """Sites by tap, name or glob, in layer order."""
+    hits = [
+        site
+        for site in sites.values()
+        if pattern in (site.tap, site.name) or fnmatchcase(site.name, pattern) or fnmatchcase(site.tap, pattern)
+    ]
+    if not hits:
+        known = sorted({site.tap for site in sites.values()} | set(sites))
+        raise UserError(
+            f"dictionary.{field} = {pattern!r} matches no site of the cache.{nearest(pattern, known)} The cache has "
+            f"{_listed(sites)}. Change dictionary.{field}, or add the site to harvest.sites and harvest again."
+        )
+    if layers is not None:
+        missing = sorted(set(layers) - {site.layer for site in hits})
+        if missing:
+            raise UserError(
+                f"dictionary.layers asks for layers {missing}, but the cache has {pattern!r} only at layers "
+                f"{sorted({site.layer for site in hits})}. Remove them, or harvest those layers too."
+            )
+        hits = [site for site in hits if site.layer in layers]
+    return sorted(hits, key=lambda site: (site.layer, site.name))
+
+
+def _spec(config: DictionaryConfig, pairs: list[tuple[Site, Site]]) -> DictionarySpec:
+    for side, field in ((0, "reads"), (1, "writes")):
+        widths = {pair[side].width for pair in pairs}
+        if len(widths) > 1:
+            raise UserError(
+                f"dictionary.{field} matches sites of different widths ({sorted(widths)}) for kind = 'clt', which "
+                "needs one width in all layers. Narrow it with dictionary.layers or another site."
+            )
+    d_in, d_out = pairs[0][0].width, pairs[0][1].width
+    n_latents = config.n_latents if config.n_latents is not None else round((config.expansion or 0) * d_in)
+    if n_latents < 1:
+        raise UserError(f"dictionary.n_latents resolves to {n_latents}; expected 1 or more.")
+    unit = config.kind == "sae" if config.decoder == "auto" else config.decoder == "unit"
+    return concrete(
+        config,
+        kind=config.kind,
+        reads=tuple(pair[0].name for pair in pairs),
+        writes=tuple(pair[1].name for pair in pairs),
+        layers=tuple(pair[0].layer for pair in pairs),
+        d_in=d_in,
+        d_out=d_out,
+        n_latents=n_latents,
+        unit_norm=unit,
+    )
+
+
+def _listed(names: Iterable[str], limit: int = 8) -> str:
+    """Names for a message, cut short."""
+    some = list(names)
+    return ", ".join(some[:limit]) + (f" and {len(some) - limit} more" if len(some) > limit else "")

@@ -1,0 +1,326 @@
+"""The training stage: every dictionary of a sweep from one stream of batches.
+
+Dictionaries that share batch size and seed form a pass: one `Batches` feeds them all, step by step, and each keeps its
+own optimiser, schedule and length. What they do not share is trained in a further pass. The language model is never
+needed here.
+
+A run directory belongs to one resolved recipe. Finished: it is reused. Unfinished: it goes on from its last checkpoint
+when `resume` is set. Made from another recipe: refused. A dictionary whose loss or gradient stops being finite is set
+aside with its last good state; the others go on.
+"""
+
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.console import Console
+
+from thresher.cache.batches import Batches
+from thresher.cache.contracts import UserError
+from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
+from thresher.cache.reader import CacheReader
+from thresher.cache.records import differences, to_dict
+from thresher.train.calibrate import HeldOut, calibrate, held_out
+from thresher.train.config import TrainConfig
+from thresher.train.display import TrainingDisplay
+from thresher.train.files import CONFIG, git_commit, read_config, save_run, versions, write_config
+from thresher.train.fit import Fit, Views, sites_of
+from thresher.train.metrics import MetricLog, WandbMode
+from thresher.train.plan import RunPlan
+from thresher.train.state import load_checkpoint, save_checkpoint
+
+__all__ = ["RunResult", "TrainConfig", "train"]
+
+_OPERATIONAL = ("checkpoint_every", "log_every")  # settings that change no number of the result
+
+
+class RunResult(NamedTuple):
+    """What became of one plan."""
+
+    name: str
+    group: str
+    path: Path
+    """Run directory."""
+    status: Literal["trained", "reused", "failed"]
+    metrics: dict[str, Any]
+    """`training` of its config.json: steps, rows, last training metrics, held-out FVU and L0."""
+
+
+class _Job:
+    """A plan with its directory, its state and its log."""
+
+    def __init__(self, plan: RunPlan, path: Path, config: dict[str, Any], fit: Fit, log: MetricLog) -> None:
+        self.plan, self.path, self.config, self.fit, self.log = plan, path, config, fit, log
+        self.last: dict[str, Any] = {}
+        self.failed: str | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether it wants further batches."""
+        return self.failed is None and self.fit.done < self.fit.total
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(self.path, self.fit.checkpoint())
+
+
+def train(
+    plans: Sequence[RunPlan],
+    reader: CacheReader,
+    *,
+    out: Path,
+    device: str = "auto",
+    resume: bool = False,
+    wandb: WandbMode = "disabled",
+    console: Console,
+) -> list[RunResult]:
+    """Train all plans from the cache into `out`/<name>; results in the order of the plans.
+
+    Raises UserError before any work for duplicate names, for directories that hold something else, and for unfinished
+    runs without `resume`. Raises Interrupted after SIGINT or SIGTERM, with everything saved.
+    """
+    names = [plan.name for plan in plans]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"Several dictionaries have the name {twice[0]!r}. Give the recipe's entries different labels.")
+    where = resolve_device(device)
+    configs = [_config(plan, reader, where) for plan in plans]
+    finished = {
+        plan.name: _reusable(plan, config, out / plan.name, resume) for plan, config in zip(plans, configs, strict=True)
+    }
+    results = {
+        plan.name: RunResult(plan.name, plan.group, out / plan.name, "reused", found)
+        for plan in plans
+        if (found := finished[plan.name]) is not None
+    }
+    if results:
+        console.print(f"Reusing {len(results)} finished of {len(plans)} runs in {out}.")
+    todo = [(plan, config) for plan, config in zip(plans, configs, strict=True) if plan.name not in results]
+    with ExitStack() as stack, deferred_interrupts() as stop, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        jobs = [_open(plan, config, out / plan.name, reader, where, wandb, stack) for plan, config in todo]
+        streams: dict[tuple[int, int, int], list[_Job]] = {}
+        for job in jobs:
+            key = (job.plan.train.batch_rows, job.plan.seed, job.fit.position)
+            streams.setdefault(key, []).append(job)
+        for (batch_rows, seed, start), group in streams.items():
+            _run_pass(group, reader, batch_rows, seed, start, where, stop, console)
+            if not stop.requested:
+                for result in _finish(group, reader, where, stop, console):
+                    results[result.name] = result
+            if stop.requested:
+                _save_and_stop(group, out)
+    return [results[name] for name in names]
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device meant; `auto` is CUDA when there is one. Raises UserError for CUDA where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N.") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices. Use cpu or auto."
+        )
+    return found
+
+
+def _config(plan: RunPlan, reader: CacheReader, device: torch.device) -> dict[str, Any]:
+    """config.json of a run that is about to start."""
+    return {
+        "name": plan.name,
+        "group": plan.group,
+        "dictionary": to_dict(plan.spec),
+        "recipe": plan.recipe,
+        "cache": {"path": str(reader.path), "fingerprint": reader.fingerprint, "identity": dict(reader.identity)},
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "training": {
+            "finished": False,
+            "settings": to_dict(plan.train),
+            "seed": plan.seed,
+            "total_steps": plan.train.total_steps(reader.rows("train")),
+            "device": str(device),
+        },
+    }
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that decides the result."""
+    training = config["training"]
+    settings = {key: value for key, value in training["settings"].items() if key not in _OPERATIONAL}
+    return {
+        "dictionary": config["dictionary"],
+        "train": settings,
+        "seed": training["seed"],
+        "cache": config["cache"]["fingerprint"],
+    }
+
+
+def _reusable(plan: RunPlan, config: dict[str, Any], path: Path, resume: bool) -> dict[str, Any] | None:
+    """Metrics of the finished run at `path`, or None when there is work to do. Raises UserError when in doubt."""
+    if not path.exists() or not any(path.iterdir()):
+        return None
+    if not (path / CONFIG).exists():
+        raise UserError(
+            f"{path} is not empty and holds no {CONFIG}: it is no run of ours. Choose another --out or name."
+        )
+    stored = read_config(path)
+    lines = differences(_decisive(config), _decisive(stored))
+    if lines:
+        raise UserError(
+            f"{path} holds a run with other settings ({'; '.join(lines[:5])}; 'expected' is the recipe's). Give this "
+            "one another label or --out, or delete the directory."
+        )
+    training: dict[str, Any] = stored["training"]
+    if training.get("finished"):
+        return training
+    if not resume:
+        why = f"has failed ({training['failed']})" if training.get("failed") else "is unfinished"
+        raise UserError(f"Run {path} {why}. Add --resume to go on from its last checkpoint, or delete the directory.")
+    return None
+
+
+def _open(
+    plan: RunPlan,
+    config: dict[str, Any],
+    path: Path,
+    reader: CacheReader,
+    device: torch.device,
+    wandb: WandbMode,
+    stack: ExitStack,
+) -> _Job:
+    """Build a run, at its beginning or at its last checkpoint."""
+    checkpoint = load_checkpoint(path)
+    fit = Fit(plan, reader, device)
+    if checkpoint is None:
+        fit.start(reader)
+    else:
+        fit.load(checkpoint)
+    write_config(path, config)
+    log = MetricLog(path, name=plan.name, group=plan.group, config=config, wandb=wandb, after_step=fit.done)
+    stack.callback(log.close)
+    return _Job(plan, path, config, fit, log)
+
+
+def _run_pass(
+    jobs: Sequence[_Job],
+    reader: CacheReader,
+    batch_rows: int,
+    seed: int,
+    start: int,
+    device: torch.device,
+    stop: StopFlag,
+    console: Console,
+) -> None:
+    """Feed one stream to all jobs until each has its steps."""
+    if not any(job.active for job in jobs):
+        return
+    total = max(job.fit.total for job in jobs)
+    batches = Batches(
+        reader, sites=sites_of([job.fit for job in jobs]), batch_rows=batch_rows, seed=seed, start=start, device=device
+    )
+    began, rows = time.monotonic(), 0
+    title = f"Training {len(jobs)} dictionaries on {device}, {batch_rows:,} rows per step"
+    try:
+        with TrainingDisplay(console, title) as display:
+            for batch in batches:
+                views = Views(batch.acts)
+                for job in jobs:
+                    if job.active:
+                        _step(job, views, batch.rows, display, console)
+                rows += batch.rows
+                done = max(job.fit.done for job in jobs)
+                display.progress(done, total, rows / (time.monotonic() - began))
+                if stop.requested or not any(job.active for job in jobs):
+                    break
+    finally:
+        batches.close()
+
+
+def _save_and_stop(jobs: Sequence[_Job], out: Path) -> None:
+    """Save every job that can go on, then raise Interrupted."""
+    for job in jobs:
+        if job.failed is None:
+            job.save()
+    done = max((job.fit.done for job in jobs), default=0)
+    raise Interrupted(
+        f"Training stopped at step {done} with {len(jobs)} runs saved in {out}. Run the same command with --resume to "
+        "go on from there."
+    )
+
+
+def _step(job: _Job, views: Views, rows: int, display: TrainingDisplay, console: Console) -> None:
+    """One step of one job, with what is due after it."""
+    settings = job.plan.train
+    try:
+        norm = job.fit.step(views, rows)
+    except torch.OutOfMemoryError as error:
+        _set_aside(job, f"step {job.fit.done + 1} ran out of memory ({error})", display, console)
+        return
+    on_cpu = norm.device.type == "cpu"
+    if on_cpu and not bool(norm.isfinite()):
+        _set_aside(job, f"step {job.fit.done + 1}: the loss or its gradient is not finite", display, console)
+        return
+    last = job.fit.done == job.fit.total
+    if last or job.fit.done % settings.log_every == 0:
+        job.last = job.fit.metrics()
+        if not on_cpu and job.last["gradient_norm"] in (float("inf"), float("-inf")):
+            _set_aside(job, f"before step {job.fit.done} the loss or its gradient was not finite", display, console)
+            return
+        job.log.write(job.last)
+        display.update(job.plan.name, job.last)
+    if last or job.fit.done % settings.checkpoint_every == 0:
+        job.save()
+
+
+def _set_aside(job: _Job, reason: str, display: TrainingDisplay, console: Console) -> None:
+    """Save what there is of a job that cannot go on, and say so."""
+    job.failed = reason
+    job.save()
+    job.config["training"] |= {"failed": reason, "steps": job.fit.done, "rows": job.fit.position}
+    write_config(job.path, job.config)
+    display.fail(job.plan.name, reason)
+    console.print(
+        f"[red]Run {job.plan.name} failed[/red]: {reason}. Its state before that step is saved in {job.path}; the "
+        "other runs go on. A lower train.lr or smaller train.clip often helps."
+    )
+
+
+def _finish(
+    jobs: Sequence[_Job], reader: CacheReader, device: torch.device, stop: StopFlag, console: Console
+) -> Iterable[RunResult]:
+    """Freeze, check and save the jobs that reached their end; none of them once a stop is requested."""
+    ready = [job for job in jobs if job.failed is None]
+    coders = [job.fit.deployed() for job in ready]
+    if coders:
+        with console.status("Setting thresholds and checking on held-out rows …"):
+            calibrate(coders, reader, max(job.plan.train.calibrate_rows for job in ready), device, stop)
+            checks = held_out(coders, reader, max(job.plan.train.heldout_rows for job in ready), device, stop)
+        if stop.requested:
+            return
+        for job, coder, check in zip(ready, coders, checks, strict=True):
+            job.config["training"] |= _outcome(job, check)
+            save_run(job.path, coder, job.config)
+    for job in jobs:
+        status: Literal["trained", "failed"] = "failed" if job.failed else "trained"
+        yield RunResult(job.plan.name, job.plan.group, job.path, status, job.config["training"])
+
+
+def _outcome(job: _Job, check: HeldOut | None) -> dict[str, Any]:
+    """What config.json says of a finished run."""
+    last = job.last or job.fit.metrics()
+    return {
+        "finished": True,
+        "steps": job.fit.done,
+        "rows": job.fit.position,
+        "final": {key: value for key, value in last.items() if isinstance(value, (int, float)) and value == value},
+        "held_out": None if check is None else check._asdict(),
+    }

@@ -1,0 +1,88 @@
+"""Checkpoints: everything that a run's future depends on, and nothing else.
+
+Weights in training space, Adam's moments, running thresholds, dead counters, the number of steps done and the position
+in the stream of rows. There is no generator state: after the initial weights nothing is drawn, and the order of rows is
+a function of seed and position. A run that goes on from a checkpoint therefore ends bit for bit where it would have.
+
+`checkpoints/step-<8 digits>.safetensors` is written first, `.json` beside it makes it valid; the last two are kept.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from thresher.cache.contracts import UserError
+from thresher.cache.publish import publish
+from thresher.train.files import publish_tensors
+
+_VERSION = 1
+
+
+class Checkpoint(NamedTuple):
+    """A run's state between two steps."""
+
+    step: int
+    """Optimiser steps done."""
+    position: int
+    """Rows of the stream consumed."""
+    tensors: dict[str, Tensor]
+    """`model.*` and `adam.*`."""
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
+    """Write a checkpoint atomically and delete all but the last `keep`."""
+    folder = run / "checkpoints"
+    stem = f"step-{checkpoint.step:08d}"
+    publish_tensors(folder / f"{stem}.safetensors", checkpoint.tensors)
+    record = {"version": _VERSION, "step": checkpoint.step, "position": checkpoint.position}
+    publish(folder / f"{stem}.json", [json.dumps(record).encode()])
+    for old in _records(run)[:-keep]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def latest_position(run: Path) -> tuple[int, int]:
+    """(step, position) of the newest checkpoint; (0, 0) when there is none."""
+    records = _records(run)
+    if not records:
+        return 0, 0
+    record = _read_record(records[-1])
+    return record["step"], record["position"]
+
+
+def load_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest checkpoint, or None. Raises UserError when it cannot be read."""
+    records = _records(run)
+    if not records:
+        return None
+    record = _read_record(records[-1])
+    file = records[-1].with_suffix(".safetensors")
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"Checkpoint {file} cannot be read ({error}). Delete {records[-1].name} to go on from the one before it."
+        ) from error
+    return Checkpoint(record["step"], record["position"], tensors)
+
+
+def _records(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*.json"))
+
+
+def _read_record(path: Path) -> dict[str, int]:
+    try:
+        record = json.loads(path.read_text())
+        version, _, _ = record["version"], record["step"], record["position"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Delete it to go on from the checkpoint before it.") from error
+    if version != _VERSION:
+        raise UserError(
+            f"{path} has checkpoint version {version}; this Thresher reads {_VERSION}. Resume with the Thresher that "
+            "wrote it, or train the run anew."
+        )
+    return dict(record)
