@@ -84,15 +84,19 @@ class Batches:
         thread.start()
         try:
             while not stop.is_set():
-                item = staged.get()
+                try:
+                    item = staged.get(timeout=0.1)
+                except queue.Empty:
+                    continue
                 if isinstance(item, BaseException):
                     raise item
                 yield self._decoded(item)
         finally:
             stop.set()
+            thread.join()
 
     def close(self) -> None:
-        """Stop the prefetch thread."""
+        """Stop the prefetch thread; the iterator ends."""
         if self._stop is not None:
             self._stop.set()
 

@@ -39,7 +39,7 @@ class Calibration(NamedTuple):
         return torch.stack([self.mean, self.std]).cpu().numpy()
 
 
-class EncodedBlock(NamedTuple):
+class Encoded(NamedTuple):
     """A block of rows in stored form, with what the encoder saw on the way."""
 
     codes: Tensor
@@ -74,7 +74,7 @@ def decode_plain(codes_ND: Tensor, scale_N: Tensor, calibration: Calibration, dt
     return calibration.mean.to(dtype) + calibration.std.to(dtype) * v_ND
 
 
-def encode_int8z(x_ND: Tensor, calibration: Calibration) -> EncodedBlock:
+def encode_int8z(x_ND: Tensor, calibration: Calibration) -> Encoded:
     """Encode float32 rows, overwriting `x_ND`.
 
     The clip of the specification is left out: s ≥ max|v| / 127 · (1 − 2⁻¹¹), so |v / s| < 127.07 rounds to at most 127.
@@ -90,19 +90,24 @@ def encode_int8z(x_ND: Tensor, calibration: Calibration) -> EncodedBlock:
     codes_ND = work_ND.to(torch.int8)
     error_ND = v_ND.sub_(work_ND).mul_(s_N1)
     sums.append(error_ND.mul_(error_ND).sum(dim=0))
-    return EncodedBlock(codes_ND, scale_N, norm_N, torch.stack(sums))
+    return Encoded(codes_ND, scale_N, norm_N, torch.stack(sums))
 
 
-def encode_bf16(x_ND: Tensor, shift_D: Tensor) -> EncodedBlock:
+def encode_bf16(x_ND: Tensor, shift_D: Tensor) -> Encoded:
     """Round float32 rows to bfloat16 (nearest even), overwriting `x_ND`; σ is 1 and `shift_D` [D] only centres sums."""
-    norm_N = torch.linalg.vector_norm(x_ND, dim=1)
     codes_ND = x_ND.to(torch.bfloat16)
-    work_ND = codes_ND.to(torch.float32)
-    error_ND = work_ND.sub_(x_ND)
+    error_ND = codes_ND.to(torch.float32).sub_(x_ND)
     error_D = error_ND.mul_(error_ND).sum(dim=0)
+    sums_2D, norm_N = block_sums(x_ND, shift_D)
+    return Encoded(codes_ND, None, norm_N, torch.cat([sums_2D, error_D[None]]))
+
+
+def block_sums(x_ND: Tensor, shift_D: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σv, Σv² of each dimension [2, D] with v = x − shift; ‖x‖ [N]) of float32 rows, overwriting `x_ND`."""
+    norm_N = torch.linalg.vector_norm(x_ND, dim=1)
     v_ND = x_ND.sub_(shift_D)
-    sums = [v_ND.sum(dim=0), v_ND.mul_(v_ND).sum(dim=0), error_D]
-    return EncodedBlock(codes_ND, None, norm_N, torch.stack(sums))
+    sum_D = v_ND.sum(dim=0)
+    return torch.stack([sum_D, v_ND.mul_(v_ND).sum(dim=0)]), norm_N
 
 
 def decode(codes_ND: Tensor, scale_N: Tensor | None, calibration: Calibration | None, dtype: torch.dtype) -> Tensor:

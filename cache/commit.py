@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,24 +16,12 @@ from thresher.cache.contracts import UserError
 from thresher.cache.layout import FORMAT, VERSION, ArraySpec, crc32c
 from thresher.cache.plan import Plan
 from thresher.cache.publish import publish, read_sealed, sealed, write_json
+from thresher.cache.quality import Quality
 from thresher.cache.records import canonical, fingerprint
 
 MANIFEST = "MANIFEST.json"
 ROOT = "zarr.json"
 LOCK = "create.lock"
-
-
-class Quality(NamedTuple):
-    """How well one shard stores one site."""
-
-    fvu: float
-    """Fraction of the variance of kept rows that decoding does not give back."""
-    worst: float
-    """The same of the worst dimension; dimensions that hardly move are measured against the calibration's floor."""
-    peak: float
-    """Largest |z| of a stored row (int8z; 0 for bf16)."""
-    special_fvu: float
-    """FVU of special rows, 0 when none are stored."""
 
 
 def commit_path(root: Path, split: str, index: int) -> Path:

@@ -35,7 +35,7 @@ def publish(path: Path, pieces: Iterable[bytes | np.ndarray], *, exclusive: bool
     views = [memoryview(_flat(piece)) for piece in pieces]
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         _write(temporary, views)
         try:
             if exclusive:
@@ -70,6 +70,15 @@ def _write(path: Path, views: Iterable[memoryview]) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, each durably entered in the one above."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    flush_directory(path.parent)
 
 
 def flush_directory(path: Path) -> None:
@@ -132,7 +141,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def try_lock(path: Path) -> int | None:
     """Descriptor of an exclusive lock, or None when another process holds it. The kernel frees it with the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

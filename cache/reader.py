@@ -164,13 +164,14 @@ class CacheReader:
         if len(rows) and (rows.min() < 0 or rows.max() >= self.rows(split)):
             raise UserError(f"rows of {split!r} are 0 to {self.rows(split) - 1}; got {rows.min()} to {rows.max()}.")
         chunk, inner = np.divmod(rows, self.plan.chunk_rows)
+        order = np.argsort(chunk, kind="stable")
+        borders = np.flatnonzero(np.diff(chunk[order])) + 1
         raw = {}
         for name in names:
             spec = self._specs[split][name]
             raw[name] = np.empty((len(rows), *spec.shape[1:]), raw_dtype(spec.dtype))
-            for c in np.unique(chunk):
-                here = chunk == c
-                raw[name][here] = self.chunk(split, name, int(c))[inner[here]]
+            for here in np.split(order, borders) if len(rows) else []:
+                raw[name][here] = self.chunk(split, name, int(chunk[here[0]]))[inner[here]]
         scale = torch.from_numpy(raw[names[1]]) if len(names) > 1 else None
         return decode(as_codes(raw[site]), scale, self.calibration(site), torch.float32)
 

@@ -9,7 +9,8 @@ n · 2⁻²⁴ = 6e-5 of Σ|v| and Σv² in the worst case, a few 1e-7 in practi
 Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,43 +36,48 @@ class SiteStats(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Mergeable sums over some rows of one site."""
+    """Mergeable sums over some rows of one site, or of several sites of one width, stacked in front."""
 
     rows: int
     mean: np.ndarray
-    """[d] float64."""
+    """[…, d] float64."""
     m2: np.ndarray
-    """[d] float64: sum of squared deviations from the mean."""
-    norm: float
-    """Σ‖x‖."""
-    sq_norm: float
-    """Σ‖x‖²."""
+    """[…, d] float64: sum of squared deviations from the mean."""
+    norm: np.ndarray
+    """[…] Σ‖x‖."""
+    sq_norm: np.ndarray
+    """[…] Σ‖x‖²."""
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of both sets of rows."""
         if not self.rows or not other.rows:
             return self if self.rows else other
-        count = self.rows + other.rows
+        rows = self.rows + other.rows
         delta = other.mean - self.mean
-        share = other.rows / count
+        share = other.rows / rows
         return Moments(
-            count,
+            rows,
             self.mean + delta * share,
             self.m2 + other.m2 + delta * delta * (self.rows * share),
             self.norm + other.norm,
             self.sq_norm + other.sq_norm,
         )
 
+    def site(self, index: int) -> "Moments":
+        """One of the stacked sites."""
+        return Moments(self.rows, *(part[index] for part in self[1:]))
+
     def stats(self) -> SiteStats:
-        """Means and variances; zeros when there are no rows."""
+        """Means and variances of one site; zeros when there are no rows."""
         n = max(self.rows, 1)
         variance = self.m2 / n
-        return SiteStats(self.rows, self.mean, variance, self.norm / n, self.sq_norm / n, float(variance.sum()))
+        norm, sq_norm = float(self.norm) / n, float(self.sq_norm) / n
+        return SiteStats(self.rows, self.mean, variance, norm, sq_norm, float(variance.sum()))
 
 
 def empty(width: int) -> Moments:
-    """Moments of no rows."""
-    return Moments(0, np.zeros(width), np.zeros(width), 0.0, 0.0)
+    """Moments of no rows of one site."""
+    return Moments(0, np.zeros(width), np.zeros(width), np.zeros(()), np.zeros(()))
 
 
 def of_rows(x_ND: np.ndarray) -> Moments:
@@ -81,44 +87,40 @@ def of_rows(x_ND: np.ndarray) -> Moments:
         return empty(x_ND.shape[1])
     mean = x_ND.mean(axis=0)
     sq_norm_N = np.square(x_ND).sum(axis=1)
-    return Moments(
-        len(x_ND), mean, np.square(x_ND - mean).sum(axis=0), float(np.sqrt(sq_norm_N).sum()), float(sq_norm_N.sum())
-    )
+    return Moments(len(x_ND), mean, np.square(x_ND - mean).sum(axis=0), np.sqrt(sq_norm_N).sum(), sq_norm_N.sum())
 
 
-def of_block(sums_2D: np.ndarray, norm_N: np.ndarray, shift_D: np.ndarray, scale_D: np.ndarray) -> Moments:
-    """Moments from Σv and Σv² of v = (x − shift) / scale over a block, and the rows' norms."""
-    count = len(norm_N)
-    sum_D, square_D = sums_2D.astype(np.float64)
-    norm_N = norm_N.astype(np.float64)
-    mean_D = sum_D / count
-    m2_D = np.maximum(square_D - sum_D * mean_D, 0.0) * np.square(scale_D)
-    return Moments(count, shift_D + scale_D * mean_D, m2_D, float(norm_N.sum()), float(np.square(norm_N).sum()))
+def of_block(sums: np.ndarray, norm: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> Moments:
+    """Moments from Σv and Σv² (`sums` […, 2, d]) of v = (x − shift) / scale over a block, and the norms […, n]."""
+    rows = norm.shape[-1]
+    sum_D, square_D = np.moveaxis(sums.astype(np.float64, copy=False), -2, 0)
+    norm = norm.astype(np.float64)
+    mean_D = sum_D / rows
+    m2_D = np.maximum(square_D - sum_D * mean_D, 0.0) * np.square(scale)
+    return Moments(rows, shift + scale * mean_D, m2_D, norm.sum(axis=-1), np.square(norm).sum(axis=-1))
 
 
-def merged(moments: Iterable[Moments], width: int) -> Moments:
-    """Merge in the order given."""
-    total = empty(width)
-    for part in moments:
-        total = total.merge(part)
-    return total
+def merged(moments: Iterable[Moments]) -> Moments:
+    """Merge in the order given; at least one."""
+    return functools.reduce(Moments.merge, moments)
 
 
-def pack(sites: Sequence[Site], by_site: dict[str, Moments]) -> np.ndarray:
-    """[P] float64: the count, then mean, m2, norm and sq_norm of each site."""
-    parts: list[np.ndarray | list[float]] = [[float(by_site[sites[0].name].rows)]]
-    for site in sites:
-        m = by_site[site.name]
-        parts += [m.mean, m.m2, [m.norm, m.sq_norm]]
-    return np.concatenate(parts)
+def stacked(moments: Sequence[Moments]) -> Moments:
+    """Moments of several sites over the same rows, side by side."""
+    return Moments(moments[0].rows, *(np.stack(parts) for parts in zip(*(m[1:] for m in moments), strict=True)))
+
+
+def pack(sites: Sequence[Site], by_site: Mapping[str, Moments]) -> np.ndarray:
+    """[P] float64: the rows, then mean, m2, norm and sq_norm of each site."""
+    parts = [np.atleast_1d(part) for site in sites for part in by_site[site.name][1:]]
+    return np.concatenate([[float(by_site[sites[0].name].rows)], *parts])
 
 
 def unpack(sites: Sequence[Site], packed: np.ndarray) -> dict[str, Moments]:
     """The inverse of `pack`."""
     out, at = {}, 1
     for site in sites:
-        d = site.width
-        mean, m2, rest = packed[at : at + d], packed[at + d : at + 2 * d], packed[at + 2 * d : at + 2 * d + 2]
-        out[site.name] = Moments(int(packed[0]), mean, m2, float(rest[0]), float(rest[1]))
-        at += 2 * d + 2
+        mean, m2, norm, sq_norm = np.split(packed[at : at + 2 * site.width + 2], np.cumsum([site.width, site.width, 1]))
+        out[site.name] = Moments(int(packed[0]), mean, m2, norm[0], sq_norm[0])
+        at += 2 * site.width + 2
     return out

@@ -14,7 +14,7 @@ errors surface at the next call.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -184,15 +184,15 @@ class CacheWriter:
             write_plain(self.path / "calibration" / site.name, calibration_array(site), values)
         self._calibrations = dict(by_site)
 
-    def publish_shard(self, split: str, index: int, data: ShardData) -> None:
-        """Publish in the background; waits for the shard before it, so at most two are in memory."""
+    def publish_shard(self, split: str, index: int, finish: Callable[[], ShardData]) -> None:
+        """Finish and publish in the background; waits for the shard before it, so at most two are in memory."""
         self._wait()
-        self._publishing = self._background.submit(self._publish, split, index, data)
+        self._publishing = self._background.submit(self._publish, split, index, finish)
 
     # Internals.
 
-    def _publish(self, split: str, index: int, data: ShardData) -> None:
-        specs = self.plan.sharded_arrays(split)
+    def _publish(self, split: str, index: int, finish: Callable[[], ShardData]) -> None:
+        data, specs = finish(), self.plan.sharded_arrays(split)
 
         def one(name: str) -> tuple[str, dict[str, Any]]:
             spec, rows = specs[name], data.arrays[name]
@@ -239,6 +239,8 @@ class CacheWriter:
             write_json(root, group_json(attributes), exclusive=True)
         absent = {p: d for p, d in self.plan.documents().items() if not (self.path / p).exists()}
         list(self._files.map(lambda item: write_json(self.path / item[0], item[1]), absent.items()))
+        if self.pending():  # a repair: the user removed a commit record
+            (self.path / MANIFEST).unlink(missing_ok=True)
         for split, index in sorted(self._committed):
             self._check_shard(split, index)
         self._load_calibrations()
@@ -304,7 +306,7 @@ class CacheWriter:
         packed = [read_plain(folder, spec, i)[0] for i in range(plan.splits["train"].shards)]
         by_mask = [[stats.unpack(plan.sites, shard[mask]) for shard in packed] for mask in range(2)]
         for site in plan.sites:
-            kept, special = (stats.merged((s[site.name] for s in shards), site.width) for shards in by_mask)
+            kept, special = (stats.merged(s[site.name] for s in shards) for shards in by_mask)
             both = [kept.stats(), kept.merge(special).stats()]
             values = np.stack([np.stack([s.mean, s.variance]) for s in both])
             attributes = {
