@@ -88,10 +88,13 @@ def _known(raw: Mapping[str, Any], tables: Mapping[str, type]) -> Mapping[str, A
     for key, value in raw.items():
         if key not in tables:
             raise UserError(
-                f"A recipe has no table [{key}].{nearest(key, tables)} Known: {', '.join(tables)}, sweep; and the key about."
+                f"A recipe has no table [{key}].{nearest(key, tables)} Known: {', '.join(tables)}, sweep; and the key "
+                "about."
             )
         if not isinstance(value, Mapping):
-            raise UserError(f"[{key}] is {value!r}; expected a table. Write [{key}] on a line of its own, keys below it.")
+            raise UserError(
+                f"[{key}] is {value!r}; expected a table. Write [{key}] on a line of its own, keys below it."
+            )
     return raw
 
 

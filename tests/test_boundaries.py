@@ -53,6 +53,10 @@ def test_only_the_cli_and_main_stand_at_the_root() -> None:
 
 
 def test_rooms_are_imported_under_the_installed_name() -> None:
-    for path in [*ROOT.glob("*.py"), *(p for room in MAY_IMPORT for p in modules(room)), *(ROOT / "tests").rglob("*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for room in MAY_IMPORT for p in modules(room)),
+        *(ROOT / "tests").rglob("*.py"),
+    ]:
         for name in imported(path):
             assert name.split(".")[0] not in MAY_IMPORT, f"{path.relative_to(ROOT)} imports {name} without `thresher.`"

@@ -64,7 +64,9 @@ def test_a_recipe_without_a_sweep_is_one_variant(tmp_path: Path) -> None:
 
 
 def test_set_wins_over_the_file_and_over_the_sweep(tmp_path: Path) -> None:
-    path = recipe(tmp_path, "[target]\nmodel = 'm'\n[train]\nlr = 1.0\n[[sweep]]\ndictionary.firing = ['topk', 'relu']\n")
+    path = recipe(
+        tmp_path, "[target]\nmodel = 'm'\n[train]\nlr = 1.0\n[[sweep]]\ndictionary.firing = ['topk', 'relu']\n"
+    )
     read_back = read(path, ["train.lr=2", "target.model=other", "dictionary.k=4"], TABLES)
     assert read_back.tables["train"].lr == 2.0
     assert read_back.tables["target"].model == "other"

@@ -1,0 +1,460 @@
+"""The command line: parse, wire the stages together, print. The only module that knows all of them.
+
+Heavy imports sit inside the commands, so `thresher --help` is quick.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from thresher.cache.contracts import UserError
+from thresher.cache.interrupts import Interrupted
+
+if TYPE_CHECKING:
+    from thresher.cache.layout import Contexts
+    from thresher.cache.reader import CacheReader
+    from thresher.evaluate.results import Results
+    from thresher.evaluate.run import EvaluateConfig, Replacement
+    from thresher.harvest.run import HarvestResult
+    from thresher.harvest.target import TransformerTarget
+    from thresher.recipes.reading import Recipe
+    from thresher.train.files import LoadedRun
+    from thresher.train.run import RunResult
+
+app = typer.Typer(
+    help="Harvest a transformer's activations once, train every sparse dictionary from them, judge all of them "
+    "under one protocol. A RECIPE is a TOML file or the name of a bundled one (thresher recipes list).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="Look at a cache and check it.", no_args_is_help=True)
+recipes_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+app.add_typer(recipes_app, name="recipes")
+
+out = Console()
+err = Console(stderr=True)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one value; may be repeated.")
+]
+CachePath = Annotated[
+    Path | None, typer.Option("--cache", help="The cache; by default named by its fingerprint in $THRESHER_CACHE.")
+]
+RunsPath = Annotated[Path | None, typer.Option("--runs", help="Where run directories go; by default runs/RECIPE.")]
+WandbMode = Literal["disabled", "online", "offline"]
+Wandb = Annotated[WandbMode, typer.Option("--wandb", help="Log to Weights & Biases.")]
+
+
+def main() -> None:
+    """Entry point: UserError ends with its text and 2, an interrupt with 130, anything else with a hint and 1."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except UserError as error:
+        _fail("error", error, 2, debug)
+    except Interrupted as error:
+        _fail("stopped", error, 130, debug)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(
+            "error", Exception(f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"), 1, False
+        )
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(word: str, error: Exception, code: int, debug: bool) -> NoReturn:
+    if debug:
+        raise error
+    err.print(f"[bold red]{word}:[/] ", end="")
+    err.print(str(error), markup=False, highlight=False)
+    sys.exit(code)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")] = False,
+) -> None:
+    """`--debug` itself is read by `main`, which sees the whole line."""
+
+
+@app.command()
+def harvest(name: RecipeName, assignments: Assignments = None, cache: CachePath = None) -> None:
+    """Run the target once and write its activations to a cache (resumes; a matching cache is reused)."""
+    harvest_recipe(_read(name, assignments), cache)
+
+
+@app.command()
+def train(
+    name: RecipeName,
+    assignments: Assignments = None,
+    cache: CachePath = None,
+    runs: RunsPath = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoints.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    wandb: Wandb = "disabled",
+) -> None:
+    """Train every dictionary of the recipe's sweep from one pass over the cache."""
+    results = train_recipe(_read(name, assignments), cache, runs, resume=resume, device=device, wandb=wandb)
+    if any(result.status == "failed" for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    names: Annotated[list[str], typer.Argument(metavar="RUN… | RECIPE", help="Run directories, or one recipe.")],
+    assignments: Assignments = None,
+    cache: CachePath = None,
+    runs: RunsPath = None,
+    report: Annotated[
+        Path | None, typer.Option("--out", help="Where the report goes; by default reports/NAME.")
+    ] = None,
+) -> None:
+    """Patch trained dictionaries back into the target; print the table and write the report."""
+    if len(names) == 1 and not Path(names[0]).is_dir():
+        recipe = _read(names[0], assignments)
+        evaluate_recipe(recipe, cache, runs, report)
+    else:
+        evaluate_runs([Path(name) for name in names], assignments or [], cache, report)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where cache, runs and report go.")] = Path("demo"),
+    name: Annotated[str, typer.Option("--recipe", help="Another recipe to run from end to end.")] = "books-demo",
+    assignments: Assignments = None,
+) -> None:
+    """Harvest, train and evaluate on the bundled model, on a CPU, in minutes."""
+    recipe = _read(name, assignments)
+    cache, runs = folder / "cache.zarr", folder / "runs"
+    out.rule("1/3 harvest", align="left")
+    harvest_recipe(recipe, cache)
+    out.rule("2/3 train", align="left")
+    train_recipe(recipe, cache, runs, resume=True, device="auto", wandb="disabled")
+    out.rule("3/3 evaluate", align="left")
+    evaluate_recipe(recipe, cache, runs, folder / "report")
+
+
+@cache_app.command("info")
+def cache_info(path: Annotated[Path, typer.Argument(help="A cache directory.")]) -> None:
+    """What a cache holds, how large it is and how exact."""
+    from thresher.cache.reader import CacheReader
+
+    summary = CacheReader.open(path).summary()
+    sites = summary.pop("sites")
+    for key, value in summary.items():
+        out.print(f"[bold]{key.replace('_', ' ')}[/] {_one_line(value)}", highlight=False)
+    columns = list(dict.fromkeys(key for site in sites.values() for key in site))
+    table = Table("site", *(column.replace("_", " ") for column in columns), box=None, header_style="bold")
+    for site, facts in sites.items():
+        table.add_row(site, *(_one_line(facts.get(column, "")) for column in columns))
+    out.print(table)
+
+
+@cache_app.command("verify")
+def cache_verify(path: Annotated[Path, typer.Argument(help="A cache directory.")]) -> None:
+    """Read every byte, check every checksum, name every fault; exits with 1 if there is one."""
+    from thresher.cache.reader import CacheReader
+
+    faults = CacheReader.open(path).verify()
+    for fault in faults:
+        out.print(fault, markup=False, highlight=False)
+    out.print(f"{len(faults)} faults in {path}" if faults else f"{path} is whole: every checksum holds.")
+    if faults:
+        raise typer.Exit(1)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """The bundled recipes."""
+    from thresher.recipes.reading import bundled_names
+
+    table = Table("recipe", "dictionaries", "about", box=None, header_style="bold")
+    for name in bundled_names():
+        recipe = _read(name, None)
+        table.add_row(name, str(len(recipe.variants)), recipe.about)
+    out.print(table)
+
+
+@recipes_app.command("show")
+def recipes_show(name: RecipeName) -> None:
+    """Print a recipe file, to copy and change."""
+    from thresher.recipes.reading import find
+
+    sys.stdout.write(find(name).read_text(encoding="utf-8"))
+
+
+@recipes_app.command("check")
+def recipes_check(name: RecipeName, assignments: Assignments = None) -> None:
+    """Resolve a recipe with every default written out, without loading anything."""
+    recipe = _read(name, assignments)
+    for variant in recipe.variants:
+        out.print(f"[bold]{variant.label}[/]")
+        sys.stdout.write(json.dumps(variant.resolved, indent=1) + "\n")
+
+
+@recipes_app.command("keys")
+def recipes_keys(
+    table: Annotated[str | None, typer.Argument(help="One table only, for example train.")] = None,
+) -> None:
+    """Every key a recipe may have: type, default, meaning."""
+    from thresher.cache.records import described, nearest
+
+    tables = _tables()
+    if table is not None and table not in tables:
+        raise UserError(f"A recipe has no table [{table}].{nearest(table, tables)} Known: {', '.join(tables)}.")
+    for name, kind in tables.items():
+        if table in (None, name):
+            grid = Table("key", "type", "default", "meaning", title=f"\\[{name}]", title_justify="left", box=None)
+            for row in described(kind):
+                grid.add_row(*(cell.replace("[", "\\[") for cell in row))
+            out.print(grid, "")
+
+
+def harvest_recipe(recipe: "Recipe", cache: Path | None) -> "HarvestResult":
+    """Fill the recipe's cache, or find it full."""
+    from thresher.harvest.run import harvest as run_harvest
+
+    target, data, settings = (recipe.tables[table] for table in ("target", "data", "harvest"))
+    return run_harvest(target, data, settings, path=cache or default_cache(recipe), console=out)
+
+
+def train_recipe(
+    recipe: "Recipe", cache: Path | None, runs: Path | None, *, resume: bool, device: str, wandb: WandbMode
+) -> "list[RunResult]":
+    """Train all dictionaries of the recipe from its cache."""
+    from thresher.train.plan import plan_runs
+    from thresher.train.run import train as run_train
+
+    reader = _open_cache(recipe, cache)
+    plans = [
+        plan
+        for variant in recipe.variants
+        for plan in plan_runs(
+            variant.label, variant.tables["dictionary"], variant.tables["train"], reader.sites, variant.resolved
+        )
+    ]
+    folder = runs or Path("runs") / recipe.name
+    results = run_train(plans, reader, out=folder, device=device, resume=resume, wandb=wandb, console=out)
+    failed = [result.name for result in results if result.status == "failed"]
+    out.print(
+        f"{len(results) - len(failed)} dictionaries in {folder}" + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    return results
+
+
+def evaluate_recipe(recipe: "Recipe", cache: Path | None, runs: Path | None, report: Path | None) -> "Results":
+    """Evaluate the runs that the recipe trained."""
+    folder = runs or Path("runs") / recipe.name
+    labels = {variant.label for variant in recipe.variants}
+    paths = [path for path in _run_directories([folder]) if _config(path).get("group") in labels]
+    missing = labels - {_config(path)["group"] for path in paths}
+    if missing:
+        raise UserError(
+            f"{folder} has no run of {', '.join(sorted(missing))}. Train them first: thresher train {recipe.name}"
+            " (with the same --runs)."
+        )
+    settings = recipe.tables["evaluate"]
+    return _judge(paths, settings, recipe.tables, cache, report or Path("reports") / recipe.name)
+
+
+def evaluate_runs(
+    folders: Sequence[Path], assignments: Sequence[str], cache: Path | None, report: Path | None
+) -> "Results":
+    """Evaluate run directories, under the settings of the first one's recipe."""
+    from thresher.cache.records import from_dict, override
+    from thresher.recipes.reading import parsed
+
+    tables = _tables()
+    paths = _run_directories(folders)
+    fixed = parsed(assignments, tables)
+    stored = override(_config(paths[0])["recipe"], fixed)
+    built: dict[str, Any] = {
+        table: from_dict(tables[table], stored[table], table) for table in ("target", "data", "evaluate")
+    }
+    return _judge(paths, built["evaluate"], built, cache, report or Path("reports") / folders[0].name)
+
+
+def default_cache(recipe: "Recipe") -> Path:
+    """`$THRESHER_CACHE/NAME-FINGERPRINT.zarr`: the name is for people, the fingerprint decides."""
+    from thresher.cache.records import fingerprint
+
+    return (
+        Path(os.environ.get("THRESHER_CACHE", "caches"))
+        / f"{recipe.name}-{fingerprint(_identity(recipe.tables))[:12]}.zarr"
+    )
+
+
+def _judge(
+    paths: Sequence[Path], settings: "EvaluateConfig", tables: Mapping[str, Any], cache: Path | None, report: Path
+) -> "Results":
+    from thresher.evaluate.report import print_table, write_report
+    from thresher.evaluate.run import evaluate as run_evaluate
+    from thresher.harvest.target import load_target
+    from thresher.train.files import load_run
+
+    loaded = [load_run(path) for path in paths]
+    _same_target(loaded, tables)
+    target = load_target(tables["target"])
+    loaded = [load_run(path, device=str(target.device)) for path in paths]
+    contexts, source = _held_out(loaded[0].config, tables, settings, cache, target)
+    provenance = {"contexts": source, "runs": [str(path) for path in paths]}
+    results = run_evaluate(_sets(loaded, paths), target, contexts, settings, console=out, provenance=provenance)
+    print_table(results, out)
+    written = write_report(results, report)
+    for label, path in written._asdict().items():
+        for item in path if isinstance(path, (list, tuple)) else [path]:
+            out.print(f"{label:<8} {item}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _identity(tables: Mapping[str, Any]) -> dict[str, Any]:
+    from thresher.harvest.run import identity
+
+    return identity(tables["target"], tables["data"], tables["harvest"])
+
+
+def _open_cache(recipe: "Recipe", cache: Path | None) -> "CacheReader":
+    from thresher.cache.reader import CacheReader
+
+    path = cache or default_cache(recipe)
+    if not path.exists():
+        raise UserError(f"There is no cache at {path}. Fill it first: thresher harvest {recipe.name}.")
+    return CacheReader.open(path, identity=_identity(recipe.tables))
+
+
+def _run_directories(folders: Sequence[Path]) -> list[Path]:
+    """The run directories among `folders` and directly inside them, sorted by name."""
+    found: list[Path] = []
+    for folder in folders:
+        inside = (
+            [folder] if (folder / "config.json").is_file() else sorted(p.parent for p in folder.glob("*/config.json"))
+        )
+        if not inside:
+            raise UserError(
+                f"{folder} is no run directory and holds none: expected config.json in it or one level below."
+            )
+        found += inside
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    from thresher.train.files import read_config
+
+    return read_config(path)
+
+
+def _same_target(loaded: "Sequence[LoadedRun]", tables: Mapping[str, Any]) -> None:
+    """Refuse runs that were trained on another model than the one they are about to be patched into."""
+    from thresher.cache.records import differences
+    from thresher.harvest.target import model_identity
+
+    here = {key: value for key, value in model_identity(tables["target"]).items() if key != "dtype"}
+    for run in loaded:
+        theirs = {key: value for key, value in run.config["cache"]["identity"]["target"].items() if key != "dtype"}
+        unlike = differences(theirs, here)
+        if unlike:
+            raise UserError(
+                f"Run {run.config['name']} was trained on another target: {'; '.join(unlike)}. Evaluate it with its "
+                "own target, or train on a cache of this one."
+            )
+
+
+def _held_out(
+    config: Mapping[str, Any],
+    tables: Mapping[str, Any],
+    settings: "EvaluateConfig",
+    cache: Path | None,
+    target: "TransformerTarget",
+) -> "tuple[Contexts, str]":
+    """Held-out contexts and where they came from: the run's cache if it is still there, else the text itself."""
+    from thresher.cache.reader import find_complete
+
+    stored = config["cache"]
+    path = cache or Path(stored["path"])
+    reader = find_complete(path, stored["identity"])
+    if reader is not None:
+        return reader.contexts(settings.split), f"split {settings.split} of {path}"
+    from thresher.harvest.corpus import read_corpus
+    from thresher.harvest.target import load_tokenizer
+
+    corpus = read_corpus(tables["data"], load_tokenizer(tables["target"]), target.n_ctx, target.n_vocab, out)
+    return corpus.splits[settings.split], f"split {settings.split} of {tables['data'].source}"
+
+
+def _sets(loaded: "Sequence[LoadedRun]", paths: Sequence[Path]) -> "list[Replacement]":
+    """Dictionaries that were trained as one group (for example the layers of a transcoder) are patched in together."""
+    from thresher.evaluate.run import Replacement
+
+    groups: dict[str, list[int]] = {}
+    for index, run in enumerate(loaded):
+        groups.setdefault(run.config["group"], []).append(index)
+    return [
+        Replacement(group, tuple(loaded[i].dictionary for i in members), _facts(members, loaded, paths))
+        for group, members in groups.items()
+    ]
+
+
+def _facts(members: Sequence[int], loaded: "Sequence[LoadedRun]", paths: Sequence[Path]) -> dict[str, Any]:
+    """What the report says about a set: of the first run where all agree, of every run where they may differ."""
+    configs = [loaded[i].config for i in members]
+    spec, training = configs[0]["dictionary"], configs[0]["training"]
+    return {
+        "kind": spec["kind"],
+        "firing": spec["firing"],
+        "sparsity": loaded[members[0]].dictionary.spec.sparsity_label,
+        "n_latents": spec["n_latents"],
+        "seed": training["seed"],
+        "training_rows": training["rows"],
+        "cache_fingerprint": configs[0]["cache"]["fingerprint"],
+        "git_commit": configs[0]["git_commit"],
+        "runs": [str(paths[i]) for i in members],
+    }
+
+
+def _tables() -> dict[str, type]:
+    from thresher.evaluate.run import EvaluateConfig
+    from thresher.harvest.corpus import DataConfig
+    from thresher.harvest.run import HarvestConfig
+    from thresher.harvest.target import TargetConfig
+    from thresher.train.config import TrainConfig
+    from thresher.train.dictionary.spec import DictionaryConfig
+
+    return {
+        "target": TargetConfig,
+        "data": DataConfig,
+        "harvest": HarvestConfig,
+        "dictionary": DictionaryConfig,
+        "train": TrainConfig,
+        "evaluate": EvaluateConfig,
+    }
+
+
+def _read(name: str, assignments: Sequence[str] | None) -> "Recipe":
+    from thresher.recipes.reading import read
+
+    return read(name, assignments or [], _tables())
+
+
+def _one_line(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_one_line(inner)}" for key, inner in value.items())
+    return str(value)

@@ -1,0 +1,249 @@
+"""The command line as a user meets it: exit codes, one paragraph per mistake, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "data.max_tokens=24000",
+    "data.context=128",
+    "dictionary.expansion=2",
+    "train.batch_rows=1024",
+    "train.rows=8192",
+    "train.log_every=2",
+    "evaluate.tokens=1500",
+    "evaluate.resamples=100",
+)
+"""Overrides that make the demo recipe a matter of seconds."""
+
+
+def thresher(folder: Path, *arguments: str, sets: Sequence[str] = SMALL) -> subprocess.CompletedProcess[str]:
+    """`thresher ARGUMENTS --set …` in `folder`."""
+    extra = [part for item in sets for part in ("--set", item)]
+    return subprocess.run(
+        [sys.executable, "-m", "thresher", *arguments, *extra],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+
+
+def environment() -> dict[str, str]:
+    hidden = {"THRESHER_CACHE"}
+    return {**{k: v for k, v in os.environ.items() if k not in hidden}, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all three stages of the small recipe have run."""
+    folder = tmp_path_factory.mktemp("house")
+    for stage in ("harvest", "train", "evaluate"):
+        done = thresher(folder, stage, "books-demo")
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def cache_of(house: Path) -> Path:
+    (cache,) = (house / "caches").iterdir()
+    return cache
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, one paragraph on stderr with the words in it, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    text = " ".join(done.stderr.split())
+    assert text.startswith("error:")
+    for word in words:
+        assert word in text, text
+
+
+def test_three_commands_lead_from_text_to_report(house: Path) -> None:
+    report = house / "reports" / "books-demo"
+    results = json.loads((report / "results.json").read_text())
+    assert {row["protocol"] for row in results["rows"]} == {"cascade", "clean_input", "single_site"}
+    labels = {row["name"] for row in results["rows"] if row["kind"] == "replacement"}
+    assert labels == {
+        "transcoder-batchtopk-k8", "transcoder-batchtopk-k16", "transcoder-batchtopk-k32",
+        "transcoder-jumprelu", "sae-topk", "clt-batchtopk",
+    }  # fmt: skip
+    assert all((report / name).stat().st_size for name in ("results.csv", "results.md", "report.html"))
+    assert list((report / "plots").glob("*.png"))
+    assert len(list((house / "runs/books-demo").iterdir())) == 4 * 5 + 1
+
+
+def test_a_second_run_reuses_everything_and_says_so(house: Path) -> None:
+    harvested = thresher(house, "harvest", "books-demo")
+    trained = thresher(house, "train", "books-demo")
+    assert harvested.returncode == trained.returncode == 0
+    assert "Reusing" in harvested.stdout
+    assert "Reusing 21 finished of 21 runs" in trained.stdout
+
+
+def test_runs_named_one_by_one_are_judged_as_from_the_recipe(house: Path) -> None:
+    names = [f"runs/books-demo/transcoder-batchtopk-k16-L{layer:02d}" for layer in range(4)]
+    few = ("evaluate.tokens=1500", "evaluate.resamples=100")
+    done = thresher(house, "evaluate", *names, "--out", "four", sets=few)
+    assert done.returncode == 0, done.stderr
+    alone = json.loads((house / "four/results.json").read_text())["rows"]
+    among = json.loads((house / "reports/books-demo/results.json").read_text())["rows"]
+    for row in alone:
+        if row["kind"] == "replacement":
+            (twin,) = [r for r in among if (r["name"], r["protocol"]) == (row["name"], row["protocol"])]
+            assert row["metrics"] == pytest.approx(twin["metrics"], rel=1e-6)
+
+
+def test_evaluation_reads_the_text_again_when_the_cache_is_gone(house: Path, tmp_path: Path) -> None:
+    few = ("evaluate.tokens=1500", "evaluate.resamples=100")
+    run = house / "runs/books-demo/clt-batchtopk"
+    with_cache = thresher(house, "evaluate", str(run), "--out", str(tmp_path / "a"), sets=few)
+    without = thresher(
+        house, "evaluate", str(run), "--out", str(tmp_path / "b"), "--cache", str(tmp_path / "no"), sets=few
+    )
+    assert with_cache.returncode == without.returncode == 0, without.stderr
+    a, b = (json.loads((tmp_path / x / "results.json").read_text()) for x in "ab")
+    assert a["rows"] == b["rows"]
+    assert a["masks"] == b["masks"]
+
+
+def test_cache_info_and_verify(house: Path) -> None:
+    info = thresher(house, "cache", "info", str(cache_of(house)), sets=())
+    assert info.returncode == 0, info.stderr
+    assert "L03.mlp_out" in info.stdout
+    assert "int8z" in info.stdout
+    good = thresher(house, "cache", "verify", str(cache_of(house)), sets=())
+    assert good.returncode == 0
+    assert "every checksum holds" in " ".join(good.stdout.split())
+
+
+def test_both_other_names_are_the_same_program(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "cli.py"
+    direct = subprocess.run(
+        [sys.executable, str(script), "recipes", "list"],
+        cwd=script.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert direct.returncode == 0, direct.stderr
+    assert direct.stdout == thresher(tmp_path, "recipes", "list", sets=()).stdout
+
+
+def test_every_command_has_help(tmp_path: Path) -> None:
+    for command in ([], ["harvest"], ["train"], ["evaluate"], ["demo"], ["cache", "info"], ["recipes", "keys"]):
+        done = thresher(tmp_path, *command, "--help", sets=())
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+
+
+def test_bundled_recipes_check_without_loading_anything(tmp_path: Path) -> None:
+    for name in ("books-demo", "gpt2-small"):
+        done = thresher(tmp_path, "recipes", "check", name, sets=())
+        assert done.returncode == 0, done.stderr
+
+
+def test_keys_of_a_table_are_listed_with_their_meaning(tmp_path: Path) -> None:
+    done = thresher(tmp_path, "recipes", "keys", "train", sets=())
+    assert "batch_rows" in done.stdout
+    assert "Cached rows per optimiser step" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "sets", "words"),
+    [
+        ("harvest", ["train.lrr=1"], ["[train]", "'lrr'", "Did you mean 'lr'"]),
+        ("harvest", ["harvest.codec=int9"], ["harvest.codec", "'int9'", "int8z"]),
+        ("harvest", ["target.model=no/such-model"], ["no/such-model"]),
+        ("harvest", ["target.model=./nowhere"], ["nowhere"]),
+        ("harvest", ["target.device=cuda"], ["target.device", "cuda"]),
+        ("harvest", ["data.source=missing.jsonl"], ["missing.jsonl"]),
+        ("harvest", ["data.column=txt"], ["column", "txt", "text"]),
+        ("harvest", ["harvest.sites=['mlp_inn']"], ["mlp_inn", "mlp_in"]),
+        ("harvest", ["data.context=4096"], ["context", "4096", "256"]),
+        ("train", ["data.max_tokens=999"], ["no cache", "thresher harvest"]),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_before_any_work(tmp_path: Path, command: str, sets: list[str], words: list[str]) -> None:
+    refused(thresher(tmp_path, command, "books-demo", sets=sets), *words)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == [], f"half-written: {left}"
+
+
+def test_a_cache_of_other_settings_is_refused_by_name(house: Path, tmp_path: Path) -> None:
+    cache = str(cache_of(house))
+    done = thresher(tmp_path, "train", "books-demo", "--cache", cache, sets=[*SMALL, "data.split_seed=7"])
+    refused(done, "split_seed", "7", "0")
+
+
+def test_a_dictionary_of_sites_the_cache_lacks_is_refused(house: Path) -> None:
+    done = thresher(house, "train", "books-demo", "--runs", "x", sets=[*SMALL, "dictionary.reads=resid_mid"])
+    refused(done, "resid_mid", "mlp_in")
+
+
+def test_a_directory_that_is_no_run_is_refused(house: Path, tmp_path: Path) -> None:
+    refused(thresher(house, "evaluate", str(tmp_path), sets=()), str(tmp_path), "config.json")
+
+
+def test_a_run_of_another_model_is_refused(house: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    source = house / "runs/books-demo/clt-batchtopk"
+    config = json.loads((source / "config.json").read_text())
+    key = next(iter(config["cache"]["identity"]["target"]))
+    config["cache"]["identity"]["target"][key] = "another"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "weights.safetensors").write_bytes((source / "weights.safetensors").read_bytes())
+    refused(thresher(house, "evaluate", str(run), sets=()), "another target", key, "'another'")
+
+
+def test_a_mistyped_option_says_so_without_a_traceback(tmp_path: Path) -> None:
+    done = thresher(tmp_path, "harvest", "books-demo", "--cahce", "x", sets=())
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "--cache" in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = thresher(tmp_path, "harvest", "nothing", "--debug", sets=())
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_ends_with_the_same_bits(house: Path, tmp_path: Path, number: int) -> None:
+    sets = [*SMALL, "train.rows=40960", "train.checkpoint_every=1000000", "train.log_every=1"]
+    common = ["train", "books-demo", "--cache", str(cache_of(house))]
+    extra = [part for item in sets for part in ("--set", item)]
+    command = [sys.executable, "-m", "thresher", *common, "--runs", "stopped", *extra]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_lines(tmp_path / "stopped/clt-batchtopk/metrics.jsonl", 3, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    refused(thresher(tmp_path, *common, "--runs", "stopped", sets=sets), "--resume")
+    assert thresher(tmp_path, *common, "--runs", "stopped", "--resume", sets=sets).returncode == 0
+    assert thresher(tmp_path, *common, "--runs", "straight", sets=sets).returncode == 0
+    for run in ("clt-batchtopk", "transcoder-jumprelu-L02", "sae-topk-L00"):
+        weights = [(tmp_path / way / run / "weights.safetensors").read_bytes() for way in ("stopped", "straight")]
+        assert weights[0] == weights[1], run
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.is_file() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"{path} never had {count} lines: {process.communicate()}")

@@ -1,0 +1,90 @@
+"""A wheel built from the repository, installed outside the checkout, is the whole program."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing left over in the checkout's `build/` slips in."""
+    source = tmp_path_factory.mktemp("source") / "thresher"
+    keep_out = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "__pycache__", "demo", "caches", "runs", "reports"
+    )
+    shutil.copytree(ROOT, source, ignore=keep_out)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
+    subprocess.run(command, check=True)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that holds the wheel and nothing else; the dependencies are lent by the running one.
+
+    A line in a .pth file lends a directory without reading the .pth files in it, so the checkout itself, which the
+    running environment knows through one, stays out of sight.
+    """
+    home = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+    subprocess.run([home / "bin/pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    (site,) = home.glob("lib/python*/site-packages")
+    assert {path.name for path in site.iterdir() if path.name.startswith("thresher")} >= {"thresher"}
+    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return home
+
+
+def run(environment: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The console script of `environment`, started in `folder`, with no trace of the checkout in its variables."""
+    variables = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "THRESHER", "VIRTUAL"))
+    }
+    return subprocess.run(
+        [environment / "bin" / arguments[0], *arguments[1:]], cwd=folder, env=variables, capture_output=True, text=True
+    )
+
+
+def test_the_wheel_puts_only_thresher_at_the_top(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"thresher"}
+
+
+def test_the_wheel_carries_every_module_and_all_data(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+    expected = {
+        f"thresher/{path.relative_to(ROOT).as_posix()}"
+        for room in ("cache", "harvest", "train", "evaluate", "recipes")
+        for path in (ROOT / room).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert expected | {"thresher/cli.py", "thresher/__main__.py"} == {n for n in inside if n.startswith("thresher/")}
+
+
+def test_an_empty_environment_runs_the_program_from_elsewhere(environment: Path, tmp_path: Path) -> None:
+    where = run(environment, tmp_path, "python", "-c", "import thresher.cli as m; print(m.__file__)")
+    assert Path(where.stdout.strip()).is_relative_to(environment), where.stdout + where.stderr
+    listed = run(environment, tmp_path, "thresher", "recipes", "list")
+    assert listed.returncode == 0, listed.stderr
+    assert "books-demo" in listed.stdout
+
+
+def test_the_demo_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None:
+    """The whole path on the bundled model, with few tokens and steps; `thresher demo` runs it in full."""
+    small = ["data.max_tokens=24000", "train.rows=4096", "evaluate.tokens=1500", "evaluate.resamples=50"]
+    arguments = [part for item in small for part in ("--set", item)]
+    done = run(environment, tmp_path, "thresher", "demo", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "demo/report/report.html").stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {"demo"}
