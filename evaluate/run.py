@@ -1,0 +1,162 @@
+"""The stage: trained dictionaries and a target into results under labelled protocols.
+
+Sees dictionaries and the model only through `cache/contracts.py`: it calls `encode` and `decode`, never rewrites them,
+and knows no weight. Order: refuse what cannot work, choose rows and masks, run the passes, turn sums into rows.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from thresher.cache.contracts import Target, UserError
+from thresher.cache.layout import Contexts
+from thresher.cache.records import fingerprint, to_dict
+from thresher.evaluate import verdict
+from thresher.evaluate.checks import Replacement, check_replacements, check_tokens
+from thresher.evaluate.masks import Scored, scored
+from thresher.evaluate.passes import Plan, count_passes, run_passes
+from thresher.evaluate.results import Results
+from thresher.evaluate.statistics import FEW_UNITS
+
+__all__ = ["EvaluateConfig", "Replacement", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How dictionaries are judged."""
+
+    protocols: tuple[Literal["cascade", "clean_input", "single_site"], ...] = ("cascade", "clean_input", "single_site")
+    """Ways of patching reconstructions in; each gives its own table, and cascade is the headline."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Documents to evaluate on; select settings on validation, report on test."""
+    tokens: int = 200_000
+    """Scored tokens, about; 0 or more than there are takes the whole split."""
+    single_site_share: float = 0.25
+    """Part of the rows on which single_site runs: it needs one pass per site."""
+    arms: tuple[Literal["identity", "zero", "mean", "error_added"], ...] = ("identity", "zero", "mean")
+    """Arms beside clean and the replacements: two ablations, and two checks that must equal clean."""
+    batch_contexts: int = 8
+    """Contexts per forward pass; memory holds two tensors of batch × context × vocabulary."""
+    resamples: int = 2000
+    """Bootstrap resamples behind every interval."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        for field, low in (("tokens", 0), ("batch_contexts", 1), ("resamples", 100), ("seed", 0)):
+            value = getattr(self, field)
+            if value < low:
+                raise UserError(f"evaluate.{field} is {value}; expected at least {low}.")
+        if not 0 < self.single_site_share <= 1:
+            raise UserError(
+                f"evaluate.single_site_share is {self.single_site_share}; expected more than 0 and at most 1. To leave "
+                "single_site out, remove it from evaluate.protocols."
+            )
+        if not self.protocols:
+            raise UserError("evaluate.protocols is empty; expected at least one of cascade, clean_input, single_site.")
+        for field in ("protocols", "arms"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise UserError(f"evaluate.{field} is {list(values)}; expected each name at most once.")
+
+
+def evaluate(
+    replacements: Sequence[Replacement],
+    target: Target,
+    contexts: Contexts,
+    config: EvaluateConfig,
+    *,
+    console: Console,
+    provenance: Mapping[str, Any],
+) -> Results:
+    """Patch every replacement into the target on held-out contexts and measure what is lost.
+
+    `provenance` is recorded as it is, beside versions, settings, target and masks. Raises UserError for replacements
+    that do not fit the target, contexts that cannot be scored, and numbers that are not finite.
+    """
+    sites = check_replacements(replacements, target)
+    text = scored(contexts, config.tokens)
+    check_tokens(text, target)
+    plan = Plan(config.protocols, config.arms, config.batch_contexts, config.single_site_share)
+    with _progress(console) as progress:
+        task = progress.add_task("evaluate", total=count_passes(text, replacements, plan))
+        tally = run_passes(text, replacements, target, plan, lambda: progress.advance(task))
+    segments = verdict.segments_of(text, tally)
+    draw = verdict.Draw(config.resamples, config.seed)
+    judges: dict[str, verdict.Judge] = {
+        p: verdict.Judge(segments, p, text.has_documents, draw) for p in config.protocols
+    }
+    whole = verdict.Judge(segments, "cascade", text.has_documents, draw)
+    rows = verdict.baseline_rows(replacements, plan, judges)
+    rows += verdict.replacement_rows(replacements, tally, segments, plan, sites, judges)
+    target_hash, text_hash = fingerprint(dict(target.identity)), str(text.facts["sha256"])
+    rows, excluded = verdict.mark_fronts(rows, (target_hash, text_hash, *_mask_rules(text)))
+    protocols = verdict.protocol_facts(plan, judges)
+    checks = verdict.check_rows(replacements, whole)
+    return Results(
+        provenance={
+            **provenance,
+            "target": {"name": target.name, "sha256": target_hash, "identity": dict(target.identity)},
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "dictionary_dtype": "float64" if str(target.dtype) == "torch.float64" else "float32",
+            "device": str(target.device),
+            "autocast": False,
+            "evaluate": to_dict(config),
+            "evaluate_versions": versions(),
+        },
+        masks=text.facts,
+        protocols=protocols,
+        rows=tuple(rows),
+        pairs=verdict.ranked_pairs(replacements, rows, judges),
+        checks=checks,
+        excluded=tuple(excluded),
+        notes=tuple(_notes(protocols, checks, str(text.facts["unit"]))),
+        segments=segments,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that numbers depend on."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in ("torch", "numpy", "transformers", "transformer-lens")
+    }
+
+
+def _mask_rules(text: Scored) -> tuple[str, str]:
+    return str(text.facts["patch_rule"]), str(text.facts["score_rule"])
+
+
+def _notes(protocols: Mapping[str, Mapping[str, Any]], checks: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
+    notes = []
+    few = [
+        f"{p} {facts['units']} {unit}{'s' * (facts['units'] != 1)}"
+        for p, facts in protocols.items()
+        if facts["few_units"]
+    ]
+    if few:
+        notes.append(f"Fewer than {FEW_UNITS} units to resample, so intervals are rough: {', '.join(few)}.")
+    for check in checks:
+        if not check["passed"]:
+            notes.append(
+                f"The arm {check['name']} should equal the clean model and misses it by δ = {check['delta']:.2e}, "
+                f"KL = {check['kl']:.2e}; numbers below that size mean nothing."
+            )
+    return notes
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("passes"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

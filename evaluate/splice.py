@@ -1,0 +1,143 @@
+"""Edits that put an arm in place of the model's own values, under each protocol.
+
+- `cascade`: one pass in which every encoder reads the stream as the earlier replacements left it. A cross-layer
+  transcoder keeps the codes of its earlier layers as they arose on that stream.
+- `clean_input`: reconstructions of the clean pass, all written at once as constants.
+- `single_site`: one of those constants at a time; everything else is the model's own.
+
+Only positions in the patch mask P are encoded or written; elsewhere the live value stays, in every arm. Encoding and
+decoding are the dictionary's own: nothing here knows a weight or a firing rule.
+
+A site may be read by several dictionaries and written by one. The writer reads it as the model made it (an SAE reads
+what it is about to overwrite); any other reader sees what was written, as the rest of the model does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from thresher.cache.contracts import Codes, Dictionary, Edit
+
+Protocol = Literal["cascade", "clean_input", "single_site"]
+PROTOCOLS: tuple[Protocol, ...] = ("cascade", "clean_input", "single_site")
+
+Observer = Callable[[int, int, Codes], None]
+"""Told of codes as they arise: index of the dictionary, index of its source, codes of the patched positions."""
+
+
+def read_rows(x_BTD: Tensor, patch_BT: Tensor) -> Tensor:
+    """The patched positions as [N, D] in float32, or in the model's dtype where that is wider."""
+    return x_BTD[patch_BT].to(torch.promote_types(x_BTD.dtype, torch.float32))
+
+
+def write_rows(x_BTD: Tensor, patch_BT: Tensor, value: Tensor) -> Tensor:
+    """A copy of the live value with `value` ([N, D] or [D]) at the patched positions."""
+    out_BTD = x_BTD.clone()
+    out_BTD[patch_BT] = value.to(x_BTD.dtype)
+    return out_BTD
+
+
+def recording_edits(sites: Sequence[str], patch_BT: Tensor, into: dict[str, Tensor]) -> dict[str, Edit]:
+    """Edits that change nothing and keep each site's patched positions in `into`, [N, D]."""
+
+    def recorder(site: str) -> Edit:
+        def edit(x_BTD: Tensor) -> None:
+            into[site] = read_rows(x_BTD, patch_BT)
+
+        return edit
+
+    return {site: recorder(site) for site in sites}
+
+
+def constant_edits(values: Mapping[str, Tensor], patch_BT: Tensor) -> dict[str, Edit]:
+    """Edits that write given values ([N, D] rows, or one [D] for all) at the patched positions."""
+
+    def writer(value: Tensor) -> Edit:
+        return lambda x_BTD: write_rows(x_BTD, patch_BT, value)
+
+    return {site: writer(value) for site, value in values.items()}
+
+
+def identity_edits(sites: Sequence[str], patch_BT: Tensor) -> dict[str, Edit]:
+    """Edits that write each site's own live value through the same path as every other arm: must equal clean."""
+
+    def edit(x_BTD: Tensor) -> Tensor:
+        return write_rows(x_BTD, patch_BT, read_rows(x_BTD, patch_BT))
+
+    return dict.fromkeys(sites, edit)
+
+
+def encode_clean(dictionaries: Sequence[Dictionary], clean: Mapping[str, Tensor]) -> list[list[Codes]]:
+    """Codes by dictionary and source of the clean values [N, D] by site."""
+    return [[d.encode(s, clean[site]) for s, site in enumerate(d.reads)] for d in dictionaries]
+
+
+def decode_all(dictionaries: Sequence[Dictionary], codes: Sequence[Sequence[Codes]]) -> dict[str, Tensor]:
+    """Reconstructions [N, E] by written site."""
+    out = {}
+    for dictionary, own in zip(dictionaries, codes, strict=True):
+        for j, site in enumerate(dictionary.writes):
+            out[site] = dictionary.decode(j, [own[s] for s in dictionary.sources(j)])
+    return out
+
+
+def cascade_edits(
+    dictionaries: Sequence[Dictionary],
+    patch_BT: Tensor,
+    *,
+    errors: Mapping[str, Tensor] | None = None,
+    observe: Observer | None = None,
+) -> dict[str, Edit]:
+    """Edits for one pass of the cascade; good for one call of `Target.logits`.
+
+    `errors` [N, E] by written site, the clean value minus its reconstruction, is added to what is written: with every
+    error in place the patched model is the clean one.
+    """
+    codes: dict[tuple[int, int], Codes] = {}
+
+    def encode(i: int, source: int, x_ND: Tensor) -> None:
+        codes[i, source] = dictionaries[i].encode(source, x_ND)
+        if observe is not None:
+            observe(i, source, codes[i, source])
+
+    def decode(i: int, destination: int, site: str) -> Tensor:
+        d = dictionaries[i]
+        yhat_NE = d.decode(destination, [codes[i, s] for s in d.sources(destination)])
+        return yhat_NE if errors is None else yhat_NE + errors[site]
+
+    def edit_of(site: str) -> Edit:
+        readers = [(i, s) for i, d in enumerate(dictionaries) for s, name in enumerate(d.reads) if name == site]
+        writer = next(((i, j) for i, d in enumerate(dictionaries) for j, w in enumerate(d.writes) if w == site), None)
+
+        def edit(x_BTD: Tensor) -> Tensor | None:
+            own = [r for r in readers if writer is None or r[0] == writer[0]]
+            if own:
+                x_ND = read_rows(x_BTD, patch_BT)
+                for i, s in own:
+                    encode(i, s, x_ND)
+            if writer is None:
+                return None
+            out_BTD = write_rows(x_BTD, patch_BT, decode(*writer, site))
+            others = [r for r in readers if r[0] != writer[0]]
+            if others:
+                x_ND = read_rows(out_BTD, patch_BT)
+                for i, s in others:
+                    encode(i, s, x_ND)
+            return out_BTD
+
+        return edit
+
+    touched = dict.fromkeys(site for d in dictionaries for site in (*d.reads, *d.writes))
+    return {site: edit_of(site) for site in touched}
+
+
+def reads(dictionaries: Sequence[Dictionary]) -> tuple[str, ...]:
+    """Sites read, each once, in order of appearance."""
+    return tuple(dict.fromkeys(site for d in dictionaries for site in d.reads))
+
+
+def writes(dictionaries: Sequence[Dictionary]) -> tuple[str, ...]:
+    """Sites written, in order of appearance."""
+    return tuple(site for d in dictionaries for site in d.writes)
