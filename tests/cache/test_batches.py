@@ -1,0 +1,112 @@
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from thresher.cache.batches import Batches
+from thresher.cache.contracts import UserError
+from thresher.cache.reader import CacheReader
+
+SITES = ["L00.mlp_out", "blocks.1.x"]
+
+
+def take(reader: CacheReader, n: int, **settings: object) -> list[dict[str, torch.Tensor]]:
+    """The first n batches."""
+    settings = {"sites": SITES, "batch_rows": 200, "seed": 1, "group_chunks": 5} | settings
+    batches = Batches(reader, **settings)  # type: ignore[arg-type]
+    out = [batch.acts for batch in islice(batches, n)]
+    batches.close()
+    return out
+
+
+@pytest.mark.parametrize("codec", ["int8z", "bf16"])
+@pytest.mark.parametrize("batch_rows", [60, 64, 1000])
+def test_batches_are_the_rows_of_the_read_order(codec: str, batch_rows: int, finished: Callable[..., Path]) -> None:
+    reader = CacheReader.open(finished(codec=codec))
+    batches = Batches(reader, sites=SITES, batch_rows=batch_rows, seed=1, group_chunks=5)
+    assert reader.rows("train") < 3000
+    for number, batch in enumerate(islice(batches, 6300 // batch_rows)):  # into the third epoch
+        assert (batch.start, batch.rows) == (number * batch_rows, batch_rows)
+        rows = batches.order.rows(batch.start, batch_rows)
+        for site in SITES:
+            assert torch.equal(batch.acts[site], reader.gather("train", site, rows))
+    batches.close()
+
+
+def test_any_start_goes_on_identically(finished: Callable[..., Path]) -> None:
+    reader = CacheReader.open(finished())
+    whole = take(reader, 40)
+    for skipped in (1, 13, 16, 31):
+        for got, expected in zip(take(reader, 8, start=200 * skipped), whole[skipped:], strict=False):
+            assert all(torch.equal(got[site], expected[site]) for site in SITES)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 5, 8, 64])
+def test_ranks_interleave_to_the_whole(world: int, finished: Callable[..., Path]) -> None:
+    reader = CacheReader.open(finished())
+    whole = take(reader, 12, batch_rows=320)
+    parts = [take(reader, 12, batch_rows=320, rank=rank, world=world) for rank in range(world)]
+    for number, expected in enumerate(whole):
+        for site in SITES:
+            merged = torch.stack([parts[rank][number][site] for rank in range(world)], dim=1).flatten(0, 1)
+            assert torch.equal(merged, expected[site])
+
+
+def test_special_rows_hold_their_place_but_are_left_out(finished: Callable[..., Path]) -> None:
+    reader = CacheReader.open(finished(store="all"))
+    keep = reader.provenance("train").keep
+    order = Batches(reader, sites=SITES, batch_rows=200, seed=1, group_chunks=5).order
+    ordinary, everything = take(reader, 20), take(reader, 20, special=True)
+    for number, (kept, both) in enumerate(zip(ordinary, everything, strict=True)):
+        mask = torch.from_numpy(keep[order.rows(200 * number, 200)] == 1)
+        assert 150 < mask.sum() < 200
+        for site in SITES:
+            assert torch.equal(kept[site], both[site][mask])
+
+
+def test_seeds_and_epochs_give_other_orders(finished: Callable[..., Path]) -> None:
+    reader = CacheReader.open(finished())
+    n = reader.rows("train")
+    a = Batches(reader, sites=SITES, batch_rows=10, seed=1).order
+    b = Batches(reader, sites=SITES, batch_rows=10, seed=2).order
+    assert not np.array_equal(a.rows(0, n), b.rows(0, n))
+    assert not np.array_equal(a.rows(0, n), a.rows(n, n))
+
+
+def test_dtype_is_the_one_asked_for(finished: Callable[..., Path]) -> None:
+    reader = CacheReader.open(finished(codec="bf16"))
+    (low,) = take(reader, 1, dtype=torch.bfloat16)
+    (high,) = take(reader, 1)
+    assert low[SITES[0]].dtype == torch.bfloat16
+    assert torch.equal(low[SITES[0]].float(), high[SITES[0]])
+
+
+def test_a_damaged_chunk_raises_where_it_is_touched(copied: Path) -> None:
+    file = next((copied / "train" / SITES[0]).glob("c.2*"))
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=rf"chunk 0 of shard 2 of train/{SITES[0]}"):
+        take(CacheReader.open(copied), 20)
+    take(CacheReader.open(copied), 20, sites=["blocks.1.x"])
+
+
+def test_an_impossible_batch_is_refused(finished: Callable[..., Path]) -> None:
+    reader = CacheReader.open(finished())
+    with pytest.raises(UserError, match="batch_rows is 100000"):
+        take(reader, 1, batch_rows=100000)
+    with pytest.raises(UserError, match="ranks"):
+        take(reader, 1, batch_rows=200, world=3)
+    with pytest.raises(UserError, match=r"blocks\.1\.y"):
+        take(reader, 1, sites=["blocks.1.y"])
+
+
+def test_closing_ends_the_iterator(finished: Callable[..., Path]) -> None:
+    batches = Batches(CacheReader.open(finished()), sites=SITES, batch_rows=50, seed=1)
+    for count, _ in enumerate(batches):
+        if count == 3:
+            batches.close()
+        assert count < 10
