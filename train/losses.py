@@ -14,11 +14,12 @@ All are means over tokens with denominators that no batch decides, so that a bat
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Fired
@@ -50,9 +51,9 @@ def losses(
     """All terms of one batch in training space; xs, ys: [N, width] by source and destination; `ramp`: of penalties."""
     spec = coder.spec
     tokens = xs[0].shape[0]
-    outputs = done.y.unbind(1)
-    errors = [F.mse_loss(out, y, reduction="sum") for out, y in zip(outputs, ys, strict=True)]
-    fvu = torch.stack([error / (tokens * v) for error, v in zip(errors, variances, strict=True)])
+    outputs = [done.y.flatten(1)] if len(ys) == 1 else done.y.unbind(1)
+    errors = [squared_error(out, y) for out, y in zip(outputs, ys, strict=True)]
+    fvu = torch.stack(errors) / torch.tensor([tokens * v for v in variances], dtype=done.y.dtype).to(done.y.device)
     total = fvu.mean()
     aux = penalty = total.new_zeros(())
     if spec.aux > 0:
@@ -62,6 +63,26 @@ def losses(
         penalty = ramp * penalties(coder, done.fired, xs)
         total = total + penalty
     return Losses(total, fvu.detach(), aux.detach(), penalty.detach())
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, guess: Tensor, y: Tensor) -> Tensor:
+        error = guess - y
+        ctx.save_for_backward(error)
+        return torch.dot(error.view(-1), error.view(-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (error,) = ctx.saved_tensors
+        return error * (2 * g), None
+
+
+def squared_error(guess: Tensor, y: Tensor) -> Tensor:
+    """Σ (guess − y)² with gradient to the guess alone: mse_loss with reduction sum, in fewer passes."""
+    out: Tensor = _SquaredError.apply(guess, y)
+    return out
 
 
 def auxiliary(coder: Coder, done: Pass, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
@@ -87,7 +108,7 @@ def _auxiliary_of(coder: Coder, source: int, dead: Tensor, x_ND: Tensor, residua
         z_Nn = z_Nn * torch.zeros_like(z_Nn).scatter_(1, kept, 1.0)
     guess_NE = z_Nn @ coder.W_dec[source][dead, 0]
     variance = (residual_NE - residual_NE.mean(0)).square().sum()
-    share = F.mse_loss(guess_NE, residual_NE, reduction="sum") / variance
+    share = squared_error(guess_NE, residual_NE) / variance
     return min(count / k_aux, 1.0) * torch.nan_to_num(share, nan=0.0, posinf=0.0)
 
 
@@ -117,9 +138,8 @@ def _l1(coder: Coder, source: int, part: Fired) -> Tensor:
 
 
 def _l0(coder: Coder, source: int, part: Fired) -> Tensor:
-    rule = coder.encoder(source).rule
-    assert isinstance(rule, JumpReLU)
-    return rule.step(part.a, part.selection).sum() / part.tokens
+    assert part.gate is not None
+    return part.gate.sum() / part.tokens
 
 
 def _target_l0(coder: Coder, source: int, part: Fired) -> Tensor:

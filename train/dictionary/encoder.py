@@ -25,8 +25,29 @@ class Fired(NamedTuple):
     """[A] (or [N, F]) pre-activations there, with gradient to the encoder."""
     z: Tensor
     """[A] (or [N, F]) codes, with gradient."""
+    gate: Tensor | None
+    """[A] (or [N, F]) 1 where the latent fires, with gradient to a learned threshold; None without one."""
     tokens: int
     """N."""
+
+
+class Workspace:
+    """Memory for pre-activations, used again by every encoder that shares it.
+
+    They are only needed until the selected values are copied out, so one block serves a whole sweep. Taking it anew
+    each time costs a fifth of the product on a CPU, in page faults.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def block(self, tokens: int, W_enc: Tensor) -> Tensor:
+        """[N, F] uninitialised, for the product of N rows with an encoder."""
+        size = tokens * W_enc.shape[0]
+        memory = self._memory
+        if memory is None or memory.numel() < size or memory.dtype != W_enc.dtype or memory.device != W_enc.device:
+            memory = self._memory = torch.empty(size, dtype=W_enc.dtype, device=W_enc.device)
+        return memory[:size].view(tokens, W_enc.shape[0])
 
 
 class Encoder(nn.Module):
@@ -40,23 +61,24 @@ class Encoder(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(spec.n_latents, dtype=torch.int64))
         self.tokens_since_fired: Tensor
         self.matmul_dtype: torch.dtype | None = None
+        self.workspace = Workspace()
 
-    def preactivations(self, x_ND: Tensor, bias_F: Tensor) -> Tensor:
-        """a [N, F] in the parameters' dtype, without gradient."""
+    def preactivations(self, x_ND: Tensor, bias_F: Tensor, out: Tensor | None = None) -> Tensor:
+        """a [N, F] in the parameters' dtype, without gradient; into `out` where possible."""
         with torch.no_grad():
             if self.matmul_dtype is None:
-                return torch.addmm(bias_F, x_ND, self.W_enc.T)
+                return torch.addmm(bias_F, x_ND, self.W_enc.T, out=out)
             low_x, low_W = x_ND.to(self.matmul_dtype), self.W_enc.to(self.matmul_dtype)
             return (low_x @ low_W.T).to(bias_F.dtype).add_(bias_F)
 
     def forward(self, x_ND: Tensor, bias_F: Tensor) -> Fired:
         """Training codes; `bias_F` is b_enc with any pre-bias folded in, with gradient."""
-        a_NF = self.preactivations(x_ND, bias_F)
+        a_NF = self.preactivations(x_ND, bias_F, self.workspace.block(x_ND.shape[0], self.W_enc))
         with torch.no_grad():
             selection = self.rule.select(a_NF)
-            values = a_NF if selection is None else selection.take(a_NF)
+            values = a_NF.clone() if selection is None else selection.take(a_NF)
         a = gathered_linear(x_ND, self.W_enc, bias_F, values, selection)
-        return Fired(selection, a, self.rule.fire(a, selection), x_ND.shape[0])
+        return Fired(selection, a, *self.rule.fire(a, selection), x_ND.shape[0])
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor, bias_F: Tensor) -> Codes:
@@ -73,12 +95,11 @@ class Encoder(nn.Module):
         Returns the number of active entries, a scalar on the device.
         """
         self.rule.observe(fired.z)
-        active = (fired.z > 0).to(torch.float32)
+        active = torch.gt(fired.z, 0, out=torch.empty_like(fired.z))
         if fired.selection is None:
             count_F = active.sum(0)
         else:
-            count_F = torch.zeros_like(self.b_enc, dtype=torch.float32)
-            count_F.index_add_(0, fired.selection.latents, active)
+            count_F = torch.zeros_like(self.b_enc).index_add_(0, fired.selection.latents, active)
         self.tokens_since_fired.add_(fired.tokens).masked_fill_(count_F > 0, 0)
         return count_F.sum(dtype=torch.float64)
 

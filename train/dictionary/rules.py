@@ -27,9 +27,9 @@ class ReLU(nn.Module):
         """Entries that training looks at; None for all."""
         return firing.select_above(a_NF, 0.0)
 
-    def fire(self, a: Tensor, selection: Selection | None) -> Tensor:
-        """Codes of the selected pre-activations, with gradients."""
-        return torch.relu(a)
+    def fire(self, a: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
+        """Codes of the selected pre-activations, and for a learned threshold its 0/1 gate; both with gradients."""
+        return torch.relu(a), None
 
     def observe(self, z: Tensor) -> None:
         """Take note of one training step's codes."""
@@ -45,7 +45,7 @@ class ReLU(nn.Module):
         """Entries that fire at inference, every token on its own."""
         theta = self.thresholds()
         assert theta is not None
-        return firing.compress(a_NF > theta.to(a_NF))
+        return firing.select_frozen(a_NF, theta.to(a_NF))
 
 
 class TopK(ReLU):
@@ -120,13 +120,9 @@ class JumpReLU(ReLU):
         """Entries above θ − ε/2: those that fire and those close enough to pull the threshold down."""
         return firing.select_above(a_NF, (self.theta().detach() - self.window / 2).to(a_NF))
 
-    def fire(self, a: Tensor, selection: Selection | None) -> Tensor:
-        """a · 1[a > θ] with window gradients."""
+    def fire(self, a: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
+        """a · 1[a > θ] and 1[a > θ], with window gradients."""
         return firing.jump_relu(a, self.theta(), self.window, selection)
-
-    def step(self, a: Tensor, selection: Selection | None) -> Tensor:
-        """1[a > θ] with window gradients, for the L0 penalties."""
-        return firing.step(a, self.theta(), self.window, selection)
 
     def thresholds(self) -> Tensor:
         """θ."""

@@ -25,13 +25,20 @@ from torch.autograd.function import once_differentiable
 from thresher.train.kernels.sparse import DENSE_SHARE, Selection, per_latent
 
 _SAMPLE = 1 << 15
+_TOPK_HEAP = 128  # torch.topk on a CPU is faster than numpy while 128 k ≤ F, measured
 
 
 def select_topk(a_NF: Tensor, k: int) -> Selection:
     """The k largest of every row."""
     tokens, width = a_NF.shape
-    latents = torch.topk(a_NF, k, dim=1, sorted=False).indices.reshape(-1)
     offsets = torch.arange(0, tokens * k + 1, k, device=a_NF.device)
+    if a_NF.device.type == "cpu" and _TOPK_HEAP * k > width:
+        # numpy's partition runs on vector instructions; torch's heap only wins where k is a small share of F
+        cut = np.partition(a_NF.numpy(), width - k, axis=1)[:, width - k, None]
+        position = torch.from_numpy(np.flatnonzero(a_NF.numpy() >= cut))
+        if position.shape[0] == tokens * k:  # else some row has ties at its cut
+            return Selection(position % width, offsets, width)
+    latents = torch.topk(a_NF, k, dim=1, sorted=False).indices.reshape(-1)
     return Selection(latents, offsets, width)
 
 
@@ -47,21 +54,28 @@ def plain_batch_topk(a_NF: Tensor, count: int) -> Tensor:
 def select_batch_topk(a_NF: Tensor, count: int) -> Selection:
     """The `count` largest positive entries of the block (fewer if fewer are positive); equals `plain_batch_topk`."""
     flat = a_NF.reshape(-1)
+    if count == 0:
+        return _compressed(torch.empty(0, dtype=torch.int64, device=flat.device), *a_NF.shape)
     floor = _likely_floor(flat, count)
     position = _above(flat, floor)
     if floor > 0 and position.shape[0] < count:
         position = _above(flat, 0.0)
     if position.shape[0] > count:
-        position = position[_largest(flat[position], count)]
+        position = position.index_select(0, _largest(flat.index_select(0, position), count))
     return _compressed(position, *a_NF.shape)
 
 
 def select_above(a_NF: Tensor, floor: Tensor | float, dense_share: float = DENSE_SHARE) -> Selection | None:
     """Every entry above its floor ([F] or a number); None when more than `dense_share` of all entries are."""
-    mask = a_NF > floor
+    mask = _exceeds(a_NF, floor)
     if int(torch.count_nonzero(mask)) > dense_share * a_NF.numel():
         return None
-    return _compressed(_positions(mask.view(-1)), *a_NF.shape)
+    return compress(mask)
+
+
+def select_frozen(a_NF: Tensor, floor: Tensor) -> Selection:
+    """Every entry above its floor [F], however many."""
+    return compress(_exceeds(a_NF, floor))
 
 
 def compress(mask_NF: Tensor) -> Selection:
@@ -81,29 +95,39 @@ def _likely_floor(flat: Tensor, count: int) -> float:
     rank = math.ceil(wanted + 4 * math.sqrt(wanted) + 4)
     if rank >= sample.shape[0]:
         return 0.0
-    return max(0.0, float(torch.topk(sample, rank).values[-1]))
+    return max(0.0, _ranked(sample, rank))
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
     """Positions of the `count` largest, ascending; ties to the lower position. 0 < count < len(values)."""
-    if values.device.type == "cpu":
-        cut = float(np.partition(values.numpy(), values.shape[0] - count)[values.shape[0] - count])
-    else:
-        cut = torch.topk(values, count, sorted=True).values[-1]  # type: ignore[assignment]
+    cut = _ranked(values, count)
     keep = values > cut
     tied = values == cut
     keep |= tied & (tied.cumsum(0) <= count - keep.sum())
     return _positions(keep)
 
 
+def _ranked(values: Tensor, rank: int) -> float:
+    """The value of a rank, the largest having rank 1."""
+    if values.device.type == "cpu":
+        at = values.shape[0] - rank
+        return float(np.partition(values.numpy(), at)[at])
+    return float(torch.topk(values, rank).values[-1])
+
+
+def _exceeds(a: Tensor, floor: Tensor | float) -> Tensor:
+    """Bool mask of a > floor; numpy compares into bool with vector instructions, torch's CPU loop does not."""
+    if a.device.type == "cpu":
+        return torch.from_numpy(np.greater(a.numpy(), floor.numpy() if isinstance(floor, Tensor) else floor))
+    return a > floor
+
+
 def _above(flat: Tensor, floor: float) -> Tensor:
-    if flat.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(flat.numpy() > floor))
-    return _positions(flat > floor)
+    return _positions(_exceeds(flat, floor))
 
 
 def _positions(mask: Tensor) -> Tensor:
-    """Ascending positions of the true entries of a vector; numpy finds them faster than torch on a CPU."""
+    """Ascending positions of the true entries of a vector; on a CPU numpy again."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return torch.nonzero(mask).view(-1)
@@ -121,57 +145,47 @@ def _compressed(position: Tensor, tokens: int, width: int) -> Selection:
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, theta_F: Tensor, width: Tensor, selection: Selection | None) -> Tensor:
-        theta = theta_F if selection is None else theta_F[selection.latents]
+    def forward(
+        ctx: Any, a: Tensor, theta_F: Tensor, width: Tensor, selection: Selection | None
+    ) -> tuple[Tensor, Tensor]:
+        theta = theta_F if selection is None else theta_F.index_select(0, selection.latents)
         ctx.save_for_backward(a, theta, width)
         ctx.selection = selection
-        return a * (a > theta)
+        ctx.set_materialize_grads(False)
+        gate = torch.gt(a, theta, out=torch.empty_like(a))  # 0 or 1 in a's own dtype, which vectorises
+        return gate * a, gate
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_z: Tensor | None, g_gate: Tensor | None) -> tuple[Tensor | None, ...]:
         a, theta, width = ctx.saved_tensors
-        window = (a - theta).abs() < width / 2
-        grad_theta = per_latent(-(theta / width) * g * window, ctx.selection)
-        return g * (a > theta), grad_theta, None, None
+        distance = a - theta
+        grad_a = torch.gt(distance, 0.0, out=torch.empty_like(a)).mul_(g_z) if g_z is not None else None
+        window = distance.abs_().lt_(width / 2)
+        pull = torch.zeros_like(a) if g_z is None else g_z * theta
+        if g_gate is not None:
+            pull = pull + g_gate
+        return grad_a, per_latent(window.mul_(pull), ctx.selection).div_(-width), None, None
 
 
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, theta_F: Tensor, width: Tensor, selection: Selection | None) -> Tensor:
-        theta = theta_F if selection is None else theta_F[selection.latents]
-        ctx.save_for_backward(a, theta, width)
-        ctx.selection = selection
-        return (a > theta).to(a.dtype)
+def jump_relu(a: Tensor, theta_F: Tensor, width: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor]:
+    """z = a · 1[a > θ] and the gate 1[a > θ], for a [A] (or [N, F]); θ [F], window ε a scalar.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        a, theta, width = ctx.saved_tensors
-        window = (a - theta).abs() < width / 2
-        return None, per_latent(-g * window / width, ctx.selection), None, None
-
-
-def jump_relu(a: Tensor, theta_F: Tensor, width: Tensor, selection: Selection | None) -> Tensor:
-    """z = a · 1[a > θ] for a [A] (or [N, F]); θ [F] gets −(θ/ε)·1[|a − θ| < ε/2]. Equals `plain_jump_relu`."""
-    out: Tensor = _JumpReLU.apply(a, theta_F, width, selection)
-    return out
-
-
-def step(a: Tensor, theta_F: Tensor, width: Tensor, selection: Selection | None) -> Tensor:
-    """1[a > θ]; a gets no gradient, θ gets −(1/ε)·1[|a − θ| < ε/2]. Equals `plain_step`."""
-    out: Tensor = _Step.apply(a, theta_F, width, selection)
-    return out
+    z gives a the gradient 1[a > θ] and θ the gradient −(θ/ε)·1[|a − θ| < ε/2]; the gate gives a none and θ
+    −(1/ε)·1[|a − θ| < ε/2]. Specification: `plain_jump_relu` and `plain_step`.
+    """
+    z, gate = _JumpReLU.apply(a, theta_F, width, selection)
+    return z, gate
 
 
 def plain_jump_relu(a_NF: Tensor, theta_F: Tensor, width: Tensor) -> Tensor:
-    """What `jump_relu` must equal on the whole block: the jump's derivative added as a term of value 0."""
+    """What the z of `jump_relu` must equal on the whole block: the jump's derivative added as a term of value 0."""
     window = ((a_NF - theta_F).abs() < width / 2).to(a_NF.dtype)
     moved = theta_F - theta_F.detach()
     return a_NF * (a_NF > theta_F) - (theta_F.detach() / width * window).detach() * moved
 
 
 def plain_step(a_NF: Tensor, theta_F: Tensor, width: Tensor) -> Tensor:
-    """What `step` must equal on the whole block."""
+    """What the gate of `jump_relu` must equal on the whole block."""
     window = ((a_NF - theta_F).abs() < width / 2).to(a_NF.dtype)
     return (a_NF > theta_F).to(a_NF.dtype) - (window / width).detach() * (theta_F - theta_F.detach())

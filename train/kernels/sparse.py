@@ -58,7 +58,7 @@ class Selection:
         counts = torch.bincount(self.latents, minlength=self.width)
         offsets = torch.zeros(self.width + 1, dtype=torch.int64, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
-        return ByLatent(order, self.rows[order], offsets)
+        return ByLatent(order, self.rows.index_select(0, order), offsets)
 
     def take(self, a_NF: Tensor) -> Tensor:
         """[A]: the entries' values in a dense block."""
@@ -128,7 +128,7 @@ def weight_gradient(g: Tensor, rows_ND: Tensor, selection: Selection | None) -> 
     if selection is None:
         return g.T @ rows_ND
     turned = selection.by_latent
-    return bags(rows_ND, turned.tokens, turned.offsets, g[turned.order])
+    return bags(rows_ND, turned.tokens, turned.offsets, g.index_select(0, turned.order))
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -228,7 +228,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v_F: Tensor, selection: Selection) -> Tensor:
         ctx.selection = selection
-        return v_F[selection.latents]
+        return v_F.index_select(0, selection.latents)
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,230 @@
+"""Every loss term of every kind and rule against a dense reference in float64, and the known faults of others."""
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.crosslayer import build
+from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.kernels import firing
+from thresher.train.losses import auxiliary, losses
+
+N, D, LATENTS, LAYERS = 40, 6, 24, 3
+
+RULES: dict[str, dict[str, Any]] = {
+    "relu": {"firing": "relu", "sparsity": 0.03},
+    "topk": {"firing": "topk", "k": 3},
+    "batchtopk": {"firing": "batchtopk", "k": 2.5},
+    "jumprelu l0": {"firing": "jumprelu", "sparsity": 0.02},
+    "jumprelu target": {"firing": "jumprelu", "penalty": "target_l0", "k": 3, "sparsity": 0.5},
+    "jumprelu tanh": {"firing": "jumprelu", "penalty": "tanh", "sparsity": 0.05, "tanh_scale": 2.0},
+    "jumprelu preact": {"firing": "jumprelu", "sparsity": 0.02, "preact": 0.1},
+    "jumprelu preact all": {"firing": "jumprelu", "sparsity": 0.02, "preact": 0.1, "preact_on": "all"},
+}
+
+
+def make(kind: str, **settings: Any) -> Coder:
+    layers = LAYERS if kind == "clt" else 1
+    writes = tuple(f"w{i}" for i in range(layers)) if kind != "sae" else ("r0",)
+    base: dict[str, Any] = {
+        "kind": kind,
+        "reads": tuple(f"r{i}" for i in range(layers)),
+        "writes": writes,
+        "layers": tuple(range(layers)),
+        "d_in": D,
+        "d_out": D,
+        "n_latents": LATENTS,
+        "unit_norm": False,
+        "aux_k": 4,
+        "dead_after": 100,
+    }
+    coder = build(DictionarySpec(**(base | settings))).double()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in coder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng, dtype=torch.float64) * 0.6)
+        for source in range(layers):
+            encoder = coder.encoder(source)
+            encoder.tokens_since_fired[::3] = 100  # 8 of 24 are dead
+            if settings["firing"] == "jumprelu":
+                encoder.rule.log_theta.add_(0.4)
+                encoder.rule.window.fill_(0.8)
+    return coder
+
+
+def batch(coder: Coder, seed: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    rng = torch.Generator().manual_seed(seed)
+    xs = [torch.randn(N, D, generator=rng, dtype=torch.float64) for _ in coder.reads]
+    return xs, xs if coder.spec.kind == "sae" else [x.roll(1, 1) ** 2 for x in xs]
+
+
+def reference(coder: Coder, xs: list[Tensor], ys: list[Tensor], variances: list[float]) -> Tensor:
+    """The whole objective, densely, from the formulas alone."""
+    spec = coder.spec
+    zs, total = [], torch.zeros((), dtype=torch.float64)
+    for source, x in enumerate(xs):
+        encoder = coder.encoder(source)
+        shifted = x - coder.b_dec[source] if spec.pre_bias else x
+        a = shifted @ encoder.W_enc.T + encoder.b_enc
+        norm = coder.W_dec[source].flatten(1).norm(dim=1)
+        term = torch.zeros((), dtype=torch.float64)
+        if spec.firing == "relu":
+            z = a.clamp_min(0)
+            term = spec.sparsity * (z * norm).sum(1).mean()
+        elif spec.firing == "topk":
+            z = a.clamp_min(0) * torch.zeros_like(a).scatter(1, a.topk(int(spec.k or 0), dim=1).indices, 1.0)
+        elif spec.firing == "batchtopk":
+            cut = a.flatten().sort(descending=True).values[int(N * float(spec.k or 0)) - 1]
+            z = a.clamp_min(0) * (a >= cut)
+        else:
+            theta, width = encoder.rule.log_theta.exp(), encoder.rule.window
+            window = ((a - theta).abs() < width / 2).double().detach()
+            moved = theta - theta.detach()
+            z = a * (a > theta) - theta.detach() / width * window * moved
+            l0 = ((a > theta).double() - window / width * moved).sum(1).mean()
+            if spec.resolved_penalty == "l0":
+                term = spec.sparsity * l0
+            elif spec.resolved_penalty == "target_l0":
+                term = spec.sparsity * (l0 / spec.k - 1) ** 2
+            else:
+                term = spec.sparsity * torch.tanh(spec.tanh_scale * norm * z).sum(1).mean()
+            on = torch.ones(LATENTS) if spec.preact_on == "all" else encoder.dead(spec.dead_after).double()
+            term = term + spec.preact * (on * norm * (theta - a).clamp_min(0)).sum(1).mean()
+        zs.append(z)
+        total = total + term / len(xs)
+    for target, y in enumerate(ys):
+        guess = coder.b_dec[target].expand(N, D)
+        for source in coder.sources(target):
+            guess = guess + zs[source] @ coder.W_dec[source][:, target - coder.written(source).start]
+        residual = (y - guess).detach()
+        total = total + ((y - guess) ** 2).sum(1).mean() / variances[target] / len(ys)
+        encoder = coder.encoder(target)
+        dead = encoder.dead(spec.dead_after)
+        shifted = xs[target] - coder.b_dec[target].detach() if spec.pre_bias else xs[target]
+        a = (shifted @ encoder.W_enc.T + encoder.b_enc).masked_fill(~dead, -torch.inf)
+        picked = a.topk(4, dim=1).indices
+        z = a.clamp_min(0) * torch.zeros_like(a).scatter(1, picked, 1.0).masked_fill(~dead, 0)
+        z = torch.where(dead, z, 0.0)
+        spread = ((residual - residual.mean(0)) ** 2).sum(1).mean()
+        error = ((z @ coder.W_dec[target][:, 0] - residual) ** 2).sum(1).mean()
+        total = total + spec.aux * error / spread / len(ys)
+    return total
+
+
+@pytest.mark.parametrize("dense_share", [0.0, 1.0])
+@pytest.mark.parametrize(("kind", "rule"), itertools.product(["sae", "transcoder", "clt"], RULES))
+def test_the_objective_and_all_its_gradients_equal_the_dense_reference(
+    kind: str, rule: str, dense_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = functools.partial(firing.select_above, dense_share=dense_share)  # both products for relu and jumprelu
+    monkeypatch.setattr(firing, "select_above", chosen)
+    coder = make(kind, pre_bias=kind == "sae", **RULES[rule])
+    xs, ys = batch(coder)
+    variances = [2.0 + i for i in range(len(ys))]
+    got = losses(coder, coder(xs), xs, ys, variances, 1.0).total
+    expected = reference(coder, xs, ys, variances)
+    torch.testing.assert_close(got, expected)
+    parameters = dict(coder.named_parameters())
+    left = torch.autograd.grad(got, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    right = torch.autograd.grad(expected, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    for name, fast, plain in zip(parameters, left, right, strict=True):
+        torch.testing.assert_close(fast, plain, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "clt"])
+def test_auxk_gives_gradient_to_dead_rows_of_encoder_and_decoder_only(kind: str) -> None:
+    coder = make(kind, firing="topk", k=3, pre_bias=kind == "sae")
+    xs, ys = batch(coder)
+    auxiliary(coder, coder(xs), xs, ys).backward()
+    for source in range(len(xs)):
+        encoder = coder.encoder(source)
+        dead = encoder.dead(100)
+        for weight in (encoder.W_enc, encoder.b_enc, coder.W_dec[source]):
+            assert weight.grad is not None
+            touched = weight.grad.flatten(1).abs().sum(1) if weight.dim() > 1 else weight.grad.abs()
+            assert bool((touched[~dead] == 0).all())
+            assert bool((touched[dead] > 0).any())
+    assert coder.b_dec.grad is None  # no decoder bias in it, and the residual is detached
+
+
+def test_auxk_is_zero_without_dead_latents_and_finite_for_a_perfect_residual() -> None:
+    coder = make("sae", firing="topk", k=3)
+    xs, ys = batch(coder)
+    out = coder(xs)
+    perfect = out.y.detach()[:, 0]
+    assert auxiliary(coder, out, xs, [perfect]).item() == 0.0
+    coder.encoder(0).tokens_since_fired.zero_()
+    assert auxiliary(coder, out, xs, ys).item() == 0.0
+
+
+def test_auxk_scales_with_the_number_of_dead_latents_below_k_aux() -> None:
+    coder = make("transcoder", firing="topk", k=3, aux_k=16)
+    xs, ys = batch(coder)
+    out = coder(xs)
+    encoder = coder.encoder(0)
+    dead = torch.nonzero(encoder.dead(100)).view(-1)
+    z = F.relu(F.linear(xs[0], encoder.W_enc[dead], encoder.b_enc[dead]))
+    residual = ys[0] - out.y[:, 0]
+    share = ((z @ coder.W_dec[0][dead, 0] - residual) ** 2).sum() / ((residual - residual.mean(0)) ** 2).sum()
+    torch.testing.assert_close(auxiliary(coder, out, xs, ys), share * 8 / 16)
+
+
+def test_selected_entries_that_are_not_positive_get_no_gradient() -> None:
+    coder = make("sae", firing="topk", k=LATENTS, aux=0.0)
+    xs, ys = batch(coder)
+    out = coder(xs)
+    fired = out.fired[0]
+    fired.a.retain_grad()
+    losses(coder, out, xs, ys, [1.0], 1.0).total.backward()
+    assert fired.a.grad is not None
+    assert bool((fired.a <= 0).any())
+    assert bool((fired.a.grad[fired.a <= 0] == 0).all())
+
+
+def test_the_reconstruction_term_of_a_batch_is_the_mean_of_its_halves() -> None:
+    coder = make("clt", firing="topk", k=3, aux=0.0)
+    xs, ys = batch(coder)
+    variances = [1.0, 2.0, 3.0]
+    whole = losses(coder, coder(xs), xs, ys, variances, 1.0).total
+    halves = [
+        losses(coder, coder([x[part] for x in xs]), [x[part] for x in xs], [y[part] for y in ys], variances, 1.0).total
+        for part in (slice(0, N // 2), slice(N // 2, N))
+    ]
+    torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)
+
+
+def test_counters_and_thresholds_move_only_when_told_to() -> None:
+    coder = make("sae", firing="batchtopk", k=2.0)
+    xs, ys = batch(coder)
+    before = {name: value.clone() for name, value in coder.named_buffers()}
+    losses(coder, coder(xs), xs, ys, [1.0], 1.0)
+    coder.encode(0, xs[0])
+    for name, value in coder.named_buffers():
+        assert torch.equal(value, before[name]) or bool((value != value).all()), name
+    out = coder(xs)
+    encoder = coder.encoder(0)
+    active = encoder.observe(out.fired[0])
+    codes = out.fired[0]
+    assert codes.selection is not None
+    fired = torch.zeros(LATENTS, dtype=torch.bool)
+    fired[codes.selection.latents[codes.z > 0]] = True
+    assert active.item() == (codes.z > 0).sum().item()
+    assert bool((encoder.tokens_since_fired[fired] == 0).all())
+    assert torch.equal(encoder.tokens_since_fired[~fired], before["encoders.0.tokens_since_fired"][~fired] + N)
+
+
+def test_the_running_threshold_starts_at_the_first_value_and_then_follows() -> None:
+    coder = make("sae", firing="batchtopk", k=2.0, threshold_decay=0.75)
+    rule = coder.encoder(0).rule
+    rule.observe(torch.tensor([3.0, 0.0, 2.0], dtype=torch.float64))
+    assert rule.threshold.item() == 2.0
+    rule.observe(torch.tensor([6.0, 0.0], dtype=torch.float64))
+    assert rule.threshold.item() == 0.75 * 2.0 + 0.25 * 6.0
+    rule.observe(torch.zeros(4, dtype=torch.float64))  # a batch that kept nothing is skipped
+    assert rule.threshold.item() == 3.0

@@ -1,0 +1,304 @@
+"""The stage as a whole, on a small real cache."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from thresher.cache.contracts import UserError
+from thresher.cache.interrupts import Interrupted
+from thresher.cache.reader import CacheReader
+from thresher.train import run as stage
+from thresher.train.config import TrainConfig
+from thresher.train.dictionary.spec import DictionaryConfig
+from thresher.train.files import load_run, read_config, write_config
+from thresher.train.fit import Fit
+from thresher.train.plan import RunPlan, plan_runs
+from thresher.train.run import train
+
+RULES: dict[str, dict[str, Any]] = {
+    "relu": {"firing": "relu", "sparsity": 3e-3},
+    "topk": {"firing": "topk", "k": 3},
+    "batchtopk": {"firing": "batchtopk", "k": 2.5},
+    "jumprelu": {"firing": "jumprelu", "sparsity": 3e-3, "preact": 1e-4},
+}
+KINDS = ("sae", "transcoder", "clt")
+
+
+def plans_for(
+    cache: CacheReader, label: str, train_settings: dict[str, Any] | None = None, **settings: Any
+) -> list[RunPlan]:
+    config = DictionaryConfig(**({"n_latents": 64, "dead_after": 2000, "aux_k": 8} | settings))
+    base = {"batch_rows": 256, "steps": 40, "lr": 3e-3, "warmup": 5, "log_every": 10, "checkpoint_every": 15}
+    return plan_runs(label, config, TrainConfig(**(base | (train_settings or {}))), cache.sites, {"from": "test"})
+
+
+def everything(cache: CacheReader) -> list[RunPlan]:
+    return [
+        plan
+        for kind in KINDS
+        for name, rule in RULES.items()
+        for plan in plans_for(
+            cache, f"{kind}-{name}", layers=None if kind == "clt" else (1,), kind=kind, pre_bias=kind == "sae", **rule
+        )
+    ]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted(out.glob("*/weights.safetensors"))
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process a SIGTERM when the first dictionary has done that many steps."""
+    real, sent = Fit.step, []
+
+    def interrupted(self: Fit, *arguments: Any) -> torch.Tensor:
+        norm = real(self, *arguments)
+        if self.done == step and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norm
+
+    monkeypatch.setattr(Fit, "step", interrupted)
+
+
+def test_resume_equals_uninterrupted_bit_for_bit_for_every_kind_and_rule(
+    cache: CacheReader, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = everything(cache)
+    train(plans, cache, out=tmp_path / "whole", device="cpu", console=console)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 23)
+        with pytest.raises(Interrupted, match="--resume"):
+            train(plans, cache, out=tmp_path / "parts", device="cpu", console=console)
+    assert not list((tmp_path / "parts").glob("*/weights.safetensors"))
+    train(plans, cache, out=tmp_path / "parts", device="cpu", resume=True, console=console)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert len({name.split("/")[0] for name in whole}) == len(plans)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+    for plan in plans:  # training-space weights, moments, running thresholds and counters too
+        left, right = ((tmp_path / side / plan.name / "checkpoints") for side in ("whole", "parts"))
+        last = "step-00000040.safetensors"
+        a, b = safetensors.torch.load_file(left / last), safetensors.torch.load_file(right / last)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) or a[key].isnan().all() for key in a), plan.name
+
+
+def test_every_kind_and_rule_learns_and_holds_its_sparsity_when_frozen(
+    cache: CacheReader, tmp_path: Path, console: Console
+) -> None:
+    plans = [
+        plan
+        for kind in KINDS
+        for plan in plans_for(cache, kind, {"steps": 250}, kind=kind, firing="batchtopk", k=3, normalise="per_dim")
+    ]
+    for result in train(plans, cache, out=tmp_path, device="cpu", console=console):
+        held_out = result.metrics["held_out"]
+        assert result.status == "trained"
+        assert held_out["split"] == "validation"
+        assert max(held_out["fvu"]) < 0.65
+        assert held_out["l0"] == pytest.approx([3.0] * len(held_out["l0"]), rel=0.15)
+
+
+def test_the_frozen_threshold_is_the_value_of_rank_k_times_rows(
+    cache: CacheReader, tmp_path: Path, console: Console
+) -> None:
+    (plan, _) = plans_for(cache, "t", {"calibrate_rows": 4096}, kind="transcoder", firing="batchtopk", k=2.5)
+    (result,) = train([plan], cache, out=tmp_path, device="cpu", console=console)
+    coder = load_run(result.path).dictionary
+    rows = 4096
+    values = torch.cat(
+        [
+            coder.encoder(0).preactivations(acts["L00.mlp_in"], coder.bias(0)).flatten()
+            for acts in stage_passes(cache, rows)
+        ]
+    )
+    expected = values.sort(descending=True).values[int(2.5 * rows) - 1]
+    assert torch.equal(coder.encoder(0).rule.thresholds(), expected.expand(64))
+
+
+def stage_passes(cache: CacheReader, rows: int) -> Any:
+    from thresher.cache.interrupts import StopFlag
+    from thresher.train.calibrate import passes
+
+    return passes(cache, "train", ["L00.mlp_in"], rows, torch.device("cpu"), StopFlag())
+
+
+def test_a_loaded_run_encodes_as_it_did_before_saving(cache: CacheReader, tmp_path: Path, console: Console) -> None:
+    (plan,) = plans_for(cache, "clt", kind="clt", firing="batchtopk", k=2)
+    (result,) = train([plan], cache, out=tmp_path, device="cpu", console=console)
+    run = load_run(result.path)
+    dictionary = run.dictionary
+    assert dictionary.name == "clt"
+    assert dictionary.reads == ("L00.mlp_in", "L01.mlp_in")
+    assert [list(dictionary.sources(j)) for j in range(2)] == [[0], [0, 1]]
+    for site, mean in dictionary.means.items():
+        assert mean.tolist() == pytest.approx(cache.statistics(site).mean.tolist(), rel=1e-5)
+    fit = Fit(plan, cache, torch.device("cpu"))
+    checkpoint = stage.load_checkpoint(result.path)
+    assert checkpoint is not None
+    fit.load(checkpoint)
+    before = fit.deployed()
+    x = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dictionary.encoder(1).W_enc, before.encoder(1).W_enc)
+    assert torch.equal(dictionary.encoder(0).tokens_since_fired, before.encoder(0).tokens_since_fired)
+    codes = [dictionary.encode(i, x) for i in range(2)]
+    torch.testing.assert_close(dictionary.decode(1, codes), before.decode(1, codes))
+    assert run.config["cache"]["fingerprint"] == cache.fingerprint
+    assert run.config["recipe"] == {"from": "test"}
+
+
+def test_saved_saes_have_unit_rows(cache: CacheReader, tmp_path: Path, console: Console) -> None:
+    plans = plans_for(cache, "sae", kind="sae", firing="topk", k=3)
+    for result in train(plans, cache, out=tmp_path, device="cpu", console=console):
+        norms = load_run(result.path).dictionary.decoder_norm(0)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_auxk_revives_dead_latents(cache: CacheReader, tmp_path: Path, console: Console) -> None:
+    dead = {}
+    for aux in (0.0, 1 / 4):
+        settings = {"kind": "sae", "firing": "topk", "k": 2, "aux": aux, "n_latents": 512, "layers": (0,)}
+        (plan,) = plans_for(cache, f"aux{aux > 0}", {"steps": 200}, **settings)
+        (result,) = train([plan], cache, out=tmp_path, device="cpu", console=console)
+        dead[aux] = result.metrics["final"]["dead"]
+    assert dead[0.0] > 0.1
+    assert dead[1 / 4] < dead[0.0] / 2
+
+
+def test_finished_runs_are_reused_and_metrics_grow_no_second_tail(
+    cache: CacheReader, tmp_path: Path, console: Console
+) -> None:
+    plans = plans_for(cache, "sae", kind="sae", **RULES["topk"])
+    first = train(plans, cache, out=tmp_path, device="cpu", console=console)
+    lines = (first[0].path / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in lines.splitlines()] == [10, 20, 30, 40]
+    seen = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    again = train(plans, cache, out=tmp_path, device="cpu", console=seen)
+    assert [result.status for result in again] == ["reused", "reused"]
+    assert "Reusing 2 finished" in seen.export_text()
+    assert (first[0].path / "metrics.jsonl").read_text() == lines
+    assert again[0].metrics == first[0].metrics
+
+
+def test_the_last_two_checkpoints_are_kept(cache: CacheReader, tmp_path: Path, console: Console) -> None:
+    (plan,) = plans_for(cache, "clt", kind="clt", **RULES["topk"])
+    (result,) = train([plan], cache, out=tmp_path, device="cpu", console=console)
+    names = sorted(file.name for file in (result.path / "checkpoints").iterdir())
+    stems = ("step-00000030", "step-00000040")
+    assert names == [f"{stem}.{kind}" for stem in stems for kind in ("json", "safetensors")]
+
+
+def test_an_unfinished_run_needs_resume_and_another_recipe_is_refused(
+    cache: CacheReader, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = plans_for(cache, "sae", kind="sae", **RULES["topk"])
+    with monkeypatch.context() as patch:
+        stop_at(patch, 12)
+        with pytest.raises(Interrupted):
+            train(plans, cache, out=tmp_path, device="cpu", console=console)
+    with pytest.raises(UserError, match="Add --resume"):
+        train(plans, cache, out=tmp_path, device="cpu", console=console)
+    with pytest.raises(UserError, match="training has not finished"):
+        load_run(tmp_path / "sae-L00")
+    other = plans_for(cache, "sae", kind="sae", firing="topk", k=4)
+    with pytest.raises(UserError, match=r"other settings \(dictionary.k: expected 4, got 3"):
+        train(other, cache, out=tmp_path, device="cpu", resume=True, console=console)
+
+
+def test_a_diverging_run_is_set_aside_and_the_others_go_on(
+    cache: CacheReader, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Fit.step
+
+    def poisoned(self: Fit, views: Any, consumed: int) -> torch.Tensor:
+        if self.plan.name == "sae-L01" and self.done == 7:
+            views.acts["L01.mlp_out"][0, 0] = float("nan")
+        return real(self, views, consumed)
+
+    monkeypatch.setattr(Fit, "step", poisoned)
+    plans = plans_for(cache, "sae", kind="sae", **RULES["topk"])
+    results = train(plans, cache, out=tmp_path, device="cpu", console=console)
+    assert [result.status for result in results] == ["trained", "failed"]
+    failed = read_config(tmp_path / "sae-L01")["training"]
+    assert failed["steps"] == 7
+    assert "step 8" in failed["failed"]
+    saved = safetensors.torch.load_file(tmp_path / "sae-L01/checkpoints/step-00000007.safetensors")
+    assert all(bool(t.isfinite().all()) for name, t in saved.items() if "threshold" not in name)
+    with pytest.raises(UserError, match="it failed: step 8"):
+        load_run(tmp_path / "sae-L01")
+
+
+def test_dictionaries_with_other_batches_and_lengths_share_a_sweep(
+    cache: CacheReader, tmp_path: Path, console: Console
+) -> None:
+    plans = [
+        *plans_for(cache, "short", {"steps": 11}, kind="sae", **RULES["topk"]),
+        *plans_for(cache, "long", {"steps": 25}, kind="sae", **RULES["topk"]),
+        *plans_for(cache, "wide", {"steps": 9, "batch_rows": 512}, kind="sae", **RULES["topk"]),
+    ]
+    results = train(plans, cache, out=tmp_path, device="cpu", console=console)
+    assert [result.metrics["steps"] for result in results] == [11, 11, 25, 25, 9, 9]
+    alone = train(plans[2:3], cache, out=tmp_path / "alone", device="cpu", console=console)
+    together = safetensors.torch.load_file(results[2].path / "weights.safetensors")
+    for name, tensor in safetensors.torch.load_file(alone[0].path / "weights.safetensors").items():
+        assert torch.equal(tensor, together[name])
+
+
+def test_wandb_offline_writes_beside_the_run(cache: CacheReader, tmp_path: Path, console: Console) -> None:
+    (plan,) = plans_for(cache, "clt", {"steps": 3, "log_every": 1}, kind="clt", **RULES["topk"])
+    (result,) = train([plan], cache, out=tmp_path, device="cpu", wandb="offline", console=console)
+    assert list((result.path / "wandb").glob("offline-run-*"))
+
+
+def test_foreign_newer_and_damaged_run_directories_are_refused(
+    cache: CacheReader, tmp_path: Path, console: Console
+) -> None:
+    (plan,) = plans_for(cache, "clt", {"steps": 2}, kind="clt", **RULES["topk"])
+    (result,) = train([plan], cache, out=tmp_path, device="cpu", console=console)
+    config = read_config(result.path)
+    with pytest.raises(UserError, match="there is no such directory"):
+        load_run(tmp_path / "nothing")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"architecture": "standard"}')
+    with pytest.raises(UserError, match="not the config of a Thresher run"):
+        load_run(tmp_path / "foreign")
+    (result.path / "config.json").write_text(json.dumps({**config, "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        load_run(result.path)
+    write_config(result.path, config)
+    (result.path / "weights.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="no readable weights"):
+        load_run(result.path)
+    safetensors.torch.save_file({"W_enc.0": torch.zeros(2, 2)}, result.path / "weights.safetensors")
+    with pytest.raises(UserError, match="does not fit"):
+        load_run(result.path)
+
+
+def test_names_used_twice_unknown_devices_and_foreign_directories_are_refused(
+    cache: CacheReader, tmp_path: Path, console: Console
+) -> None:
+    (plan,) = plans_for(cache, "clt", kind="clt", **RULES["topk"])
+    with pytest.raises(UserError, match="Several dictionaries"):
+        train([plan, plan], cache, out=tmp_path, device="cpu", console=console)
+    with pytest.raises(UserError, match="expected auto, cpu"):
+        train([plan], cache, out=tmp_path, device="tpu!", console=console)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="CUDA devices"):
+            train([plan], cache, out=tmp_path, device="cuda", console=console)
+    (tmp_path / "clt").mkdir()
+    (tmp_path / "clt" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="no run of ours"):
+        train([plan], cache, out=tmp_path, device="cpu", console=console)
