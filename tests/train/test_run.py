@@ -167,15 +167,27 @@ def test_saved_saes_have_unit_rows(cache: CacheReader, tmp_path: Path, console: 
         torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
-def test_auxk_revives_dead_latents(cache: CacheReader, tmp_path: Path, console: Console) -> None:
+def test_auxk_revives_dead_latents(
+    cache: CacheReader, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Fit.start
+
+    def handicapped(self: Fit, reader: CacheReader) -> None:
+        real(self, reader)
+        with torch.no_grad():
+            self.coder.encoder(0).b_enc[24:] -= 3.0  # two thirds of the latents lose every contest, at first
+
+    monkeypatch.setattr(Fit, "start", handicapped)
     dead = {}
-    for aux in (0.0, 1 / 4):
-        settings = {"kind": "sae", "firing": "topk", "k": 2, "aux": aux, "n_latents": 512, "layers": (0,)}
-        (plan,) = plans_for(cache, f"aux{aux > 0}", {"steps": 200}, **settings)
+    for aux in (0.0, 1 / 32):
+        (plan,) = plans_for(
+            cache, f"aux{aux > 0}", {"steps": 250}, kind="sae", firing="topk", k=4, aux=aux, aux_k=None, pre_bias=True,
+            n_latents=72, dead_after=10_000, layers=(0,),
+        )  # fmt: skip
         (result,) = train([plan], cache, out=tmp_path, device="cpu", console=console)
         dead[aux] = result.metrics["final"]["dead"]
-    assert dead[0.0] > 0.1
-    assert dead[1 / 4] < dead[0.0] / 2
+    assert dead[0.0] > 0.3
+    assert dead[1 / 32] < dead[0.0] / 2
 
 
 def test_finished_runs_are_reused_and_metrics_grow_no_second_tail(
