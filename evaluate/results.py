@@ -150,8 +150,9 @@ class Results(NamedTuple):
         return sorted(replacements, key=lambda row: (row.sites, row.family, row.cost["l0"], row.name)) + baselines
 
     def find(self, name: str, protocol: str) -> Row:
-        """The row of that name and protocol."""
-        return next(row for row in self.rows if row.name == name and row.protocol == protocol)
+        """The row of that name and protocol; a replacement before a baseline that is called the same."""
+        found = [row for row in self.rows if row.name == name and row.protocol == protocol]
+        return min(found, key=lambda row: row.kind == "baseline")
 
 
 def to_json(results: Results) -> dict[str, Any]:

@@ -35,6 +35,8 @@ INTERVALS = ("ce", "delta", "ppl_ratio", "kl", "acc_drop", "agree", "recovered_z
 TRANSPARENT = 1e-5
 """|δ| in nats up to which an arm that should change nothing counts as doing so in float32."""
 
+SPELLED = {"sae": "SAE", "clt": "CLT", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
+
 
 class Draw(NamedTuple):
     """Settings of the bootstrap."""
@@ -115,7 +117,8 @@ class Judge:
 def family(replacement: Replacement) -> str:
     """`transcoder BatchTopK`: the label under which rows are grouped."""
     facts = replacement.facts
-    return str(facts.get("family") or " ".join(str(facts[key]) for key in ("kind", "firing") if key in facts) or "–")
+    words = [SPELLED.get(str(facts[key]), str(facts[key])) for key in ("kind", "firing") if key in facts]
+    return str(facts.get("family") or " ".join(words) or "–")
 
 
 def replacement_rows(

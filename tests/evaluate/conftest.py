@@ -76,6 +76,24 @@ class TinyTarget:
         return self.norm(x) @ self.unembed
 
 
+class Readout:
+    """A model without depth: its logits are its one site, a row of a table per token. Hand-worked numbers fit in it."""
+
+    def __init__(self, table_VV: Tensor, n_ctx: int = 16) -> None:
+        self.table, self.n_vocab, self.n_ctx, self.n_layers = table_VV, table_VV.shape[1], n_ctx, 1
+        self.name, self.device, self.dtype, self.passes = "readout", torch.device("cpu"), table_VV.dtype, 0
+        self.identity = {"model": "readout"}
+
+    def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:
+        return (Site("logits", -1, "logits", self.n_vocab),)
+
+    def logits(self, tokens: Tensor, edits: Mapping[str, Edit] | None = None) -> Tensor:
+        self.passes += 1
+        value = self.table[tokens]
+        new = (edits or {}).get("logits", lambda _: None)(value)
+        return value if new is None else new
+
+
 def codes_of(z_NF: Tensor) -> Codes:
     """Dense non-negative activations as `Codes`."""
     rows, latents = (z_NF > 0).nonzero(as_tuple=True)
@@ -162,11 +180,11 @@ class Random(Base):
 
 
 @torch.inference_mode()
-def make_contexts(rows: int = 6, length: int = 12, seed: int = 3) -> Contexts:
+def make_contexts(rows: int = 6, length: int = 12, seed: int = 3, n_layers: int = 3) -> Contexts:
     """Text that a TinyTarget wrote, so that its own loss is the lowest: special first position, several documents in
     a row, every third row padded on the right."""
     g = torch.Generator().manual_seed(seed)
-    target = TinyTarget()
+    target = TinyTarget(n_layers)
     token = torch.randint(0, target.n_vocab, (rows, 1), generator=g)
     while token.shape[1] < length:
         p = target.logits(token)[:, -1].softmax(-1)
@@ -188,6 +206,8 @@ def kit() -> SimpleNamespace:
         Constant=Constant,
         Exact=Exact,
         Random=Random,
+        Readout=Readout,
+        Base=Base,
         codes_of=codes_of,
         contexts=make_contexts,
     )
