@@ -1,0 +1,118 @@
+"""Taps of several architectures, against the bridge's own values and against what they must add up to."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+from tests.harvest.conftest import CONFIGS, tiny
+from thresher.cache.contracts import UserError
+from thresher.harvest.sites import TAPS
+from thresher.harvest.structure import tap_faults
+from thresher.harvest.target import TransformerTarget
+
+Make = Callable[[str], TransformerTarget]
+TOKENS = torch.arange(3, 3 + 2 * 12).view(2, 12)
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "mlp_in": "mlp.hook_in",
+    "mlp_out": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}
+LACKING = {"gpt_neox": {"resid_mid"}, "granite": {"mlp_out"}}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_taps_equal_what_the_bridge_records(name: str, tiny_target: Make) -> None:
+    target = tiny_target(name)
+    taps = [tap for tap in TAPS if tap not in LACKING.get(name, set())]
+    sites = target.sites(taps)
+    assert len(sites) == 2 * len(taps)
+    recorded = target.record(TOKENS, sites)
+    model = copy.deepcopy(target.model)
+    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(TOKENS, return_type="logits")
+    for site in sites:
+        hook = "mlp.in.hook_in" if (name, site.tap) == ("opt", "mlp_in") else HOOKS[site.tap]
+        expected = cache[f"blocks.{site.layer}.{hook}"].view(2, 12, -1)
+        torch.testing.assert_close(recorded[site.name], expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in LACKING])
+def test_mlp_adds_mlp_out_to_resid_mid(name: str, tiny_target: Make) -> None:
+    target = tiny_target(name)
+    acts = target.record(TOKENS, target.sites(list(TAPS)))
+    for layer in range(2):
+        total = acts[f"L0{layer}.resid_mid"] + acts[f"L0{layer}.mlp_out"]
+        torch.testing.assert_close(total, acts[f"L0{layer}.resid_post"], rtol=1e-6, atol=1e-6)
+    assert torch.equal(acts["L00.resid_post"], acts["L01.resid_pre"])
+
+
+def test_mlp_in_is_the_second_norm_with_gain_and_bias(tiny_target: Make) -> None:
+    target = tiny_target("gpt2")
+    acts = target.record(TOKENS, target.sites(["resid_mid", "mlp_in", "mlp_out"]))
+    block = target.model.transformer.h[1]
+    x = acts["L01.resid_mid"].double()
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + block.ln_2.eps).sqrt()
+    expected = normed * block.ln_2.weight.double() + block.ln_2.bias.double()
+    torch.testing.assert_close(acts["L01.mlp_in"].double(), expected, rtol=1e-5, atol=1e-5)
+    hidden = acts["L01.mlp_in"] @ block.mlp.c_fc.weight + block.mlp.c_fc.bias
+    out = torch.nn.functional.gelu(hidden, approximate="tanh") @ block.mlp.c_proj.weight + block.mlp.c_proj.bias
+    torch.testing.assert_close(acts["L01.mlp_out"], out, rtol=1e-4, atol=1e-4)
+
+
+def test_parallel_residual_has_no_resid_mid(tiny_target: Make) -> None:
+    with pytest.raises(UserError, match=r"in parallel.*Use resid_pre"):
+        tiny_target("gpt_neox").sites(["resid_mid"])
+    with pytest.raises(UserError, match="in parallel"):
+        tiny_target("gpt_neox").sites(["L01.resid_mid"])
+
+
+def test_scaled_residual_has_no_mlp_out_but_offers_the_unscaled(tiny_target: Make) -> None:
+    with pytest.raises(UserError, match=r"blocks\.\*\.mlp\.hook_out"):
+        tiny_target("granite").sites(["mlp_out"])
+    assert [site.width for site in tiny_target("granite").sites(["blocks.*.mlp.hook_out"])] == [32, 32]
+
+
+def test_post_norm_tap_is_behind_the_norm_and_says_so(tiny_target: Make) -> None:
+    target = tiny_target("gemma2")
+    [site] = target.sites(["L01.mlp_out"])
+    said = "model.layers.1.post_feedforward_layernorm, output (after the norm that follows the MLP)"
+    assert target.describe([site]) == {"L01.mlp_out": said}
+
+
+def test_a_tap_that_does_not_add_up_is_refused() -> None:
+    model = tiny("gpt2")
+    target = TransformerTarget(model, name="doubled")
+    model.transformer.h[1].register_forward_hook(lambda module, args, output: _scaled(output, 2.0))
+    target.sites(["L00.mlp_out"])
+    with pytest.raises(UserError, match=r"L01\.mlp_out.*does not differ by what it returns.*refused"):
+        target.sites(["L01.mlp_out"])
+
+
+def _scaled(output: Any, factor: float) -> Any:
+    return output * factor if isinstance(output, torch.Tensor) else (output[0] * factor, *output[1:])
+
+
+def test_faults_are_found_from_tensors_alone(tiny_target: Make) -> None:
+    target = tiny_target("llama")
+    points = {point: torch.ones(1, 8, 32) for point in target.structure.table.taps.values()}
+    assert (0, "mlp_out") in tap_faults(target.structure, points)  # 1 + 1 is not 1
+
+
+def test_unknown_architecture_is_named() -> None:
+    class StrangeForCausalLM(torch.nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+            self.embed = torch.nn.Embedding(4, 4)
+
+    config = CONFIGS["gpt2"]()
+    with pytest.raises(UserError, match="StrangeForCausalLM"):
+        TransformerTarget(StrangeForCausalLM(config), name="strange")
