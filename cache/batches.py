@@ -9,6 +9,7 @@ The state is one integer: `Batches(..., start=batch.start + batch.rows)` goes on
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -79,8 +80,9 @@ class Batches:
         """Batches from `start` on, for ever."""
         self.close()
         stop = self._stop = threading.Event()
-        staged: queue.Queue[_Staged | BaseException] = queue.Queue(_DEPTH)
-        thread = threading.Thread(target=self._stage, args=(staged, stop), name="thresher-batches", daemon=True)
+        staged: queue.Queue[Staged | BaseException] = queue.Queue(_DEPTH)
+        stager = Stager(self)
+        thread = threading.Thread(target=self._stage, args=(stager, staged, stop), name="thresher-batches", daemon=True)
         thread.start()
         try:
             while not stop.is_set():
@@ -90,7 +92,9 @@ class Batches:
                     continue
                 if isinstance(item, BaseException):
                     raise item
-                yield self._decoded(item)
+                batch = self.decoded(item)
+                stager.release(item, batch)
+                yield batch
         finally:
             stop.set()
             thread.join()
@@ -100,12 +104,12 @@ class Batches:
         if self._stop is not None:
             self._stop.set()
 
-    def _stage(self, staged: "queue.Queue[_Staged | BaseException]", stop: threading.Event) -> None:
+    def _stage(self, stager: "Stager", staged: "queue.Queue[Staged | BaseException]", stop: threading.Event) -> None:
         """The thread: stage batch after batch until told to stop."""
-        stager, start = _Stager(self), self.start
+        start = self.start
         while not stop.is_set():
             try:
-                item: _Staged | BaseException = stager.batch(start)
+                item: Staged | BaseException = stager.batch(start)
             except BaseException as error:
                 item = error
             while not stop.is_set():
@@ -118,7 +122,7 @@ class Batches:
                 return
             start += self.batch_rows
 
-    def _decoded(self, item: "_Staged") -> Batch:
+    def decoded(self, item: "Staged") -> Batch:
         """Decode a staged batch on the device."""
         raw = item.arrays
         keep = None
@@ -138,7 +142,7 @@ class Batches:
         return Batch(item.start, acts, self.batch_rows)
 
 
-class _Staged(NamedTuple):
+class Staged(NamedTuple):
     """A batch in stored form."""
 
     start: int
@@ -148,10 +152,12 @@ class _Staged(NamedTuple):
     """[B] uint8, or empty when every stored row counts."""
     ready: "torch.cuda.Event | None"
     """Set once the copy to the device is done; None on the CPU."""
+    buffers: dict[str, np.ndarray] | None
+    """Host memory behind the arrays, to be filled again once they are decoded."""
 
 
-class _Stager:
-    """What the thread remembers between batches: the views of the group it is in, and the copy stream."""
+class Stager:
+    """What the thread remembers between batches: the views of the group it is in, host buffers, the copy stream."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches, self.reader, self.order = batches, batches.reader, batches.order
@@ -162,16 +168,18 @@ class _Stager:
         self.specs = {name: specs[name] for name in self.names}
         self.group: tuple[int, int] = (-1, -1)
         self.views: dict[str, list[np.ndarray]] = {}
+        self.narrow: dict[str, np.ndarray] = {}
         self.within: list[np.ndarray | None] = []
+        self.free: deque[dict[str, np.ndarray]] = deque()  # fresh memory costs a page fault every 4 kB
         self.cuda = batches.device.type == "cuda"
         self.stream = torch.cuda.Stream(batches.device) if self.cuda else None
 
-    def batch(self, start: int) -> _Staged:
+    def batch(self, start: int) -> Staged:
         """Stage positions [start, start + batch_rows) of this rank."""
         b = self.batches
         count = b.batch_rows // b.world
-        arrays = {name: self._empty(name, count) for name in self.names}
-        at = start  # position of the segment's first row
+        buffers = self.free.popleft() if self.free else {name: self._empty(name, count) for name in self.names}
+        arrays, at = dict(buffers), start  # position of the segment's first row
         for segment in self.order.segments(start, b.batch_rows):
             self._enter(segment)
             self._copy(segment, at, start, arrays)
@@ -179,13 +187,21 @@ class _Stager:
         keep = arrays.pop("keep", np.empty(0, np.uint8))
         tensors = {name: as_codes(array) for name, array in arrays.items()}
         if self.stream is None:
-            return _Staged(start, tensors, keep, None)
+            return Staged(start, tensors, keep, None, buffers)
         with torch.cuda.stream(self.stream):
             moved = {name: tensor.to(b.device, non_blocking=True) for name, tensor in tensors.items()}
             ready = torch.cuda.Event()
             ready.record(self.stream)
-        ready.synchronize()  # the pinned buffers go back to their pool only now
-        return _Staged(start, moved, keep, ready)
+        keep = keep.copy()
+        ready.synchronize()  # only now may the pinned buffers be filled again
+        self.free.append(buffers)
+        return Staged(start, moved, keep, ready, None)
+
+    def release(self, item: Staged, batch: Batch) -> None:
+        """Take back the host memory of a decoded batch, unless the caller was given that memory itself."""
+        lent = {tensor.data_ptr() for tensor in batch.acts.values()}
+        if item.buffers is not None and not any(array.ctypes.data in lent for array in item.buffers.values()):
+            self.free.append(item.buffers)
 
     def _empty(self, name: str, count: int) -> np.ndarray:
         """A host buffer for `count` rows of an array, pinned when it is bound for a GPU."""
@@ -200,8 +216,14 @@ class _Stager:
             return
         self.group = (segment.epoch, segment.group)
         split = self.batches.split
-        self.views = {n: [self.reader.chunk(split, n, int(c)) for c in segment.chunks] for n in self.names}
+        views = {n: [self.reader.chunk(split, n, int(c)) for c in segment.chunks] for n in self.names}
         self.within = [self.order.within(segment.epoch, int(c)) for c in segment.chunks]
+        self.views = {n: parts for n, parts in views.items() if parts[0].ndim > 1}
+        # One number a row (scales, classes): put the whole group in order at once, so a batch is a slice of it.
+        self.narrow = {
+            n: np.stack([p if w is None else p[w] for p, w in zip(views[n], self.within, strict=True)], axis=1).ravel()
+            for n in views.keys() - self.views.keys()
+        }
 
     def _copy(self, segment: Segment, at: int, start: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Copy this rank's rows of a segment whose first position is `at` into the batch that begins at `start`.
@@ -210,6 +232,11 @@ class _Stager:
         belongs to this rank.
         """
         r, world = len(segment.chunks), self.batches.world
+        skipped = (self.batches.rank - at) % world  # of the segment's positions, before the first of this rank
+        for name, ordered in self.narrow.items():
+            mine = ordered[segment.first + skipped : segment.first + segment.length : world]
+            first = (at + skipped - start) // world
+            arrays[name][first : first + len(mine)] = mine
         stride = world // np.gcd(r, world)
         for j in range(r):
             u = segment.first + (j - segment.first) % r
@@ -227,5 +254,5 @@ class _Stager:
             inner = self.within[j]
             if inner is not None:
                 rows = inner[rows]
-            for name, array in arrays.items():
-                array[places] = self.views[name][j][rows]
+            for name, views in self.views.items():
+                arrays[name][places] = views[j][rows]

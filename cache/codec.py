@@ -21,6 +21,7 @@ from torch import Tensor
 LEVELS = 127
 MIN_SCALE = 2.0**-14
 """Smallest normal float16: a row of zeros still divides."""
+_DECODE_ELEMENTS = 1 << 17
 
 
 class Calibration(NamedTuple):
@@ -114,5 +115,10 @@ def decode(codes_ND: Tensor, scale_N: Tensor | None, calibration: Calibration | 
     """Rows [N, D] in `dtype` on the device of the codes; int8z decodes in float32 and then casts."""
     if scale_N is None or calibration is None:
         return codes_ND.to(dtype)
-    x_ND = codes_ND.to(torch.float32).mul_(scale_N[:, None].to(torch.float32))
-    return torch.addcmul(calibration.mean, x_ND, calibration.std, out=x_ND).to(dtype)
+    x_ND, s_N1 = torch.empty_like(codes_ND, dtype=torch.float32), scale_N[:, None].to(torch.float32)
+    rows = max(64, _DECODE_ELEMENTS // x_ND.shape[1]) if x_ND.device.type == "cpu" else len(x_ND)
+    for at in range(0, len(x_ND), rows or 1):  # in pieces that stay in a CPU's cache between the three passes
+        piece = x_ND[at : at + rows]
+        piece.copy_(codes_ND[at : at + rows]).mul_(s_N1[at : at + rows])
+        torch.addcmul(calibration.mean, piece, calibration.std, out=piece)
+    return x_ND.to(dtype)
