@@ -49,7 +49,9 @@ class Feeder:
             self._waiting.popleft().result()
 
     def _add(self, shard: ShardWriter, acts: Mapping[str, Tensor], ready: Any) -> None:
-        assert self._stream is not None
+        if self._stream is None:
+            shard.add(acts)
+            return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             shard.add(acts)

@@ -261,9 +261,8 @@ class TransformerTarget:
             if located.tap == "resid_mid":
                 taps = self.structure.table.taps
                 if (located.layer, "mlp_out") not in taps:
-                    raise UserError(
-                        f"{name} cannot be replaced in {self.name}, only recorded: {self.structure.table.lacking['mlp_out']}"
-                    )
+                    why = self.structure.table.lacking["mlp_out"]
+                    raise UserError(f"{name} cannot be replaced in {self.name}, only recorded: {why}")
                 kept: list[Tensor] = []
                 edit = _keeping(edit, kept)
                 sums.append((taps[located.layer, "mlp_out"], _summing(kept, shape)))

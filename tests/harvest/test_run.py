@@ -1,0 +1,236 @@
+"""The stage end to end on the bundled model and text: exact rows, reuse, resume, refusal."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from thresher.cache.contracts import UserError
+from thresher.cache.interrupts import Interrupted
+from thresher.cache.reader import CacheReader
+from thresher.cache.writer import ShardWriter
+from thresher.harvest import run
+from thresher.harvest.corpus import DataConfig, read_corpus
+from thresher.harvest.feeder import Feeder
+from thresher.harvest.run import HarvestConfig, HarvestResult, harvest, identity
+from thresher.harvest.target import TargetConfig, TransformerTarget
+
+TARGET = TargetConfig(device="cpu", dtype="float32")
+# Enough for two shards of train, which is what resuming needs, and for one.
+DATA = DataConfig(context=64, max_tokens=26_000, test_fraction=0.2)
+LITTLE = DataConfig(context=64, max_tokens=8_000, test_fraction=0.2)
+CONFIG = HarvestConfig(layers=(0, 2), codec="bf16", batch_contexts=32)
+QUIET = Console(quiet=True)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Every file of a cache but the lock."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not file.name.endswith(".lock")
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> HarvestResult:
+    return harvest(TARGET, DATA, CONFIG, path=tmp_path_factory.mktemp("caches") / "cache", console=QUIET)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_are_the_recomputed_activations_rounded_to_bfloat16(
+    split: str, made: HarvestResult, books: TransformerTarget
+) -> None:
+    reader = CacheReader.open(made.path)
+    assert list(reader.sites) == ["L00.mlp_in", "L00.mlp_out", "L02.mlp_in", "L02.mlp_out"]
+    origin = reader.provenance(split)
+    rows = np.arange(0, reader.rows(split), 197)
+    contexts = reader.contexts(split)
+    recomputed = books.record(
+        torch.from_numpy(contexts.token_id[origin.context[rows]].astype(np.int64)), list(reader.sites.values())
+    )
+    at = torch.from_numpy(origin.position[rows].astype(np.int64))
+    for name, acts in recomputed.items():
+        fresh = acts[torch.arange(len(rows)), at]
+        stored = reader.gather(split, name, rows)
+        # Another batch shape may round the last bit of float32 differently, which can tip a bfloat16 rounding.
+        equal = stored == fresh.bfloat16().float()
+        assert equal.float().mean() > 0.999
+        torch.testing.assert_close(stored, fresh, rtol=2**-8, atol=1e-6)
+    assert np.array_equal(origin.token_id[rows], contexts.token_id[origin.context[rows], origin.position[rows]])
+    assert (origin.position[rows] > 0).all()
+    assert (origin.keep[rows] == 1).all()
+
+
+def test_int8z_rows_are_the_recomputed_activations_within_the_gate(tmp_path: Path, books: TransformerTarget) -> None:
+    config = HarvestConfig(layers=(1,), sites=("mlp_out",))
+    result = harvest(TARGET, LITTLE, config, path=tmp_path / "cache", console=QUIET)
+    reader = CacheReader.open(result.path, identity=identity(TARGET, LITTLE, config))
+    origin, rows = reader.provenance("test"), np.arange(0, reader.rows("test"), 11)
+    tokens = torch.from_numpy(reader.contexts("test").token_id[origin.context[rows]].astype(np.int64))
+    fresh = books.record(tokens, books.sites(["L01.mlp_out"]))["L01.mlp_out"]
+    fresh = fresh[torch.arange(len(rows)), torch.from_numpy(origin.position[rows].astype(np.int64))]
+    error = reader.gather("test", "L01.mlp_out", rows) - fresh
+    assert error.square().sum() < 1e-3 * (fresh - fresh.mean(0)).square().sum()
+
+
+def test_splits_share_no_document(made: HarvestResult) -> None:
+    reader = CacheReader.open(made.path)
+    train, test = (set(np.unique(reader.provenance(split).document_id)) for split in ("train", "test"))
+    assert train
+    assert test
+    assert not train & test
+    assert made.rows == {"train": reader.rows("train"), "test": reader.rows("test")}
+    assert not made.reused
+    assert made.tokens >= sum(made.rows.values())
+    assert reader.facts["points"]["L02.mlp_in"] == "transformer.h.2.mlp, input"
+    assert reader.facts["corpus"]["splits"]["train"]["documents"] == len(train)
+
+
+def test_a_second_harvest_reuses_without_loading_anything(made: HarvestResult) -> None:
+    before = files(made.path)
+    program = (
+        "import sys, pathlib; from rich.console import Console; from thresher.harvest.run import *\n"
+        f"target = TargetConfig(device='cpu', dtype='float32'); path = pathlib.Path({str(made.path)!r})\n"
+        "data = DataConfig(context=64, max_tokens=26_000, test_fraction=0.2)\n"
+        "config = HarvestConfig(layers=(0, 2), codec='bf16')\n"  # the batch size is free to differ
+        "result = harvest(target, data, config, path=path, console=Console())\n"
+        "assert result.reused and result.tokens == 0 and result.seconds < 2, result\n"
+        "assert not {'transformers', 'transformer_lens', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Reusing the cache" in done.stdout
+    assert files(made.path) == before
+
+
+def test_other_settings_at_the_same_place_are_refused_before_loading(
+    made: HarvestResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_target", lambda config: pytest.fail("the model was loaded"))
+    before = files(made.path)
+    for data, config, says in (
+        (DATA, HarvestConfig(layers=(0, 1), codec="bf16"), r"harvest\.layers: expected \[0, 2\], got \[0, 1\]"),
+        (DATA, HarvestConfig(layers=(0, 2)), "codec: expected 'bf16', got 'int8z'"),
+        (DataConfig(context=64, max_tokens=26_000, test_fraction=0.3), CONFIG, "data.test_fraction"),
+    ):
+        with pytest.raises(UserError, match=says):
+            harvest(TARGET, data, config, path=made.path, console=QUIET)
+    assert files(made.path) == before
+
+
+def test_an_interrupted_harvest_goes_on_to_the_same_bytes(
+    made: HarvestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, calls = ShardWriter.add, []
+
+    def add_then_interrupt(self: ShardWriter, acts: Any) -> None:
+        add(self, acts)
+        calls.append(self.index)
+        if self.index == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ShardWriter, "add", add_then_interrupt)
+    with pytest.raises(Interrupted, match=r"1 of \d+ shards are in .*run the same harvest again"):
+        harvest(TARGET, DATA, CONFIG, path=tmp_path / "cache", console=QUIET)
+    assert calls.count(1) == 1, "it stops after the pass that was running"
+    with pytest.raises(UserError, match=r"incomplete: 1 of"):
+        CacheReader.open(tmp_path / "cache")
+    monkeypatch.setattr(ShardWriter, "add", add)
+    result = harvest(TARGET, DATA, CONFIG, path=tmp_path / "cache", console=QUIET)
+    assert 0 < result.tokens < made.tokens
+    assert files(tmp_path / "cache") == files(made.path)
+    assert CacheReader.open(tmp_path / "cache").verify() == []
+
+
+def test_feeding_in_a_thread_changes_no_byte(
+    made: HarvestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Feeder", lambda device: Feeder(device, threaded=True))
+    result = harvest(TARGET, DATA, CONFIG, path=tmp_path / "cache", console=QUIET)
+    assert files(result.path) == files(made.path)
+
+
+def test_a_fault_in_the_feeding_thread_surfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "Feeder", lambda device: Feeder(device, threaded=True))
+
+    def fail(self: ShardWriter, acts: Any) -> None:
+        raise UserError("no more")
+
+    monkeypatch.setattr(ShardWriter, "add", fail)
+    with pytest.raises(UserError, match="no more"):
+        harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET)
+
+
+def test_activations_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = TransformerTarget.record
+
+    @torch.inference_mode()
+    def poisoned(self: TransformerTarget, tokens: Any, sites: Any) -> Any:
+        acts = record(self, tokens, sites)
+        bad = acts["L02.mlp_out"].clone()
+        bad[0, 5, 7] = float("nan")
+        return acts | {"L02.mlp_out": bad}
+
+    monkeypatch.setattr(TransformerTarget, "record", poisoned)
+    with pytest.raises(UserError, match=r"L02\.mlp_out.*context \d+.*position 5"):
+        harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET)
+    with pytest.raises(UserError, match="incomplete: 0 of"):
+        CacheReader.open(tmp_path / "cache")
+
+
+def test_too_little_disk_is_refused_before_the_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thresher.cache.writer.free_bytes", lambda path: 1000)
+    monkeypatch.setattr(TransformerTarget, "record", lambda *args: pytest.fail("a pass was run"))
+    with pytest.raises(UserError, match=r"not enough disk space.*1,000 are free"):
+        harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET)
+
+
+def test_progress_tells_rate_and_bytes(tmp_path: Path) -> None:
+    console = Console(record=True, width=120, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    harvest(TARGET, LITTLE, HarvestConfig(layers=(3,), sites=("mlp_out",)), path=tmp_path / "cache", console=console)
+    told = console.export_text()
+    assert "to write" in told
+    assert "tokens/s" in told
+
+
+def test_identity_is_of_what_decides_the_bytes() -> None:
+    base = identity(TARGET, DATA, CONFIG)
+    same = HarvestConfig(layers=(2, 0), codec="bf16", batch_contexts=3, fvu_gate=0.5)
+    assert identity(TARGET, DATA, same) == base
+    for other in (
+        identity(TargetConfig(device="cpu", dtype="bfloat16"), DATA, CONFIG),
+        identity(TARGET, DataConfig(context=64), CONFIG),
+        identity(TARGET, DATA, HarvestConfig(layers=(0, 2), codec="bf16", seed=1)),
+    ):
+        assert other != base
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"sites": ()}, "at least one"), ({"layers": ()}, "layer numbers"), ({"batch_contexts": 0}, "at least 1")],
+)
+def test_settings_are_checked_at_once(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        HarvestConfig(**changes)
+
+
+def test_sites_that_the_model_lacks_are_refused_before_reading_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "read_corpus", lambda *args: pytest.fail("text was read"))
+    with pytest.raises(UserError, match="Did you mean 'mlp_in'"):
+        harvest(TARGET, DATA, HarvestConfig(sites=("mlp_inn",)), path=tmp_path / "cache", console=QUIET)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_corpus_is_a_function_of_its_settings(tokenizer: Any) -> None:
+    first, second = (read_corpus(DATA, tokenizer, 256, 4096, QUIET) for _ in range(2))
+    for split in first.splits:
+        assert all(map(np.array_equal, first.splits[split], second.splits[split]))
