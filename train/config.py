@@ -20,8 +20,8 @@ class TrainConfig:
     """Optimiser steps, in place of epochs."""
     lr: float | Literal["auto"] = "auto"
     """Adam's learning rate; auto: 2e-4 / √(F / 2¹⁴), F the latents per source."""
-    beta1: float | None = None
-    """Adam's first moment decay; 0.9 when not given, 0 for jumprelu."""
+    beta1: float = 0.9
+    """Adam's first moment decay. Published JumpReLU recipes use 0; on the bundled model 0.9 gives clearly lower FVU."""
     beta2: float = 0.999
     """Adam's second moment decay."""
     eps: float = 1e-8
@@ -60,9 +60,8 @@ class TrainConfig:
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; expected more than 0.")
         for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UserError(f"train.{name} is {value}; expected 0 ≤ value < 1.")
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; expected 0 ≤ value < 1.")
         if self.warmup < 0:
             raise UserError(f"train.warmup is {self.warmup}; expected 0 or more.")
 

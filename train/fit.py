@@ -1,7 +1,7 @@
 """One dictionary in training: a step, its running numbers, its state."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
+from thresher.train.dictionary.encoder import Workspace
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
 from thresher.train.losses import Losses, losses
@@ -34,6 +35,15 @@ class Views:
         if key not in self._made:
             self._made[key] = space.apply(self.acts[site].to(torch.float32))
         return self._made[key]
+
+
+class Inputs(NamedTuple):
+    """A batch in one dictionary's training space."""
+
+    xs: list[Tensor]
+    """[N, D] per source."""
+    ys: list[Tensor]
+    """[N, E] per destination."""
 
 
 class _Window:
@@ -66,8 +76,10 @@ class _Window:
 class Fit:
     """A dictionary with its optimiser, its schedule and its position in the stream of rows."""
 
-    def __init__(self, plan: RunPlan, reader: CacheReader, device: torch.device) -> None:
-        """Build with zero weights; `start` or `load` must follow."""
+    def __init__(
+        self, plan: RunPlan, reader: CacheReader, device: torch.device, workspace: Workspace | None = None
+    ) -> None:
+        """Build with zero weights; `start` or `load` must follow. `workspace` may be shared with others."""
         spec = plan.spec
         self.plan = plan
         self.reads = [affine(spec.normalise, reader.statistics(site), site) for site in spec.reads]
@@ -76,6 +88,7 @@ class Fit:
         low = plan.train.dtype == "bfloat16" or (plan.train.dtype == "auto" and device.type == "cuda")
         for source in range(len(spec.reads)):
             self.coder.encoder(source).matmul_dtype = torch.bfloat16 if low else None
+            self.coder.encoder(source).workspace = workspace or Workspace()
         self.optimiser = Optimiser(self.coder, plan.train)
         self.total = plan.train.total_steps(reader.rows("train"))
         self.done = 0
@@ -96,14 +109,20 @@ class Fit:
         self.coder.load_state_dict(fresh.state_dict())
         self.coder.to(device)
 
-    def step(self, views: Views, consumed: int) -> Tensor:
+    def inputs(self, views: Views) -> Inputs:
+        """This dictionary's view of a batch."""
+        spec, mode = self.plan.spec, self.plan.spec.normalise
+        return Inputs(
+            [views.get(site, mode, space) for site, space in zip(spec.reads, self.reads, strict=True)],
+            [views.get(site, mode, space) for site, space in zip(spec.writes, self.writes, strict=True)],
+        )
+
+    def step(self, inputs: Inputs, consumed: int) -> Tensor:
         """One optimiser step on a batch that took `consumed` rows of the stream.
 
         Returns the gradient norm; if it is not finite, nothing was changed.
         """
-        spec, mode = self.plan.spec, self.plan.spec.normalise
-        xs = [views.get(site, mode, space) for site, space in zip(spec.reads, self.reads, strict=True)]
-        ys = [views.get(site, mode, space) for site, space in zip(spec.writes, self.writes, strict=True)]
+        spec, (xs, ys) = self.plan.spec, inputs
         ramp = min(1.0, (self.done + 1) / spec.penalty_warmup) if spec.penalty_warmup else 1.0
         rate = base_rate(self.plan.train, spec) * rate_factor(self.plan.train, self.done, self.total)
         out = self.coder(xs)

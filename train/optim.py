@@ -43,10 +43,10 @@ class Optimiser:
     """Adam on all parameters of one dictionary."""
 
     def __init__(self, coder: Coder, config: TrainConfig) -> None:
-        first = config.beta1 if config.beta1 is not None else (0.0 if coder.spec.firing == "jumprelu" else 0.9)
         self.parameters = list(coder.parameters())
         self.clip = config.clip
-        self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=(first, config.beta2), eps=config.eps, fused=True)
+        betas = (config.beta1, config.beta2)
+        self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=betas, eps=config.eps, fused=True)
         self._decoders = list(coder.W_dec) if coder.spec.unit_norm else []
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ when `resume` is set. Made from another recipe: refused. A dictionary whose loss
 aside with its last good state; the others go on.
 """
 
+import functools
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ from thresher.cache.reader import CacheReader
 from thresher.cache.records import differences, to_dict
 from thresher.train.calibrate import HeldOut, calibrate, held_out
 from thresher.train.config import TrainConfig
+from thresher.train.crew import Crew, Task
+from thresher.train.dictionary.encoder import Workspace
 from thresher.train.display import TrainingDisplay
 from thresher.train.files import CONFIG, git_commit, read_config, save_run, versions, write_config
 from thresher.train.fit import Fit, Views, sites_of
@@ -102,7 +105,8 @@ def train(
     todo = [(plan, config) for plan, config in zip(plans, configs, strict=True) if plan.name not in results]
     with ExitStack() as stack, deferred_interrupts() as stop, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        jobs = [_open(plan, config, out / plan.name, reader, where, wandb, stack) for plan, config in todo]
+        workspace = Workspace()
+        jobs = [_open(plan, config, out / plan.name, reader, where, workspace, wandb, stack) for plan, config in todo]
         streams: dict[tuple[int, int, int], list[_Job]] = {}
         for job in jobs:
             key = (job.plan.train.batch_rows, job.plan.seed, job.fit.position)
@@ -194,12 +198,13 @@ def _open(
     path: Path,
     reader: CacheReader,
     device: torch.device,
+    workspace: Workspace,
     wandb: WandbMode,
     stack: ExitStack,
 ) -> _Job:
     """Build a run, at its beginning or at its last checkpoint."""
     checkpoint = load_checkpoint(path)
-    fit = Fit(plan, reader, device)
+    fit = Fit(plan, reader, device, workspace)
     if checkpoint is None:
         fit.start(reader)
     else:
@@ -230,12 +235,9 @@ def _run_pass(
     began, rows = time.monotonic(), 0
     title = f"Training {len(jobs)} dictionaries on {device}, {batch_rows:,} rows per step"
     try:
-        with TrainingDisplay(console, title) as display:
+        with TrainingDisplay(console, title) as display, Crew(device) as crew:
             for batch in batches:
-                views = Views(batch.acts)
-                for job in jobs:
-                    if job.active:
-                        _step(job, views, batch.rows, display, console)
+                _step([job for job in jobs if job.active], crew, Views(batch.acts), batch.rows, display, console)
                 rows += batch.rows
                 done = max(job.fit.done for job in jobs)
                 display.progress(done, total, rows / (time.monotonic() - began))
@@ -257,14 +259,21 @@ def _save_and_stop(jobs: Sequence[_Job], out: Path) -> None:
     )
 
 
-def _step(job: _Job, views: Views, rows: int, display: TrainingDisplay, console: Console) -> None:
-    """One step of one job, with what is due after it."""
+def _step(
+    jobs: Sequence[_Job], crew: Crew, views: Views, rows: int, display: TrainingDisplay, console: Console
+) -> None:
+    """One step of every job, with what is due after it."""
+    tasks = [Task(job.fit, functools.partial(job.fit.step, job.fit.inputs(views), rows)) for job in jobs]
+    for job, outcome in zip(jobs, crew.step(tasks), strict=True):
+        if isinstance(outcome, torch.Tensor):
+            _after_step(job, outcome, display, console)
+        else:
+            _set_aside(job, f"step {job.fit.done + 1} ran out of memory ({outcome})", display, console)
+
+
+def _after_step(job: _Job, norm: torch.Tensor, display: TrainingDisplay, console: Console) -> None:
+    """Log and save what is due; set the job aside when the step was not finite."""
     settings = job.plan.train
-    try:
-        norm = job.fit.step(views, rows)
-    except torch.OutOfMemoryError as error:
-        _set_aside(job, f"step {job.fit.done + 1} ran out of memory ({error})", display, console)
-        return
     on_cpu = norm.device.type == "cpu"
     if on_cpu and not bool(norm.isfinite()):
         _set_aside(job, f"step {job.fit.done + 1}: the loss or its gradient is not finite", display, console)

@@ -11,6 +11,8 @@ from torch import Tensor
 from thresher.train.kernels import firing, sparse
 from thresher.train.kernels.sparse import Selection
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
 N, D, E, F, S = 7, 5, 4, 11, 3
 
 

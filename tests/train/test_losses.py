@@ -15,6 +15,8 @@ from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels import firing
 from thresher.train.losses import auxiliary, losses
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
 N, D, LATENTS, LAYERS = 40, 6, 24, 3
 
 RULES: dict[str, dict[str, Any]] = {

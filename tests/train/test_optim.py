@@ -88,12 +88,6 @@ def test_warm_up_rises_linearly_and_each_decay_ends_where_it_says() -> None:
     assert rate_factor(TrainConfig(warmup=0, decay="none"), 99, 100) == 1.0
 
 
-def test_jumprelu_gets_no_momentum_unless_asked() -> None:
-    jump = build(spec(firing="jumprelu", k=None, sparsity=1.0))
-    assert Optimiser(jump, TrainConfig()).adam.defaults["betas"] == (0.0, 0.999)
-    assert Optimiser(jump, TrainConfig(beta1=0.5)).adam.defaults["betas"] == (0.5, 0.999)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

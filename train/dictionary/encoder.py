@@ -5,6 +5,7 @@ drift away from the first. The dense product runs without autograd, in bf16 wher
 fp32, and gradients return through `gathered_linear`.
 """
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -34,19 +35,19 @@ class Fired(NamedTuple):
 class Workspace:
     """Memory for pre-activations, used again by every encoder that shares it.
 
-    They are only needed until the selected values are copied out, so one block serves a whole sweep. Taking it anew
-    each time costs a fifth of the product on a CPU, in page faults.
+    They are only needed until the selected values are copied out, so one block for each thread serves a whole sweep.
+    Taking it anew each time costs a fifth of the product on a CPU, in page faults.
     """
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
+        self._local = threading.local()
 
     def block(self, tokens: int, W_enc: Tensor) -> Tensor:
         """[N, F] uninitialised, for the product of N rows with an encoder."""
         size = tokens * W_enc.shape[0]
-        memory = self._memory
+        memory: Tensor | None = getattr(self._local, "memory", None)
         if memory is None or memory.numel() < size or memory.dtype != W_enc.dtype or memory.device != W_enc.device:
-            memory = self._memory = torch.empty(size, dtype=W_enc.dtype, device=W_enc.device)
+            memory = self._local.memory = torch.empty(size, dtype=W_enc.dtype, device=W_enc.device)
         return memory[:size].view(tokens, W_enc.shape[0])
 
 

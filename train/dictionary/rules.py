@@ -100,7 +100,7 @@ class JumpReLU(ReLU):
 
     def __init__(self, spec: DictionarySpec) -> None:
         super().__init__(spec)
-        self.relative = (spec.theta, spec.bandwidth)
+        self.relative = (spec.resolved_theta, spec.bandwidth)
         self.log_theta = nn.Parameter(torch.zeros(spec.n_latents))
         self.register_buffer("window", torch.tensor(1.0))
         self.window: Tensor

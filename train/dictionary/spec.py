@@ -8,6 +8,7 @@ A combination that would silently mean something else than it says is refused he
 
 import dataclasses
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 from thresher.cache.contracts import UserError
@@ -47,9 +48,10 @@ class _Settings:
     """jumprelu: coefficient of Σ n_f · relu(θ_f − a_f), which pulls silent latents up to their thresholds."""
     preact_on: Literal["dead", "all"] = "dead"
     """Latents the pre-activation loss acts on; `all` costs a dense pass per step."""
-    theta: float = 1.0
-    """jumprelu: initial threshold, in standard deviations of the initial pre-activations."""
-    bandwidth: float = 0.5
+    theta: float | None = None
+    """jumprelu: initial threshold, in standard deviations of the initial pre-activations. Not given: for target_l0 the
+    one that k of F normal variables exceed, else 1.5."""
+    bandwidth: float = 0.25
     """jumprelu: width ε of the gradient window, in the same unit."""
     aux: float = 1 / 32
     """Coefficient of AuxK, which lets dead latents explain what is left of the target; 0 turns it off."""
@@ -145,6 +147,15 @@ class DictionarySpec(_Settings):
         return self.penalty or ("l1" if self.firing == "relu" else "l0")
 
     @property
+    def resolved_theta(self) -> float:
+        """JumpReLU's initial threshold, in standard deviations."""
+        if self.theta is not None:
+            return self.theta
+        if self.resolved_penalty == "target_l0" and self.k is not None and self.k < self.n_latents / 2:
+            return max(0.1, NormalDist().inv_cdf(1 - self.k / self.n_latents))
+        return 1.5
+
+    @property
     def resolved_aux_k(self) -> int:
         """Dead latents per token in AuxK."""
         return self.aux_k if self.aux_k is not None else max(1, self.d_out // 2)
@@ -169,8 +180,9 @@ def check_settings(settings: _Settings, kind: str) -> None:
         if getattr(settings, name) < 0:
             raise UserError(f"dictionary.{name} is {getattr(settings, name)}; expected 0 or more.")
     for name in ("theta", "bandwidth", "dead_after", "tanh_scale"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"dictionary.{name} is {getattr(settings, name)}; expected more than 0.")
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            raise UserError(f"dictionary.{name} is {value}; expected more than 0.")
     if settings.aux_k is not None and settings.aux_k < 1:
         raise UserError(f"dictionary.aux_k is {settings.aux_k}; expected 1 or more. Set aux = 0 to turn AuxK off.")
     if not 0 <= settings.threshold_decay < 1:
