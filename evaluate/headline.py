@@ -14,6 +14,8 @@ from thresher.evaluate.results import Results, Row
 
 SPARSEST = 1.25
 """Rows within this factor of the smallest L0 count as the sparsest setting."""
+SAME_L0 = 0.03
+"""Points this close in L0 are compared as they are."""
 
 
 class Line(NamedTuple):
@@ -107,16 +109,14 @@ def _ablation_line(results: Results, rows: Sequence[Row], protocol: str, where: 
 
 
 def delta_at(rows: Sequence[Row], l0: float) -> float | None:
-    """δ of one family at an L0 by interpolation; None outside its range."""
+    """δ of one family at an L0: interpolated, or a measured point no more than 3 % away; None outside its range."""
     points = sorted((row.cost["l0"], _value(row, "delta")) for row in rows if row.cost["l0"] > 0)
-    for cost, delta in points:
-        if math.isclose(cost, l0, rel_tol=1e-9):
-            return delta
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 < l0 < x1:
             share = math.log2(l0 / x0) / math.log2(x1 / x0)
             return y0 + share * (y1 - y0)
-    return None
+    near = [(abs(math.log(cost / l0)), delta) for cost, delta in points if math.isclose(cost, l0, rel_tol=SAME_L0)]
+    return min(near)[1] if near else None
 
 
 def matched_l0(rows: Sequence[Row]) -> tuple[float, dict[str, float]] | None:

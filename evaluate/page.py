@@ -117,7 +117,7 @@ def _pair_of_charts(results: Results, protocol: str, sites: tuple[str, ...], ord
         y_title="δ, nats",
         y_log=True,
         front=[_mark(row, "delta") for row in front_of(rows) if row.metrics["delta"] is not None],
-        bars=_apart([bar for bar in bars if bar.y > 0]),
+        bars=[bar for bar in bars if bar.y > 0],
         label=f"δ against L0 under {protocol}",
     )
     fvu = svg.scatter(
@@ -133,14 +133,6 @@ def _pair_of_charts(results: Results, protocol: str, sites: tuple[str, ...], ord
         f'<div class="card"><h3>Reconstruction against sparsity <span class="soft">· clean inputs, {where}</span></h3>'
         f"{fvu}</div>"
     )
-
-
-def _apart(bars: list[svg.Bar]) -> list[svg.Bar]:
-    """Baselines with one label where two lines would print theirs on top of each other."""
-    if len(bars) == 2 and max(b.y for b in bars) / min(b.y for b in bars) < 1.25:
-        low, high = sorted(bars, key=lambda bar: bar.y)
-        return [svg.Bar(low.y, ""), svg.Bar(high.y, f"{high.label}; {low.label} just below")]
-    return bars
 
 
 def _series(rows: Sequence[Row], key: str, order: Sequence[str]) -> list[svg.Series]:
@@ -355,7 +347,10 @@ def _facts(row: Row) -> str:
 
 
 def _short(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_short, value))
+    text = str(value)
+    return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{40,64}", text) else text
 
 
 def _words(key: str) -> str:

@@ -78,7 +78,8 @@ def _delta_panel(axes: Axes, results: Results, protocol: str, sites: tuple[str, 
     front = front_of(replacements)
     if front:
         cost, delta = [row.cost["l0"] for row in front], [_shown(row) for row in front]
-        axes.step(cost, delta, where="post", color="0.35", lw=1, zorder=1, label="Pareto front")
+        cost, delta = [*cost, 1.2 * max(row.cost["l0"] for row in replacements)], [*delta, delta[-1]]
+        axes.step(cost, delta, where="post", color="#E69F00", alpha=0.35, lw=5, zorder=1, label="Pareto front")
     for row in results.rows:
         delta_of_row = row.metrics["delta"]
         baseline = row.kind == "baseline" and row.protocol == protocol and set(row.sites) == set(sites)
@@ -133,9 +134,7 @@ def sites_figure(results: Results, protocol: str, key: str, title: str) -> Figur
             label=row.family,
         )
     if key == "delta":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _log_y(axes)
     else:
         axes.set_ylim(bottom=0)
     turned = any(len(name) > 12 for name in names) or len(names) > 8
@@ -169,14 +168,17 @@ def _points(axes: Axes, results: Results, rows: Sequence[Row], key: str, interva
 def _log_axes(axes: Axes, *, y: bool) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("L0: active latents per token and source")
-    form = FuncFormatter(_plain)
-    axes.xaxis.set_major_formatter(form)
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     if y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(form)
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _log_y(axes)
     _tidy(axes)
+
+
+def _log_y(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plain(value: float, position: int) -> str:

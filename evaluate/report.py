@@ -6,20 +6,25 @@ Nothing is computed here that is not in `Results`; only chosen, formatted and dr
 import csv
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from thresher.evaluate import page, plots
-from thresher.evaluate.columns import COLUMNS, STAR, interval_text, sites_label, star
+from thresher.evaluate.columns import COLUMNS, STAR, Column, interval_text, sites_label, star
 from thresher.evaluate.headline import headline
 from thresher.evaluate.results import DEFINITIONS, Results, Row, Segments, to_json
 
 WIDTH = 100
+DISPENSABLE = ("n_latents", "recovered_zero", "dead", "agree", "kl", "fvu")
+"""Columns that go, in this order, when the terminal is narrow or names are long."""
 
 
 class ReportPaths(NamedTuple):
@@ -133,18 +138,33 @@ def caption(results: Results, protocol: str) -> str:
 
 def print_table(results: Results, console: Console) -> None:
     """A table per protocol, at most 100 columns wide, and the headline."""
+    before = console.width
+    if not console.is_terminal:
+        console.width = WIDTH  # a pipe or file has no width of its own: rich says 80
     width = min(console.width, WIDTH)
     for protocol in results.protocols:
-        console.print(table(results, protocol), width=width)
+        console.print(fitting_table(results, protocol, console, width), width=width)
     for line in headline(results):
-        console.print(f"[bold]{line.title}[/]  {line.text}", width=width, highlight=False)
+        console.print(f"[bold]{escape(line.title)}[/]  {escape(line.text)}", width=width, highlight=False)
     for note in results.notes:
-        console.print(f"[yellow]note[/]  {note}", width=width, highlight=False)
+        console.print(f"[yellow]note[/]  {escape(note)}", width=width, highlight=False)
+    if not console.is_terminal:
+        console.width = before
 
 
-def table(results: Results, protocol: str) -> Table:
-    """The rich table of one protocol."""
+def fitting_table(results: Results, protocol: str, console: Console, width: int) -> Table:
+    """The table with as many columns as can be read in `width`; the rest is in the report."""
     shown = [column for column in COLUMNS if column.terminal]
+    for key in (None, *DISPENSABLE):
+        shown = [column for column in shown if column.key != key]
+        drawn = table(results, protocol, shown)
+        if Measurement.get(console, console.options.update(width=10_000), drawn).maximum <= width:
+            break
+    return drawn
+
+
+def table(results: Results, protocol: str, shown: Sequence[Column]) -> Table:
+    """The rich table of one protocol."""
     head = Table(
         title=f"{protocol}{'  (headline)' if protocol == 'cascade' else ''}",
         caption=caption(results, protocol),
@@ -157,7 +177,7 @@ def table(results: Results, protocol: str) -> Table:
         caption_style="dim",
     )
     head.add_column("", width=1, style="bold yellow")
-    head.add_column("replacement", overflow="ellipsis", no_wrap=True, min_width=12)
+    head.add_column("replacement", overflow="fold", min_width=12)  # the one column that gives way
     for column in shown:
         head.add_column(column.title, justify="right", no_wrap=True)
         if column.key == "delta":
@@ -176,11 +196,11 @@ def table(results: Results, protocol: str) -> Table:
     return head
 
 
-def _cells(row: Row, shown: list[Any], several: bool) -> list[str]:
+def _cells(row: Row, shown: Sequence[Column], several: bool) -> list[str]:
     name = row.name
     if row.kind == "baseline" and row.name != "clean":
         name = f"{row.name} ablation" + (f" ({sites_label(row.sites)})" if several else "")
-    cells = [star(row), name]
+    cells = [star(row), escape(name)]
     for column in shown:
         cells.append(column.text(row))
         if column.key == "delta":

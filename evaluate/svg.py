@@ -12,6 +12,8 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 16, 46
 COLOURS = 8
+FAR = 3
+"""A baseline more than this many times above everything else is off the chart."""
 FLOOR = 1e-4
 """Smallest value that a log axis shows; anything below is drawn there."""
 
@@ -67,7 +69,7 @@ class Scale(NamedTuple):
         if not self.log:
             return linear_ticks(self.low, self.high)
         decades = math.log10(self.high / self.low)
-        steps = (1, 2, 5) if decades < 3.2 else (1,)
+        steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if decades < 0.8 else (1, 2, 5) if decades < 3.2 else (1,)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         return [s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p * (1 + 1e-9) <= self.high * 1.001]
 
@@ -106,12 +108,21 @@ def scatter(
     marks = [mark for one in series for mark in one.marks]
     if not marks:
         return "<p>Nothing to draw.</p>"
-    ys = [v for m in marks for v in (m.y, m.low, m.high) if v is not None] + [bar.y for bar in bars]
+    ys = [v for m in marks for v in (m.y, m.low, m.high) if v is not None]
+    # a baseline far above would squeeze everything else together: it is named at the edge instead
+    far = [bar for bar in bars if bar.y > FAR * max(ys)]
+    bars = [bar for bar in bars if bar not in far]
+    ys += [bar.y for bar in bars]
     x = Scale(*padded([m.x for m in marks], True), LEFT, WIDTH - RIGHT, True)
     y = Scale(*padded(ys, y_log, from_zero=not y_log), HEIGHT - BOTTOM, TOP, y_log)
     ticks = powers_of_two(x) if x.high / x.low < 2000 else x.ticks()
     parts = [_open(label), _grid(x, y, ticks, [f"{t:g}" for t in ticks], x_title, y_title)]
     parts += [_bar(bar, x, y) for bar in bars]
+    if far:
+        names = ", ".join(f"{bar.label} {bar.y:.2f}" for bar in far)
+        parts.append(
+            f'<text class="barname" x="{x.end - 4}" y="{TOP + 11}" text-anchor="end">↑ {html.escape(names)}</text>'
+        )
     if front:
         parts.append(_step(front, x, y))
     parts += [_series(one, x, y) for one in series]
