@@ -458,3 +458,8 @@ def _one_line(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_one_line(inner)}" for key, inner in value.items())
     return str(value)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # the root of the checkout, whose folders must not be found as `evaluate` or `cache`
+    main()

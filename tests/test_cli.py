@@ -14,9 +14,11 @@ import pytest
 SMALL = (
     "data.max_tokens=24000",
     "data.context=128",
+    "data.test_fraction=0.25",
+    "data.validation_fraction=0.15",
     "dictionary.expansion=2",
     "train.batch_rows=1024",
-    "train.rows=8192",
+    "train.epochs=0.4",
     "train.log_every=2",
     "evaluate.tokens=1500",
     "evaluate.resamples=100",
@@ -184,7 +186,7 @@ def test_a_cache_of_other_settings_is_refused_by_name(house: Path, tmp_path: Pat
 
 
 def test_a_dictionary_of_sites_the_cache_lacks_is_refused(house: Path) -> None:
-    done = thresher(house, "train", "books-demo", "--runs", "x", sets=[*SMALL, "dictionary.reads=resid_mid"])
+    done = thresher(house, "train", "books-demo", "--runs", "x", sets=[*SMALL, "dictionary.writes=resid_mid"])
     refused(done, "resid_mid", "mlp_in")
 
 
@@ -219,7 +221,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resume_ends_with_the_same_bits(house: Path, tmp_path: Path, number: int) -> None:
-    sets = [*SMALL, "train.rows=40960", "train.checkpoint_every=1000000", "train.log_every=1"]
+    sets = [*SMALL, "train.epochs=2", "train.checkpoint_every=1000000", "train.log_every=1"]
     common = ["train", "books-demo", "--cache", str(cache_of(house))]
     extra = [part for item in sets for part in ("--set", item)]
     command = [sys.executable, "-m", "thresher", *common, "--runs", "stopped", *extra]

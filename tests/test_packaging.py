@@ -82,7 +82,14 @@ def test_an_empty_environment_runs_the_program_from_elsewhere(environment: Path,
 
 def test_the_demo_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None:
     """The whole path on the bundled model, with few tokens and steps; `thresher demo` runs it in full."""
-    small = ["data.max_tokens=24000", "train.rows=4096", "evaluate.tokens=1500", "evaluate.resamples=50"]
+    small = [
+        "data.max_tokens=24000",
+        "data.test_fraction=0.25",
+        "data.validation_fraction=0.15",
+        "train.epochs=0.2",
+        "evaluate.tokens=1500",
+        "evaluate.resamples=100",
+    ]
     arguments = [part for item in small for part in ("--set", item)]
     done = run(environment, tmp_path, "thresher", "demo", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
