@@ -79,7 +79,8 @@ def clean_scores(logits_NV: Tensor) -> CleanScores:
     """Prepare the clean side of `score_tokens`."""
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     p_NV = logits_NV.softmax(-1)
-    return CleanScores(p_NV, _expected_logprob(p_NV, logits_NV), logits_NV.max(-1).indices)
+    constant_N = torch.linalg.vecdot(p_NV, logits_NV).double() - logits_NV.logsumexp(-1).double()
+    return CleanScores(p_NV, constant_N, logits_NV.max(-1).indices)
 
 
 def score_tokens(logits_NV: Tensor, target_N: Tensor, clean: CleanScores) -> TokenScores:
@@ -87,16 +88,13 @@ def score_tokens(logits_NV: Tensor, target_N: Tensor, clean: CleanScores) -> Tok
     logits_NV = logits_NV.to(clean.p.dtype)
     top_N = logits_NV.max(-1).indices  # the lowest index among equals
     chosen_N = logits_NV.gather(1, target_N[:, None])[:, 0]
+    normaliser_N = logits_NV.logsumexp(-1).double()
     return TokenScores(
-        logits_NV.logsumexp(-1).double() - chosen_N.double(),
-        clean.constant - _expected_logprob(clean.p, logits_NV),
+        normaliser_N - chosen_N.double(),
+        clean.constant - (torch.linalg.vecdot(clean.p, logits_NV).double() - normaliser_N),
         (top_N == target_N).double(),
         (top_N == clean.top).double(),
     )
-
-
-def _expected_logprob(p_NV: Tensor, logits_NV: Tensor) -> Tensor:
-    return torch.linalg.vecdot(p_NV, logits_NV).double() - logits_NV.logsumexp(-1).double()
 
 
 def language_metrics(

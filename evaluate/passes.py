@@ -170,13 +170,15 @@ class BatchRunner:
         self.chunks = [slice(b, b + step) for b in range(0, batch_size, step)]
         counts = [0, *batch.score.sum(1).cumsum(0).tolist()]
         self.tokens = [slice(counts[c.start], counts[min(c.stop, batch_size)]) for c in self.chunks]
+        # indices once per batch: a boolean mask would be searched again in every pass
+        self.index = [batch.score[c].flatten().nonzero()[:, 0] for c in self.chunks]
         self.clean: list[CleanScores] = []
 
     def run_clean(self, sites: Sequence[str]) -> dict[str, Tensor]:
         """The clean pass; returns the patched positions of `sites`, [N, D] by name."""
         values: dict[str, Tensor] = {}
         logits_BTV = self.target.logits(self.batch.token, splice.recording_edits(sites, self.batch.patch, values))
-        self.clean = [clean_scores(self._scored(logits_BTV, chunk)) for chunk in self.chunks]
+        self.clean = [clean_scores(self._scored(logits_BTV, k)) for k in range(len(self.chunks))]
         self._add(CLEAN, logits_BTV, "the target itself, nothing patched,")
         return values
 
@@ -191,14 +193,15 @@ class BatchRunner:
             self.tally.language[label] = torch.zeros_like(added)
         self.tally.language[label] += added
 
-    def _scored(self, logits_BTV: Tensor, chunk: slice) -> Tensor:
-        return logits_BTV[chunk][self.batch.score[chunk]]
+    def _scored(self, logits_BTV: Tensor, k: int) -> Tensor:
+        """Logits [N, V] of the scored positions of one chunk."""
+        return logits_BTV[self.chunks[k]].flatten(0, 1).index_select(0, self.index[k])
 
     def _add(self, label: str, logits_BTV: Tensor, who: str) -> None:
         scores_N4 = torch.cat(
             [
-                score_tokens(self._scored(logits_BTV, chunk), self.batch.following[tokens], clean).stacked()
-                for chunk, tokens, clean in zip(self.chunks, self.tokens, self.clean, strict=True)
+                score_tokens(self._scored(logits_BTV, k), self.batch.following[tokens], clean).stacked()
+                for k, (tokens, clean) in enumerate(zip(self.tokens, self.clean, strict=True))
             ]
         )
         self._refuse_nan(scores_N4, self.batch.score, who, "a loss")

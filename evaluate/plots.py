@@ -79,7 +79,7 @@ def _delta_panel(axes: Axes, results: Results, protocol: str, sites: tuple[str, 
     if front:
         cost, delta = [row.cost["l0"] for row in front], [_shown(row) for row in front]
         cost, delta = [*cost, 1.2 * max(row.cost["l0"] for row in replacements)], [*delta, delta[-1]]
-        axes.step(cost, delta, where="post", color="#E69F00", alpha=0.35, lw=5, zorder=1, label="Pareto front")
+        axes.step(cost, delta, where="post", color="#F5DFB0", lw=5, zorder=1, label="Pareto front")
     for row in results.rows:
         delta_of_row = row.metrics["delta"]
         baseline = row.kind == "baseline" and row.protocol == protocol and set(row.sites) == set(sites)
@@ -196,7 +196,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(reversed(labels), reversed(handles), strict=True))  # the first of each label
     names = list(dict.fromkeys(labels))
-    columns = min(4, len(names))
+    longest = max(map(len, names), default=1)
+    columns = max(1, min(len(names), int(figure.get_figwidth() / (0.55 + 0.085 * longest))))
     figure.legend(
         [unique[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5
     )
