@@ -145,9 +145,13 @@ def harvest_corpus(
     *,
     path: Path,
     console: Console,
-    started: float,
+    started: float | None = None,
 ) -> HarvestResult:
-    """The harvest proper, on a loaded model and packed text."""
+    """The harvest proper, on a loaded model and packed text; `wanted` is the cache's identity.
+
+    `started` is the time from which `seconds` counts, now when left out.
+    """
+    started = time.perf_counter() if started is None else started
     with CacheWriter.open(
         path,
         identity=wanted,
@@ -161,7 +165,7 @@ def harvest_corpus(
     ) as writer:
         _announce(writer, sites, path, console)
         context = corpus.splits["train"].token_id.shape[1]
-        batch = config.batch_contexts or _batch_contexts(model, sites, context)
+        batch = config.batch_contexts or default_batch(model, sites, context)
         began = time.perf_counter()
         tokens = _fill(writer, model, sites, corpus.splits, batch, console)
         writer.finalize()
@@ -210,7 +214,7 @@ def _announce(writer: CacheWriter, sites: tuple[Site, ...], path: Path, console:
     )
 
 
-def _batch_contexts(model: TransformerTarget, sites: Sequence[Site], context: int) -> int:
+def default_batch(model: TransformerTarget, sites: Sequence[Site], context: int) -> int:
     """Contexts per pass: enough tokens to fill the device, as long as their activations stay small."""
     token_bytes = sum(site.width for site in sites) * model.dtype.itemsize
     tokens = min(BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]), BATCH_BYTES // token_bytes)

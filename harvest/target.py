@@ -1,10 +1,9 @@
 """A Hugging Face causal language model as `Target`: name its tensors, record them, run it with some replaced.
 
-The model runs as it is, with the fastest attention that it allows (SDPA; eager where SDPA would compute something else,
-as for Gemma-2's capped scores). Tensors are taken and replaced by forward hooks on its own modules, which cost about
-2 % of a forward pass; where they sit is known from transformer-lens (structure.py). A recorded tensor is the model's
-own, not a copy. The pass is cut off by an exception as soon as the last wanted tensor has been seen, so neither later
-layers nor logits are computed.
+Tensors are taken and replaced by forward hooks on the model's own modules, which cost about 2 % of a forward pass;
+where they sit is known from transformer-lens (structure.py). A recorded tensor is the model's own, not a copy. The
+pass is cut off by an exception as soon as the last wanted tensor has been seen, so neither later layers nor logits are
+computed.
 
 Before a tap is used it is checked on a few tokens: what `mlp_out` adds to the residual stream must be what the block
 adds, and `mlp_in` must be what the MLP's first matrix multiplies. A model that fails is refused rather than guessed.
@@ -13,8 +12,8 @@ Contexts are run without an attention mask: full ones need none under a causal m
 behind every real token. Left out: left padding, models split over several devices, encoder-decoder models.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +24,7 @@ from torch import Tensor
 from thresher.cache.contracts import Edit, Site, UserError
 from thresher.harvest.checkpoint import commit_of, digest, locate, tokenizer_files, weight_files
 from thresher.harvest.hooking import PassEnded, Visit, attached, batched, editing, taking
+from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet
 from thresher.harvest.sites import TAPS, Located, Point, resolve
 from thresher.harvest.structure import Structure, read_structure, tap_faults
 
@@ -122,48 +122,9 @@ def load_target(config: TargetConfig) -> "TransformerTarget":
     dtype = resolve_dtype(config.dtype, device)
     identity = model_identity(config)
     path = locate(config.model, config.revision)
-    with _quiet():
-        model = _load(path, dtype, config.model)
+    with quiet():
+        model = fuse_gelu(load_pretrained(path, dtype, config.model))
     return TransformerTarget(model.to(device), name=config.model, identity=identity)
-
-
-def _load(path: Path, dtype: torch.dtype, name: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if getattr(config, "is_encoder_decoder", False):
-            raise UserError(f"target.model {name!r} is an encoder-decoder; expected a causal language model.")
-        try:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        except ValueError as error:
-            if "attention" not in str(error):
-                raise
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"target.model {name!r} cannot be loaded as a causal language model from {path} "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check that the directory is complete and "
-            "that the installed transformers knows the architecture; models that need remote code are not run."
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and notices, which would run through ours."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class TransformerTarget:
@@ -171,10 +132,10 @@ class TransformerTarget:
 
     def __init__(self, model: Any, *, name: str, identity: Mapping[str, object] | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        """The Hugging Face model, unchanged."""
+        """The Hugging Face model; it keeps its own modules."""
         self.name = name
         self.identity: Mapping[str, object] = dict(identity or {"model": name})
-        with _quiet():
+        with quiet():
             self.structure: Structure = read_structure(model)
         self.n_layers = self.structure.table.n_layers
         self.n_ctx = _n_ctx(model.config)

@@ -27,6 +27,7 @@ DATA = DataConfig(context=64, max_tokens=26_000, test_fraction=0.2)
 LITTLE = DataConfig(context=64, max_tokens=8_000, test_fraction=0.2)
 CONFIG = HarvestConfig(layers=(0, 2), codec="bf16", batch_contexts=32)
 QUIET = Console(quiet=True)
+SETTINGS = f"target = {TARGET!r}\ndata = {DATA!r}\nconfig = {CONFIG!r}\n"
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -96,10 +97,9 @@ def test_splits_share_no_document(made: HarvestResult) -> None:
 def test_a_second_harvest_reuses_without_loading_anything(made: HarvestResult) -> None:
     before = files(made.path)
     program = (
-        "import sys, pathlib; from rich.console import Console; from thresher.harvest.run import *\n"
-        f"target = TargetConfig(device='cpu', dtype='float32'); path = pathlib.Path({str(made.path)!r})\n"
-        "data = DataConfig(context=64, max_tokens=26_000, test_fraction=0.2)\n"
-        "config = HarvestConfig(layers=(0, 2), codec='bf16')\n"  # the batch size is free to differ
+        "import dataclasses, sys, pathlib; from rich.console import Console; from thresher.harvest.run import *\n"
+        f"{SETTINGS}path = pathlib.Path({str(made.path)!r})\n"
+        "config = dataclasses.replace(config, batch_contexts=None)\n"  # free to differ
         "result = harvest(target, data, config, path=path, console=Console())\n"
         "assert result.reused and result.tokens == 0 and result.seconds < 2, result\n"
         "assert not {'transformers', 'transformer_lens', 'datasets'} & set(sys.modules)\n"
@@ -147,6 +147,22 @@ def test_an_interrupted_harvest_goes_on_to_the_same_bytes(
     assert 0 < result.tokens < made.tokens
     assert files(tmp_path / "cache") == files(made.path)
     assert CacheReader.open(tmp_path / "cache").verify() == []
+
+
+def test_a_killed_harvest_goes_on_to_the_same_bytes(made: HarvestResult, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, pathlib; from rich.console import Console; from thresher.harvest.run import *\n"
+        "add = ShardWriter.add\n"
+        "ShardWriter.add = lambda s, a: (add(s, a), s.index and os.kill(os.getpid(), signal.SIGKILL))\n"
+        f"{SETTINGS}path = pathlib.Path({str(tmp_path / 'cache')!r})\n"
+        "harvest(target, data, config, path=path, console=Console(quiet=True))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match="incomplete"):
+        CacheReader.open(tmp_path / "cache")
+    harvest(TARGET, DATA, CONFIG, path=tmp_path / "cache", console=QUIET)
+    assert files(tmp_path / "cache") == files(made.path)
 
 
 def test_feeding_in_a_thread_changes_no_byte(

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from tests.harvest.conftest import CONFIGS
 from thresher.cache.contracts import UserError
+from thresher.harvest.checkpoint import locate
+from thresher.harvest.pretrained import fuse_gelu
 from thresher.harvest.sites import TAPS
 from thresher.harvest.target import (
     TargetConfig,
@@ -179,6 +182,18 @@ def test_bundled_model_reads_held_out_text_as_well_as_it_was_measured_to(
     assert score(0, 1, 2, 3)[0] == pytest.approx(9.170, abs=0.1)
     for layer, single in enumerate((9.446, 4.399, 4.345, 4.580)):
         assert score(layer)[0] - ce == pytest.approx(single - 4.217, abs=0.06)
+
+
+def test_a_fused_activation_is_the_same_function(books: TransformerTarget) -> None:
+    for dtype, fused in ((torch.float32, True), (torch.bfloat16, False)):
+        path = locate("bundled:books-128", None)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        with torch.no_grad():
+            before = model(input_ids=TOKENS).logits
+            after = fuse_gelu(model)(input_ids=TOKENS).logits
+        assert (type(model.transformer.h[0].mlp.act) is torch.nn.GELU) == fused
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-4 if fused else 0)
+    assert type(books.model.transformer.h[0].mlp.act) is torch.nn.GELU
 
 
 def test_identity_changes_with_weights_and_dtype_only(tmp_path: Path, tiny_target: Make) -> None:

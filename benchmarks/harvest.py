@@ -1,0 +1,141 @@
+"""How much of the bare forward pass's speed is left when its activations are harvested.
+
+The yardstick is the body of the same Hugging Face model (no logits) on the same contexts in batches of the same shape,
+under inference mode, nothing kept. Against it stands a whole harvest: recording all layers, encoding, measuring,
+checksums, files with fsync, and the manifest. Both run alternately in one process; the ratio of each pair is taken and
+the median reported, with the spread.
+
+    python benchmarks/harvest.py                                   # bundled model, CPU, about a minute
+    python benchmarks/harvest.py --model gpt2-small --device cuda  # random weights in GPT-2 small's shape
+"""
+
+import argparse
+import copy
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from thresher.cache.layout import Contexts
+from thresher.harvest.checkpoint import locate
+from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
+from thresher.harvest.pretrained import fuse_gelu
+from thresher.harvest.run import HarvestConfig, default_batch, harvest_corpus
+from thresher.harvest.target import (
+    TargetConfig,
+    TransformerTarget,
+    load_target,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+
+
+def bundled(device: str, dtype: str, tokens: int) -> tuple[TransformerTarget, Corpus, Any]:
+    """The bundled model and text, and the same model as Hugging Face loads it."""
+    from transformers import AutoModelForCausalLM
+
+    target = TargetConfig(device=device, dtype=dtype)  # type: ignore[arg-type]
+    model = load_target(target)
+    bare = AutoModelForCausalLM.from_pretrained(
+        locate(target.model, None), dtype=model.dtype, attn_implementation="sdpa"
+    )
+    data = DataConfig(test_fraction=0.0, max_tokens=tokens)
+    corpus = read_corpus(data, load_tokenizer(target), model.n_ctx, model.n_vocab, Console(quiet=True))
+    return model, corpus, bare.to(model.device).eval()
+
+
+def gpt2_small(device: str, dtype: str, tokens: int) -> tuple[TransformerTarget, Corpus, Any]:
+    """GPT-2 small's shape with random weights, on random tokens: speed does not depend on either."""
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    where = resolve_device(device)
+    generator = np.random.default_rng(0)
+    token_id = generator.integers(0, 50257, size=(max(1, tokens // 1024), 1024), dtype=np.int32)
+    keep = np.ones(token_id.shape, np.uint8)
+    keep[:, 0] = 2
+    document_id = np.broadcast_to(np.arange(len(token_id), dtype=np.int32)[:, None], token_id.shape).copy()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(GPT2Config(), attn_implementation="sdpa")
+    model = model.to(where, resolve_dtype(dtype, where)).eval()
+    target = TransformerTarget(fuse_gelu(copy.deepcopy(model)), name="gpt2-small")
+    return target, Corpus({"train": Contexts(token_id, document_id, keep)}, {}), model
+
+
+MODELS = {"bundled": bundled, "gpt2-small": gpt2_small}
+
+
+def bare_seconds(body: Any, token_id: np.ndarray, batch: int) -> float:
+    """One pass of a model's body over all contexts."""
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for first in range(0, len(token_id), batch):
+            tokens = torch.from_numpy(token_id[first : first + batch].astype(np.int64)).to(body.device)
+            body(input_ids=tokens, use_cache=False)
+    if body.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def harvest_rate(model: TransformerTarget, corpus: Corpus, config: HarvestConfig, folder: Path, name: str) -> float:
+    """Tokens per second of one harvest into a fresh directory."""
+    sites = model.sites(config.sites)
+    quiet = Console(quiet=True)
+    return harvest_corpus(model, corpus, sites, config, {"run": name}, path=folder / name, console=quiet).tokens_per_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="bundled")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--codec", choices=("int8z", "bf16"), default="int8z")
+    parser.add_argument("--tokens", type=int, default=120_000)
+    parser.add_argument("--batch", type=int, help="contexts per pass (default: what harvest chooses)")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--folder", help="where caches are written and removed again (default: the temporary folder)")
+    options = parser.parse_args()
+
+    model, corpus, hugging_face = MODELS[options.model](options.device, options.dtype, options.tokens)
+    token_id = corpus.splits["train"].token_id
+    sites = model.sites(("mlp_in", "mlp_out"))
+    batch = options.batch or default_batch(model, sites, token_id.shape[1])
+    config = HarvestConfig(codec=options.codec, batch_contexts=batch)
+    bare, rates = [], []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for pair in range(options.pairs + 1):
+            seconds = bare_seconds(hugging_face.base_model, token_id, batch)
+            rate = harvest_rate(model, corpus, config, Path(folder), str(pair))
+            if pair:  # the first pair warms up
+                bare.append(token_id.size / seconds)
+                rates.append(rate)
+    ratios = [rate / yard for rate, yard in zip(rates, bare, strict=True)]
+
+    where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    table = Table(title=f"Harvest, {options.model}, {where}, {model.dtype}, torch {torch.__version__}")
+    for column in ("", "median", "lowest", "highest"):
+        table.add_column(column, justify="right" if column else "left")
+    for label, values, form in (
+        ("bare body, tokens/s", bare, "{:,.0f}"),
+        ("harvest, tokens/s", rates, "{:,.0f}"),
+        ("harvest / bare body (bar .85)", ratios, "{:.3f}"),
+    ):
+        table.add_row(label, *(form.format(pick(values)) for pick in (statistics.median, min, max)))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{token_id.size:,} tokens in batches of {batch} × {token_id.shape[1]}, {len(sites)} sites, {options.codec}, "
+        f"{options.pairs} pairs; Python {platform.python_version()}."
+    )
+
+
+if __name__ == "__main__":
+    main()
