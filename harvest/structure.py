@@ -4,8 +4,8 @@ transformer-lens knows some 150 architectures: what their blocks, norms and MLPs
 in parallel, which put a norm after the MLP. Its bridge replaces modules by wrappers, though, and recomputes attention
 so that patterns can be hooked: on the bundled model the wrappers alone take the forward pass to 1.5 times its time, and
 reading through their hooks to 2.1. So the bridge is built around a copy of the model without weights (on the meta
-device, some 0.1 s), asked which module lies behind each hook, and thrown away; the real model runs unwrapped, with plain
-forward hooks on those modules.
+device, some 0.1 s), asked which module lies behind each hook, and thrown away; the real model runs unwrapped, with
+plain forward hooks on those modules.
 
 Left out: tensors that exist only inside a module or only in the bridge's recomputation (attention patterns, the split
 q, k and v, a norm's scale). Encoder-decoder models.
