@@ -11,8 +11,9 @@ yield μ and σ, and are encoded then.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -90,24 +91,20 @@ class ShardWriter:
         later.
         """
         batch = self._checked(acts)
-        first, last = np.searchsorted(self._source.context, [self._cursor, self._cursor + batch])
-        tokens = self._packed.keep.shape[1]
-        for code, lane in self._lanes.items():
-            begin, end = np.searchsorted(lane.rows, [first, last])
-            rows = lane.rows[begin:end]
-            flat = (self._source.context[rows] - self._cursor) * tokens + self._source.position[rows]
-            self._feed(code, lane, flat, acts)
+        with one_thread():
+            self._take(acts, batch)
         self._cursor += batch
 
     @torch.inference_mode()
     def commit(self) -> None:
         """Close the shard: all its contexts were added. Checks, publishing and the record follow in the background."""
         assert self._cursor == len(self.contexts), f"{self._cursor} of {len(self.contexts)} contexts were added"
-        for code, lane in self._lanes.items():
-            if lane.fill:
-                self._flush(code, lane)
-        if self._waiting is not None:
-            self._calibrate()
+        with one_thread():
+            for code, lane in self._lanes.items():
+                if lane.fill:
+                    self._flush(code, lane)
+            if self._waiting is not None:
+                self._calibrate()
         self._owner.publish_shard(self.split, self.index, self._finish)
 
     def abandon(self) -> None:
@@ -133,6 +130,16 @@ class ShardWriter:
                 if not self._calibration:
                     self._waiting = []
         return batch
+
+    def _take(self, acts: Mapping[str, Tensor], batch: int) -> None:
+        """Feed the rows of a batch that the shard stores to their lanes."""
+        first, last = np.searchsorted(self._source.context, [self._cursor, self._cursor + batch])
+        tokens = self._packed.keep.shape[1]
+        for code, lane in self._lanes.items():
+            begin, end = np.searchsorted(lane.rows, [first, last])
+            rows = lane.rows[begin:end]
+            flat = (self._source.context[rows] - self._cursor) * tokens + self._source.position[rows]
+            self._feed(code, lane, flat, acts)
 
     def _block_rows(self) -> int:
         assert self._device is not None
@@ -311,6 +318,21 @@ class ShardWriter:
             "source": np.stack([context, position], axis=1).astype(np.int32),
             "keep": self._packed.keep[context, position].astype(np.uint8),
         }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch's CPU operators in this thread.
+
+    An operator on a block takes 20 µs. Shared between threads it gains little, and when another process holds a core
+    every operator waits for the partner that was put to sleep: 20 times slower on two busy cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _centred(x_ND: Tensor, shift_D: Tensor) -> stats.Moments:

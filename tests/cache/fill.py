@@ -56,13 +56,16 @@ def open_writer(path: Path, **changes: object) -> CacheWriter:
     return CacheWriter.open(path, **(arguments | changes))  # type: ignore[arg-type]
 
 
-def fill(path: Path, batch: int = 7, dtype: torch.dtype = torch.float32, **changes: object) -> None:
+def fill(
+    path: Path, batch: int = 7, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: object
+) -> None:
     """Write, or go on writing, the whole toy cache with `batch` contexts a forward pass."""
     with open_writer(path, **changes) as writer:
         for split, index in writer.pending():
             shard = writer.shard(split, index)
             for at in range(0, len(shard.contexts), batch):
-                shard.add(activations(split, shard.contexts[at : at + batch], dtype))
+                acts = activations(split, shard.contexts[at : at + batch], dtype)
+                shard.add({name: x_BTD.to(device) for name, x_BTD in acts.items()})
             shard.commit()
         writer.finalize()
 

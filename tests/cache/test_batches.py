@@ -10,6 +10,7 @@ from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
 from thresher.cache.reader import CacheReader
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SITES = ["L00.mlp_out", "blocks.1.x"]
 
 
@@ -42,6 +43,16 @@ def test_any_start_goes_on_identically(finished: Callable[..., Path]) -> None:
     for skipped in (1, 13, 16, 31):
         for got, expected in zip(take(reader, 8, start=200 * skipped), whole[skipped:], strict=False):
             assert all(torch.equal(got[site], expected[site]) for site in SITES)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_gets_the_same_batches(device: str, finished: Callable[..., Path]) -> None:
+    for settings in ({"codec": "int8z", "store": "all"}, {"codec": "bf16"}):
+        reader = CacheReader.open(finished(**settings))
+        for got, expected in zip(take(reader, 30, device=device), take(reader, 30), strict=True):
+            for site in SITES:
+                assert got[site].device.type == device
+                torch.testing.assert_close(got[site].cpu(), expected[site], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 5, 8, 64])

@@ -33,6 +33,17 @@ def test_bytes_do_not_depend_on_the_batches_fed(
         assert differing(tree(tmp_path / f"{batch}"), tree(finished())) == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.mark.parametrize("codec", ["int8z", "bf16"])
+def test_bytes_do_not_depend_on_the_batches_fed_from_any_device(
+    device: str, codec: str, toy: ModuleType, tmp_path: Path, tree: Tree
+) -> None:
+    for batch in (2, 31):
+        toy.fill(tmp_path / f"{batch}", batch=batch, codec=codec, store="all", device=device)
+    assert differing(tree(tmp_path / "2"), tree(tmp_path / "31")) == []
+    assert CacheReader.open(tmp_path / "2").verify() == []
+
+
 def test_bytes_do_not_depend_on_the_number_of_threads(
     toy: ModuleType, finished: Callable[..., Path], tmp_path: Path, tree: Tree
 ) -> None:
