@@ -14,6 +14,8 @@ from thresher.evaluate.results import Results, Row
 
 SPARSEST = 1.25
 """Rows within this factor of the smallest L0 count as the sparsest setting."""
+MANY_SETS = 3
+"""With more sets of written sites than this only the lowest δ of each is told."""
 SAME_L0 = 0.03
 """Points this close in L0 are compared as they are."""
 
@@ -40,7 +42,8 @@ def headline(results: Results) -> list[Line]:
     lines: list[Line] = []
     for sites in sets:
         where = f" at {sites_label(sites)}" if len(sets) > 1 else ""
-        lines += _of_group(results, [row for row in rows if row.sites == sites], protocol, where)
+        group = _of_group(results, [row for row in rows if row.sites == sites], protocol, where)
+        lines += group if len(sets) <= MANY_SETS else group[:1]
     return lines
 
 

@@ -32,7 +32,7 @@ from thresher.evaluate.metrics import (
 )
 
 CLEAN, IDENTITY = "clean", "identity"
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 """Logits scored at a time: on a CPU, as many as stay in its cache."""
 
 
@@ -164,21 +164,18 @@ class BatchRunner:
 
     def __init__(self, target: Target, batch: Batch, tally: Tally, advance: Callable[[], None]) -> None:
         self.target, self.batch, self.tally, self.advance = target, batch, tally, advance
-        batch_size, length = batch.token.shape
         budget = CHUNK_ELEMENTS.get(target.device.type, CHUNK_ELEMENTS["cpu"])
-        step = max(1, budget // (length * target.n_vocab))
-        self.chunks = [slice(b, b + step) for b in range(0, batch_size, step)]
-        counts = [0, *batch.score.sum(1).cumsum(0).tolist()]
-        self.tokens = [slice(counts[c.start], counts[min(c.stop, batch_size)]) for c in self.chunks]
-        # indices once per batch: a boolean mask would be searched again in every pass
-        self.index = [batch.score[c].flatten().nonzero()[:, 0] for c in self.chunks]
+        # places once per batch: a boolean mask would be searched again in every pass
+        places = batch.score.flatten().nonzero()[:, 0].split(max(1, budget // target.n_vocab))
+        self.chunks = list(zip(places, batch.following.split([len(part) for part in places]), strict=True))
         self.clean: list[CleanScores] = []
 
     def run_clean(self, sites: Sequence[str]) -> dict[str, Tensor]:
         """The clean pass; returns the patched positions of `sites`, [N, D] by name."""
         values: dict[str, Tensor] = {}
         logits_BTV = self.target.logits(self.batch.token, splice.recording_edits(sites, self.batch.patch, values))
-        self.clean = [clean_scores(self._scored(logits_BTV, k)) for k in range(len(self.chunks))]
+        logits_NV = logits_BTV.flatten(0, 1)
+        self.clean = [clean_scores(logits_NV.index_select(0, places)) for places, _ in self.chunks]
         self._add(CLEAN, logits_BTV, "the target itself, nothing patched,")
         return values
 
@@ -193,15 +190,12 @@ class BatchRunner:
             self.tally.language[label] = torch.zeros_like(added)
         self.tally.language[label] += added
 
-    def _scored(self, logits_BTV: Tensor, k: int) -> Tensor:
-        """Logits [N, V] of the scored positions of one chunk."""
-        return logits_BTV[self.chunks[k]].flatten(0, 1).index_select(0, self.index[k])
-
     def _add(self, label: str, logits_BTV: Tensor, who: str) -> None:
+        logits_NV = logits_BTV.flatten(0, 1)
         scores_N4 = torch.cat(
             [
-                score_tokens(self._scored(logits_BTV, k), self.batch.following[tokens], clean).stacked()
-                for k, (tokens, clean) in enumerate(zip(self.tokens, self.clean, strict=True))
+                score_tokens(logits_NV.index_select(0, places), following, clean).stacked()
+                for (places, following), clean in zip(self.chunks, self.clean, strict=True)
             ]
         )
         self._refuse_nan(scores_N4, self.batch.score, who, "a loss")
