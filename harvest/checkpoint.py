@@ -73,6 +73,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
+    import transformers.utils  # noqa: F401 - first, or huggingface_hub 2.4 prints a failed import of its own
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

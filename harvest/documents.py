@@ -190,6 +190,7 @@ def _from_disk(path: Path, source: Source) -> Any:
 
 
 def _from_hub(source: Source) -> Any:
+    import transformers.utils  # noqa: F401, I001 - first, or huggingface_hub 2.4 prints a failed import of its own
     import datasets
     from huggingface_hub import constants
 

@@ -15,6 +15,7 @@ DEADLINE_S = 8.0
 
 def check_on_hub(kind: Literal["model", "dataset"], name: str, revision: str | None, field: str) -> list[str]:
     """The files that the hub has for `name` at `revision`; UserError when it has none, or does not answer."""
+    import transformers.utils  # noqa: F401 - first, or huggingface_hub 2.4 prints a failed import of its own
     from huggingface_hub import constants, hf_api
     from huggingface_hub.errors import (
         GatedRepoError,
