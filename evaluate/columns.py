@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from thresher.evaluate.results import Row
+from thresher.evaluate.results import DEFINITIONS, Row
 
 FRONT_AXIS = "l0"
 STAR = "★"
@@ -72,6 +72,11 @@ COLUMNS = (
     Column("active_parameters", "act. params", count, -1, False),
     Column("n_parameters", "params", count, 0, False),
 )
+
+
+def meaning(key: str) -> str:
+    """A column in plain words."""
+    return DEFINITIONS[key]
 
 
 def interval_text(row: Row, key: str = "delta", digits: int = 3) -> str:

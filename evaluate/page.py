@@ -5,17 +5,15 @@ came from outside (names, paths, versions) is escaped.
 """
 
 import importlib.resources
-import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
-from thresher.evaluate import svg
-from thresher.evaluate.columns import COLUMNS, Column, l0_text, sites_label, star
+from thresher.evaluate import foot, svg
+from thresher.evaluate.columns import COLUMNS, Column, meaning, sites_label, star
 from thresher.evaluate.headline import headline, main_protocol
 from thresher.evaluate.plots import families, front_of, site_sets
-from thresher.evaluate.results import DEFINITIONS, Results, Row
+from thresher.evaluate.results import Results, Row
 
 SHOWN = {column.key for column in COLUMNS if column.terminal} | {"recovered_mean", "acc_drop"}
 """Columns visible before `all columns` is pressed."""
@@ -45,13 +43,11 @@ def render(results: Results) -> str:
         "protocols": "".join(_protocol(results, protocol, order) for protocol in protocols),
         "sitelead": _site_lead(results),
         "strips": _strips(results, order),
-        "definitions": _definitions(results),
-        "provenance": _provenance(results),
+        "definitions": foot.definitions(results),
+        "provenance": foot.provenance(results),
     }
-    for name, text in gaps.items():
-        assert f"[[{name}]]" in template
-        template = template.replace(f"[[{name}]]", text)
-    return template
+    # one pass, so that a run called like a gap stays what it is
+    return re.sub(r"\[\[(\w+)\]\]", lambda gap: gaps[gap[1]], template)
 
 
 def _target_name(results: Results) -> str:
@@ -170,7 +166,7 @@ def _table(results: Results, protocol: str, order: Sequence[str]) -> str:
     heads += ['<th class="left sorts" tabindex="0">sites</th>'] if several else []
     for column in COLUMNS:
         more = "" if column.key in SHOWN else " more"
-        text = escape(_definition(column.key))
+        text = escape(meaning(column.key))
         heads.append(f'<th class="sorts{more}" tabindex="0" title="{text}">{escape(column.title)}</th>')
         if column.key == "delta":
             heads.append('<th class="left" title="95 % interval of δ">95 %</th>')
@@ -180,10 +176,6 @@ def _table(results: Results, protocol: str, order: Sequence[str]) -> str:
         f'<div class="scroll"><table class="results"><thead><tr>{"".join(heads)}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
     )
-
-
-def _definition(key: str) -> str:
-    return DEFINITIONS.get(key, "Number of latents of all sources together.")
 
 
 def _best(rows: Sequence[Row]) -> dict[str, float]:
@@ -296,68 +288,3 @@ def _place(site: str, of_sources: bool) -> str:
     """Where a site is drawn: sources by layer, so that an SAE and a transcoder of one layer share a column."""
     found = re.match(r"L\d+(?=\.)", site) if of_sources else None
     return found[0] if found else site
-
-
-# --- definitions and provenance -------------------------------------------------------------------------------------
-
-
-def _definitions(results: Results) -> str:
-    columns = "".join(f"<dt>{escape(c.title)}</dt><dd>{escape(_definition(c.key))}</dd>" for c in COLUMNS)
-    protocols = "".join(
-        f"<dt>{name}</dt><dd>{escape(facts['definition'])}</dd>" for name, facts in results.protocols.items()
-    )
-    masks = "".join(f"<dt>{escape(_words(key))}</dt><dd>{_plain(value)}</dd>" for key, value in results.masks.items())
-    return (
-        f"<details open><summary>Columns</summary><dl>{columns}</dl></details>"
-        f"<details><summary>Protocols</summary><dl>{protocols}</dl></details>"
-        f"<details><summary>Which tokens are patched and scored</summary><dl>{masks}</dl></details>"
-    )
-
-
-def _provenance(results: Results) -> str:
-    checks = "".join(
-        f"<dt>{escape(check['name'])}</dt><dd>δ {check['delta']:.2e}, KL {check['kl']:.2e}, "
-        f"{'equals clean as it must' if check['passed'] else 'does not equal clean'}</dd>"
-        for check in results.checks
-    )
-    first = next(iter(results.protocols))
-    runs = "".join(
-        f"<dt>{escape(row.name)}</dt><dd>{escape(_facts(row))}</dd>"
-        for row in results.table(first)
-        if row.kind == "replacement"
-    )
-    text = escape(json.dumps(results.provenance, indent=2, ensure_ascii=False, default=str))
-    parts = [f"<details><summary>Runs</summary><dl>{runs}</dl></details>"]
-    if checks:
-        parts.append(
-            f"<details open><summary>Checks: arms that must equal the clean model</summary><dl>{checks}</dl></details>"
-        )
-    parts.append(f"<details><summary>Target, versions, settings</summary><pre>{text}</pre></details>")
-    return "".join(parts)
-
-
-def _facts(row: Row) -> str:
-    pairs = {
-        "writes": sites_label(row.sites),
-        "reads": sites_label(row.reads),
-        "L0": l0_text(row.cost["l0"]),
-        **row.facts,
-    }
-    return "; ".join(f"{_words(key)}: {_short(value)}" for key, value in pairs.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_short, value))
-    text = str(value)
-    return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{40,64}", text) else text
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return escape(f"{value:,}" if isinstance(value, int) else str(value))

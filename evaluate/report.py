@@ -18,9 +18,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from thresher.evaluate import page, plots
-from thresher.evaluate.columns import COLUMNS, STAR, Column, interval_text, sites_label, star
+from thresher.evaluate.columns import COLUMNS, STAR, Column, interval_text, meaning, sites_label, star
 from thresher.evaluate.headline import headline
-from thresher.evaluate.results import DEFINITIONS, Results, Row, Segments, to_json
+from thresher.evaluate.results import Results, Row, Segments, to_json
 
 WIDTH = 100
 DISPENSABLE = ("n_latents", "recovered_zero", "dead", "agree", "kl", "fvu")
@@ -110,16 +110,12 @@ def markdown(results: Results) -> str:
         parts.append("")
     parts += ["## Notes", *(f"- {note}" for note in results.notes or ("none",)), "", "## Masks"]
     parts += [f"- {key}: {value}" for key, value in results.masks.items()]
-    parts += ["", "## Columns", *(f"- **{c.title}** (`{c.key}`): {_definition(c.key)}" for c in COLUMNS), ""]
+    parts += ["", "## Columns", *(f"- **{c.title}** (`{c.key}`): {meaning(c.key)}" for c in COLUMNS), ""]
     return "\n".join(parts)
 
 
 def _titles(key: str, title: str) -> list[str]:
     return [title, "95 %"] if key == "delta" else [title]
-
-
-def _definition(key: str) -> str:
-    return DEFINITIONS.get(key, "Number of latents of all sources together.")
 
 
 def caption(results: Results, protocol: str) -> str:

@@ -53,6 +53,7 @@ DEFINITIONS: dict[str, str] = {
     "dense_10": "Share of latents firing on more than 10 % of tokens.",
     "active_per_mlp": "Active latents that one reconstruction sums over, mean over written sites.",
     "active_parameters": "Encoder and decoder parameters of the active latents per token, summed over sites.",
+    "n_latents": "Number of latents of all sources together.",
     "n_parameters": "All parameters of the dictionaries.",
 }
 
