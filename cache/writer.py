@@ -140,6 +140,11 @@ class CacheWriter:
         everything = [(split, i) for split, sizes in self.plan.splits.items() for i in range(sizes.shards)]
         return [shard for shard in everything if shard not in self._committed]
 
+    def contexts_of(self, split: str, index: int) -> np.ndarray:
+        """Contexts that a shard needs, in stream order; known before it is begun."""
+        known_split(split, self.plan.splits)
+        return self._streams[split].shard(index, self.plan.shard_rows).contexts
+
     def shard(self, split: str, index: int) -> ShardWriter:
         """Begin a shard. With codec int8z, shard 0 of train has to be committed before any other is begun."""
         self._raise_failure()

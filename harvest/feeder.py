@@ -15,8 +15,8 @@ class Feeder:
     """Hands activations to a shard.
 
     On a GPU that happens in a second thread and on a stream of its own: the shard has to wait for the device several
-    times per batch, and the next pass is to run meanwhile. On a CPU both would fight for the same cores, so it happens
-    at once.
+    times per batch, and the next pass is to run meanwhile. On a CPU the passes have threads of their own (passes.py),
+    so it happens at once.
     """
 
     def __init__(self, device: torch.device, threaded: bool | None = None) -> None:

@@ -3,24 +3,21 @@
 1. A finished cache with this identity is reused, before anything is loaded.
 2. Text is tokenised and packed, the model loaded, its sites resolved; the cache's plan is written and the disk checked.
 3. Shard by shard, the contexts that the writer asks for run through the model, all sites from one pass. Activations
-   are encoded while the next pass runs on a GPU, and a full shard is published in the background.
+   are encoded while the next pass runs, and a full shard is published in the background.
 
 A kill loses at most the shard being filled; the same command goes on. Ctrl-C or SIGTERM stops after the current pass.
 """
 
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.filesize import decimal
-from torch import Tensor
 
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.interrupts import Interrupted, deferred_interrupts
@@ -32,6 +29,7 @@ from thresher.cache.writer import CacheWriter, ShardWriter
 from thresher.harvest.corpus import Corpus, DataConfig, data_identity, read_corpus
 from thresher.harvest.feeder import Feeder
 from thresher.harvest.meter import Meter
+from thresher.harvest.passes import Passes, jobs
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer, model_identity
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -231,26 +229,27 @@ def _fill(
 ) -> int:
     """Fill every shard that is not committed; returns the number of tokens that went through the model."""
     tokens = 0
-    with deferred_interrupts() as stop, Feeder(model.device) as feeder, Meter(writer, console) as meter:
-        for split, index in writer.pending():
-            shard = writer.shard(split, index)
-            meter.begin(split, index)
-            for batch_BT in _batches(contexts[split].token_id, shard.contexts, batch):
-                feeder.add(shard, model.record(batch_BT, sites))
-                tokens += batch_BT.numel()
-                meter.advance(batch_BT.numel())
-                if stop.requested:
-                    feeder.drain()
-                    raise _interrupted(writer, shard)
-            feeder.drain()
-            shard.commit()
-            meter.committed(split, index)
+    with (
+        deferred_interrupts() as stop,
+        Passes(model, sites) as passes,
+        Feeder(model.device) as feeder,
+        Meter(writer, console) as meter,
+    ):
+        for job, acts in passes.run(jobs(writer, contexts, batch)):
+            if job.first:
+                shard = writer.shard(job.split, job.shard)
+                meter.begin(job.split, job.shard)
+            feeder.add(shard, acts)
+            tokens += job.tokens.numel()
+            meter.advance(job.tokens.numel())
+            if stop.requested:
+                feeder.drain()
+                raise _interrupted(writer, shard)
+            if job.last:
+                feeder.drain()
+                shard.commit()
+                meter.committed(job.split, job.shard)
     return tokens
-
-
-def _batches(token_id: np.ndarray, wanted: np.ndarray, batch: int) -> Iterator[Tensor]:
-    for first in range(0, len(wanted), batch):
-        yield torch.from_numpy(token_id[wanted[first : first + batch]].astype(np.int64))
 
 
 def _interrupted(writer: CacheWriter, shard: ShardWriter) -> Interrupted:

@@ -12,6 +12,7 @@ Contexts are run without an attention mask: full ones need none under a causal m
 behind every real token. Left out: left padding, models split over several devices, encoder-decoder models.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -194,6 +195,13 @@ class TransformerTarget:
         MLP's output is added to."""
         with attached(self.model, self._visits(edits or {}, tuple(tokens.shape))):
             return self._run(tokens).logits
+
+    def replica(self) -> "TransformerTarget":
+        """The same model with modules of its own and the weights shared, for passes in another thread."""
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model, shared)
+        return twin
 
     def _run(self, tokens: Tensor) -> Any:
         return self.model(input_ids=tokens.to(self.device), use_cache=False)
