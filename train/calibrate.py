@@ -8,6 +8,7 @@ the rank turns out to lie outside, the window is moved and widened, and the rows
 The check encodes held-out rows under the frozen rule and sums squared errors in float64.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from thresher.cache.batches import Batches
 from thresher.cache.contracts import Codes, UserError
 from thresher.cache.interrupts import StopFlag
 from thresher.cache.reader import CacheReader
+from thresher.train.crew import Crew, Task
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.rules import Deployed
 
@@ -87,7 +89,9 @@ class RankSearch:
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def calibrate(coders: Sequence[Coder], reader: CacheReader, rows: int, device: torch.device, stop: StopFlag) -> None:
+def calibrate(
+    coders: Sequence[Coder], reader: CacheReader, rows: int, device: torch.device, crew: Crew, stop: StopFlag
+) -> None:
     """Set the thresholds of all BatchTopK dictionaries, sharing each read of the training rows.
 
     Returns early, with thresholds unset, when a stop is requested.
@@ -101,9 +105,12 @@ def calibrate(coders: Sequence[Coder], reader: CacheReader, rows: int, device: t
     while searches and not stop.requested:
         sites = [coders[index].reads[source] for index, source in searches]
         for acts in passes(reader, "train", sites, rows, device, stop):
-            for (index, source), search in searches.items():
-                coder = coders[index]
-                search.add(coder.encoder(source).preactivations(acts[coder.reads[source]], coder.bias(source)))
+            crew.run(
+                [
+                    Task(coders[index].spec, _BATCH_ROWS, functools.partial(_show, search, coders[index], source, acts))
+                    for (index, source), search in searches.items()
+                ]
+            )
         for (index, source), search in list(searches.items()):
             threshold = search.result()
             if threshold is not None:
@@ -111,6 +118,12 @@ def calibrate(coders: Sequence[Coder], reader: CacheReader, rows: int, device: t
                 assert isinstance(rule, Deployed)
                 rule.threshold.fill_(threshold)
                 del searches[index, source]
+
+
+def _show(search: RankSearch, coder: Coder, source: int, acts: Mapping[str, Tensor]) -> None:
+    encoder = coder.encoder(source)
+    x_ND = acts[coder.reads[source]]
+    search.add(encoder.preactivations(x_ND, coder.bias(source), encoder.workspace.block(x_ND.shape[0], encoder.W_enc)))
 
 
 class HeldOut(NamedTuple):
@@ -127,7 +140,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out(
-    coders: Sequence[Coder], reader: CacheReader, rows: int, device: torch.device, stop: StopFlag
+    coders: Sequence[Coder], reader: CacheReader, rows: int, device: torch.device, crew: Crew, stop: StopFlag
 ) -> list[HeldOut | None]:
     """Check all dictionaries in one pass; None for each when the cache has no held-out rows."""
     split = next((name for name in ("validation", "test") if _rows(reader, name) > 0), None)
@@ -144,8 +157,11 @@ def held_out(
     count = 0
     for acts in passes(reader, split, sites, rows, device, stop):
         count += next(iter(acts.values())).shape[0]
-        for coder, total in zip(coders, sums, strict=True):
-            _measure(coder, acts, total)
+        tasks = [
+            Task(coder.spec, _BATCH_ROWS, functools.partial(_measure, coder, acts, total))
+            for coder, total in zip(coders, sums, strict=True)
+        ]
+        crew.run(tasks)
     return [HeldOut(split, count, (t["error"] / t["variance"]).tolist(), (t["active"] / count).tolist()) for t in sums]
 
 

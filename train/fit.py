@@ -19,7 +19,7 @@ from thresher.train.optim import Optimiser, base_rate, rate_factor
 from thresher.train.plan import RunPlan
 from thresher.train.state import Checkpoint
 
-_SAMPLE_ROWS = 4096
+_SAMPLE_ROWS = 1024
 
 
 class Views:
@@ -173,7 +173,10 @@ class Fit:
 
     def deployed(self) -> Coder:
         """The dictionary on raw activations with frozen rules."""
-        return deploy(self.coder, self.reads, self.writes)
+        coder = deploy(self.coder, self.reads, self.writes)
+        for source in range(len(coder.reads)):
+            coder.encoder(source).workspace = self.coder.encoder(source).workspace
+        return coder
 
     def checkpoint(self) -> Checkpoint:
         """The state between two steps."""

@@ -31,7 +31,7 @@ from thresher.train.crew import Crew, Task
 from thresher.train.dictionary.encoder import Workspace
 from thresher.train.display import TrainingDisplay
 from thresher.train.files import CONFIG, git_commit, read_config, save_run, versions, write_config
-from thresher.train.fit import Fit, Views, sites_of
+from thresher.train.fit import Fit, Inputs, Views, sites_of
 from thresher.train.metrics import MetricLog, WandbMode
 from thresher.train.plan import RunPlan
 from thresher.train.state import load_checkpoint, save_checkpoint
@@ -103,7 +103,7 @@ def train(
     if results:
         console.print(f"Reusing {len(results)} finished of {len(plans)} runs in {out}.")
     todo = [(plan, config) for plan, config in zip(plans, configs, strict=True) if plan.name not in results]
-    with ExitStack() as stack, deferred_interrupts() as stop, warnings.catch_warnings():
+    with ExitStack() as stack, deferred_interrupts() as stop, Crew(where) as crew, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         workspace = Workspace()
         jobs = [_open(plan, config, out / plan.name, reader, where, workspace, wandb, stack) for plan, config in todo]
@@ -112,9 +112,9 @@ def train(
             key = (job.plan.train.batch_rows, job.plan.seed, job.fit.position)
             streams.setdefault(key, []).append(job)
         for (batch_rows, seed, start), group in streams.items():
-            _run_pass(group, reader, batch_rows, seed, start, where, stop, console)
+            _run_pass(group, reader, batch_rows, seed, start, where, crew, stop, console)
             if not stop.requested:
-                for result in _finish(group, reader, where, stop, console):
+                for result in _finish(group, reader, where, crew, stop, console):
                     results[result.name] = result
             if stop.requested:
                 _save_and_stop(group, out)
@@ -222,6 +222,7 @@ def _run_pass(
     seed: int,
     start: int,
     device: torch.device,
+    crew: Crew,
     stop: StopFlag,
     console: Console,
 ) -> None:
@@ -235,7 +236,7 @@ def _run_pass(
     began, rows = time.monotonic(), 0
     title = f"Training {len(jobs)} dictionaries on {device}, {batch_rows:,} rows per step"
     try:
-        with TrainingDisplay(console, title) as display, Crew(device) as crew:
+        with TrainingDisplay(console, title) as display:
             for batch in batches:
                 _step([job for job in jobs if job.active], crew, Views(batch.acts), batch.rows, display, console)
                 rows += batch.rows
@@ -263,12 +264,25 @@ def _step(
     jobs: Sequence[_Job], crew: Crew, views: Views, rows: int, display: TrainingDisplay, console: Console
 ) -> None:
     """One step of every job, with what is due after it."""
-    tasks = [Task(job.fit, functools.partial(job.fit.step, job.fit.inputs(views), rows)) for job in jobs]
-    for job, outcome in zip(jobs, crew.step(tasks), strict=True):
+    tasks = [
+        Task(
+            job.plan.spec, job.plan.train.batch_rows, functools.partial(_attempt, job.fit, job.fit.inputs(views), rows)
+        )
+        for job in jobs
+    ]
+    for job, outcome in zip(jobs, crew.run(tasks), strict=True):
         if isinstance(outcome, torch.Tensor):
             _after_step(job, outcome, display, console)
         else:
             _set_aside(job, f"step {job.fit.done + 1} ran out of memory ({outcome})", display, console)
+
+
+def _attempt(fit: Fit, inputs: Inputs, rows: int) -> torch.Tensor | torch.OutOfMemoryError:
+    """A step, or why there was no memory for it: that concerns this dictionary alone."""
+    try:
+        return fit.step(inputs, rows)
+    except torch.OutOfMemoryError as error:
+        return error
 
 
 def _after_step(job: _Job, norm: torch.Tensor, display: TrainingDisplay, console: Console) -> None:
@@ -304,15 +318,15 @@ def _set_aside(job: _Job, reason: str, display: TrainingDisplay, console: Consol
 
 
 def _finish(
-    jobs: Sequence[_Job], reader: CacheReader, device: torch.device, stop: StopFlag, console: Console
+    jobs: Sequence[_Job], reader: CacheReader, device: torch.device, crew: Crew, stop: StopFlag, console: Console
 ) -> Iterable[RunResult]:
     """Freeze, check and save the jobs that reached their end; none of them once a stop is requested."""
     ready = [job for job in jobs if job.failed is None]
     coders = [job.fit.deployed() for job in ready]
     if coders:
         with console.status("Setting thresholds and checking on held-out rows …"):
-            calibrate(coders, reader, max(job.plan.train.calibrate_rows for job in ready), device, stop)
-            checks = held_out(coders, reader, max(job.plan.train.heldout_rows for job in ready), device, stop)
+            calibrate(coders, reader, max(job.plan.train.calibrate_rows for job in ready), device, crew, stop)
+            checks = held_out(coders, reader, max(job.plan.train.heldout_rows for job in ready), device, crew, stop)
         if stop.requested:
             return
         for job, coder, check in zip(ready, coders, checks, strict=True):
