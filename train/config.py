@@ -21,7 +21,8 @@ class TrainConfig:
     lr: float | Literal["auto"] = "auto"
     """Adam's learning rate; auto: 2e-4 / √(F / 2¹⁴), F the latents per source."""
     beta1: float = 0.9
-    """Adam's first moment decay. Published JumpReLU recipes use 0; on the bundled model 0.9 gives clearly lower FVU."""
+    """Adam's first moment decay. Published JumpReLU recipes use 0; at lr 2e-3 on one layer of the bundled
+    model (one seed) 0.9 gave FVU 0.081 at L0 30 where 0 gave 0.095 at L0 44."""
     beta2: float = 0.999
     """Adam's second moment decay."""
     eps: float = 1e-8

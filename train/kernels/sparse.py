@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 DENSE_SHARE = 1 / 12
-"""Share of selected entries above which the dense products win; measured at d = 128 and 768 on CPU."""
+"""Share of selected entries above which the products go dense. Forward and backward break even at 0.09 for N × D × F =
+1024 × 768 × 6144 and at 0.18 for 2048 × 128 × 1024 (one CPU thread); not measured on CUDA."""
 
 
 class Selection:
