@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,6 +138,30 @@ def test_both_other_names_are_the_same_program(tmp_path: Path) -> None:
     )
     assert direct.returncode == 0, direct.stderr
     assert direct.stdout == thresher(tmp_path, "recipes", "list", sets=()).stdout
+
+
+def readme_blocks(language: str) -> list[str]:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_example_of_the_readme_runs(house: Path, tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/runs").symlink_to(house / "runs/books-demo")
+    (code,) = readme_blocks("python")
+    shape = "assert reconstruction.shape == acts[dictionary.writes[0]].flatten(0, 1).shape"
+    command = [sys.executable, "-c", code + shape]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tensor" in done.stdout
+
+
+def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
+    (text,) = readme_blocks("toml")
+    (tmp_path / "mine.toml").write_text(text)
+    done = thresher(tmp_path, "recipes", "check", "mine.toml", sets=())
+    assert done.returncode == 0, done.stderr
+    assert [f"transcoder-batchtopk-k{k}" in done.stdout for k in (16, 32, 64)] == [True] * 3
 
 
 def test_every_command_has_help(tmp_path: Path) -> None:
