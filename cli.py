@@ -70,9 +70,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        _fail(
-            "error", Exception(f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"), 1, False
-        )
+        unexpected = f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
+        _fail("error", Exception(unexpected), 1, False)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -315,7 +314,9 @@ def _judge(
     loaded = [load_run(path, device=str(target.device)) for path in paths]
     contexts, source = _held_out(loaded[0].config, tables, settings, cache, target)
     provenance = {"contexts": source, "runs": [str(path) for path in paths]}
-    results = run_evaluate(_sets(loaded, paths), target, contexts, settings, console=out, provenance=provenance)
+    results = run_evaluate(
+        _sets(loaded, paths, settings.together), target, contexts, settings, console=out, provenance=provenance
+    )
     print_table(results, out)
     written = write_report(results, report)
     for label, path in written._asdict().items():
@@ -398,13 +399,13 @@ def _held_out(
     return corpus.splits[settings.split], f"split {settings.split} of {tables['data'].source}"
 
 
-def _sets(loaded: "Sequence[LoadedRun]", paths: Sequence[Path]) -> "list[Replacement]":
-    """Dictionaries that were trained as one group (for example the layers of a transcoder) are patched in together."""
+def _sets(loaded: "Sequence[LoadedRun]", paths: Sequence[Path], together: bool) -> "list[Replacement]":
+    """What is patched in at once: the dictionaries of a group (for example one per layer), or each run by itself."""
     from thresher.evaluate.run import Replacement
 
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(loaded):
-        groups.setdefault(run.config["group"], []).append(index)
+        groups.setdefault(run.config["group" if together else "name"], []).append(index)
     return [
         Replacement(group, tuple(loaded[i].dictionary for i in members), _facts(members, loaded, paths))
         for group, members in groups.items()

@@ -34,6 +34,9 @@ class EvaluateConfig:
     """Ways of patching reconstructions in; each gives its own table, and cascade is the headline."""
     split: Literal["test", "validation", "train"] = "test"
     """Documents to evaluate on; select settings on validation, report on test."""
+    together: bool = True
+    """Whether the dictionaries of one variant, such as a transcoder per layer, form a set that is patched in together;
+    false: each is judged alone."""
     tokens: int = 200_000
     """Scored tokens, about; 0 or more than there are takes the whole split."""
     single_site_share: float = 0.25

@@ -274,3 +274,13 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
     process.kill()
     raise AssertionError(f"{path} never had {count} lines: {process.communicate()}")
+
+
+def test_runs_of_a_set_can_be_judged_one_by_one(house: Path, tmp_path: Path) -> None:
+    names = [f"runs/books-demo/transcoder-batchtopk-k16-L{layer:02d}" for layer in (1, 3)]
+    alone = ("evaluate.tokens=1500", "evaluate.resamples=100", "evaluate.together=false")
+    done = thresher(house, "evaluate", *names, "--out", str(tmp_path), sets=alone)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    sites = {row["name"]: row["sites"] for row in rows if row["kind"] == "replacement"}
+    assert sites == {f"transcoder-batchtopk-k16-L{layer:02d}": [f"L{layer:02d}.mlp_out"] for layer in (1, 3)}

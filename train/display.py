@@ -1,7 +1,7 @@
 """The live table of a training pass: one line per dictionary."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,9 +15,9 @@ _MOST_ROWS = 40
 class TrainingDisplay:
     """Draws when told of news, at most a few times a second; a quiet console draws nothing."""
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, names: Sequence[str]) -> None:
         self.title = title
-        self.rows: dict[str, Mapping[str, Any]] = {}
+        self.rows: dict[str, Mapping[str, Any] | None] = dict.fromkeys(names)
         self.failed: dict[str, str] = {}
         self.caption = ""
         self._live = Live(console=console, auto_refresh=False, transient=False)
@@ -33,9 +33,10 @@ class TrainingDisplay:
         self.draw(force=True)
         self._live.stop()
 
-    def progress(self, step: int, total: int, rows_per_s: float) -> None:
-        """Update the caption: steps done, dictionaries' rows per second, time left."""
-        self.caption = f"step {step:,} of {total:,} · {rows_per_s:,.0f} rows/s"
+    def progress(self, step: int, total: int, tokens_per_s: float, seconds_left: float) -> None:
+        """Update the caption: steps done, tokens of the stream per second, time left."""
+        minutes, seconds = divmod(round(seconds_left), 60)
+        self.caption = f"step {step:,} of {total:,} · {tokens_per_s:,.0f} tokens/s · {minutes}:{seconds:02d} left"
         self.draw()
 
     def update(self, name: str, metrics: Mapping[str, Any]) -> None:
@@ -61,7 +62,10 @@ class TrainingDisplay:
         for name in list(self.rows)[:_MOST_ROWS]:
             row = self.rows[name]
             if name in self.failed:
-                table.add_row(name, f"{row['step']:,}", "[red]failed[/red]", "", "", "")
+                table.add_row(name, f"{row['step']:,}" if row else "", "[red]failed[/red]", "", "", "")
+                continue
+            if row is None:
+                table.add_row(name, "", "", "", "", "")
                 continue
             table.add_row(
                 name,

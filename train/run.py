@@ -89,7 +89,9 @@ def train(
     names = [plan.name for plan in plans]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"Several dictionaries have the name {twice[0]!r}. Give the recipe's entries different labels.")
+        raise UserError(
+            f"Several dictionaries have the name {twice[0]!r}. Give their [[sweep]] blocks different names."
+        )
     where = resolve_device(device)
     configs = [_config(plan, reader, where) for plan in plans]
     finished = {
@@ -174,7 +176,7 @@ def _reusable(plan: RunPlan, config: dict[str, Any], path: Path, resume: bool) -
         return None
     if not (path / CONFIG).exists():
         raise UserError(
-            f"{path} is not empty and holds no {CONFIG}: it is no run of ours. Choose another --out or name."
+            f"{path} is not empty and holds no {CONFIG}: it is no run of ours. Choose another place with --runs."
         )
     stored = read_config(path)
     lines = differences(_decisive(config), _decisive(stored))
@@ -236,12 +238,13 @@ def _run_pass(
     began, rows = time.monotonic(), 0
     title = f"Training {len(jobs)} dictionaries on {device}, {batch_rows:,} rows per step"
     try:
-        with TrainingDisplay(console, title) as display:
+        with TrainingDisplay(console, title, [job.plan.name for job in jobs]) as display:
             for batch in batches:
                 _step([job for job in jobs if job.active], crew, Views(batch.acts), batch.rows, display, console)
                 rows += batch.rows
                 done = max(job.fit.done for job in jobs)
-                display.progress(done, total, rows / (time.monotonic() - began))
+                rate = rows / (time.monotonic() - began)
+                display.progress(done, total, rate, (total - done) * batch_rows / rate)
                 if stop.requested or not any(job.active for job in jobs):
                     break
     finally:
