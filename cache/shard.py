@@ -29,7 +29,7 @@ from thresher.cache.order import ShardSource, shard_order
 from thresher.cache.plan import Plan
 from thresher.cache.quality import Quality, check_gate, quality
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # a block fits a CPU's L2 cache; a GPU wants fewer launches
+_BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # a block fits a CPU's L2 cache; a GPU wants fewer launches
 _IN_FLIGHT = 4  # blocks of a GPU on their way to the host
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.harvest.conftest import CONFIGS
 from thresher.cache.contracts import UserError
 from thresher.harvest.checkpoint import locate
-from thresher.harvest.pretrained import fuse_gelu
+from thresher.harvest.pretrained import TanhGelu, fuse_gelu
 from thresher.harvest.sites import TAPS
 from thresher.harvest.target import (
     TargetConfig,
@@ -191,9 +191,9 @@ def test_a_fused_activation_is_the_same_function(books: TransformerTarget) -> No
         with torch.no_grad():
             before = model(input_ids=TOKENS).logits
             after = fuse_gelu(model)(input_ids=TOKENS).logits
-        assert (type(model.transformer.h[0].mlp.act) is torch.nn.GELU) == fused
+        assert (type(model.transformer.h[0].mlp.act) is TanhGelu) == fused
         torch.testing.assert_close(after, before, rtol=0, atol=1e-4 if fused else 0)
-    assert type(books.model.transformer.h[0].mlp.act) is torch.nn.GELU
+    assert type(books.model.transformer.h[0].mlp.act) is TanhGelu
 
 
 def test_identity_changes_with_weights_and_dtype_only(tmp_path: Path, tiny_target: Make) -> None:
@@ -241,3 +241,13 @@ def test_a_model_that_is_not_there_is_one_paragraph(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="empty"):
         TargetConfig(model="")
+
+
+def test_the_fast_gelu_is_the_function_and_differentiable() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 10_001), torch.tensor([0.0, 1e4, -1e4, 1e20, -1e20])])
+    fast, plain = TanhGelu(), torch.nn.functional.gelu(x, approximate="tanh")
+    assert torch.allclose(fast(x), plain, rtol=1e-6, atol=1e-6)
+    x64 = x.double()[:10_001]
+    assert torch.allclose(fast.double()(x64), torch.nn.functional.gelu(x64, approximate="tanh"), rtol=1e-9, atol=1e-9)
+    leaf = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(fast, (leaf,))
