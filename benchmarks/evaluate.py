@@ -24,13 +24,14 @@ from rich.table import Table
 from torch import Tensor
 
 from thresher.cache.contracts import Dictionary, Site
+from thresher.cache.devices import resolve_device
 from thresher.cache.layout import Contexts
 from thresher.evaluate import splice
 from thresher.evaluate.checks import Replacement
 from thresher.evaluate.masks import scored
 from thresher.evaluate.metrics import TargetSums
 from thresher.evaluate.passes import BatchRunner, Plan, Tally, batches
-from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, resolve_device, resolve_dtype
+from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, resolve_dtype
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec
@@ -48,7 +49,7 @@ def gpt2_small(device: str, dtype: str) -> TransformerTarget:
     """GPT-2 small's shape with random weights: speed does not depend on them."""
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    where = resolve_device(device)
+    where = resolve_device(device, "--device")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(GPT2Config(), attn_implementation="sdpa")

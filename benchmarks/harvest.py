@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from thresher.cache.devices import resolve_device
 from thresher.cache.layout import Contexts
 from thresher.harvest.checkpoint import locate
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
@@ -33,7 +34,6 @@ from thresher.harvest.target import (
     TransformerTarget,
     load_target,
     load_tokenizer,
-    resolve_device,
     resolve_dtype,
 )
 
@@ -56,7 +56,7 @@ def gpt2_small(device: str, dtype: str, tokens: int) -> tuple[TransformerTarget,
     """GPT-2 small's shape with random weights, on random tokens: speed does not depend on either."""
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    where = resolve_device(device)
+    where = resolve_device(device, "--device")
     generator = np.random.default_rng(0)
     token_id = generator.integers(0, 50257, size=(max(1, tokens // 1024), 1024), dtype=np.int32)
     keep = np.ones(token_id.shape, np.uint8)

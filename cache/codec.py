@@ -12,6 +12,8 @@ Left out: 8-bit floats (they spend bits on a range that standardised data does n
 scales per row alone (outlier dimensions then swallow the rest).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -111,14 +113,31 @@ def block_sums(x_ND: Tensor, shift_D: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([sum_D, v_ND.mul_(v_ND).sum(dim=0)]), norm_N
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch's CPU operators in this thread.
+
+    An operator on a block takes 20 µs. Shared between threads it gains little, and when another process holds a core
+    every operator waits for the partner that was put to sleep: 20 to 100 times slower on two busy cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def decode(codes_ND: Tensor, scale_N: Tensor | None, calibration: Calibration | None, dtype: torch.dtype) -> Tensor:
     """Rows [N, D] in `dtype` on the device of the codes; int8z decodes in float32 and then casts."""
     if scale_N is None or calibration is None:
         return codes_ND.to(dtype)
     x_ND, s_N1 = torch.empty_like(codes_ND, dtype=torch.float32), scale_N[:, None].to(torch.float32)
-    rows = max(64, _DECODE_ELEMENTS // x_ND.shape[1]) if x_ND.device.type == "cpu" else len(x_ND)
-    for at in range(0, len(x_ND), rows or 1):  # in pieces that stay in a CPU's cache between the three passes
-        piece = x_ND[at : at + rows]
-        piece.copy_(codes_ND[at : at + rows]).mul_(s_N1[at : at + rows])
-        torch.addcmul(calibration.mean, piece, calibration.std, out=piece)
+    on_cpu = x_ND.device.type == "cpu"
+    rows = max(64, _DECODE_ELEMENTS // x_ND.shape[1]) if on_cpu else len(x_ND)
+    with one_thread() if on_cpu else nullcontext():
+        for at in range(0, len(x_ND), rows or 1):  # in pieces that stay in a CPU's cache between the three passes
+            piece = x_ND[at : at + rows]
+            piece.copy_(codes_ND[at : at + rows]).mul_(s_N1[at : at + rows])
+            torch.addcmul(calibration.mean, piece, calibration.std, out=piece)
     return x_ND.to(dtype)

@@ -11,9 +11,8 @@ yield μ and σ, and are encoded then.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache import stats
-from thresher.cache.codec import Calibration, block_sums, calibrate, encode_bf16, encode_int8z
+from thresher.cache.codec import Calibration, block_sums, calibrate, encode_bf16, encode_int8z, one_thread
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.lane import EncodedBlock, Lane
 from thresher.cache.layout import KEPT, SPECIAL, Contexts, raw_dtype
@@ -318,21 +317,6 @@ class ShardWriter:
             "source": np.stack([context, position], axis=1).astype(np.int32),
             "keep": self._packed.keep[context, position].astype(np.uint8),
         }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep PyTorch's CPU operators in this thread.
-
-    An operator on a block takes 20 µs. Shared between threads it gains little, and when another process holds a core
-    every operator waits for the partner that was put to sleep: 20 times slower on two busy cores.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _centred(x_ND: Tensor, shift_D: Tensor) -> stats.Moments:

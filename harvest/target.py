@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.contracts import Edit, Site, UserError
+from thresher.cache.devices import resolve_device
 from thresher.harvest.checkpoint import commit_of, digest, locate, tokenizer_files, weight_files
 from thresher.harvest.hooking import PassEnded, Visit, attached, batched, editing, taking
 from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet
@@ -59,25 +60,6 @@ class TargetConfig:
             raise UserError("target.model is empty; expected a hub name, a directory, or bundled:books-128.")
 
 
-def resolve_device(device: str) -> torch.device:
-    """`auto` to a device; UserError for one that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"target.device is {device!r}; expected auto, cpu, cuda, or cuda:N.") from error
-    if wanted.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (wanted.index or 0) >= count:
-            found = f"PyTorch sees {count} CUDA device(s)" if count else "PyTorch sees no CUDA device"
-            raise UserError(
-                f'target.device is {device!r}, but {found} here. Set device = "cpu" or "auto", or install a CUDA '
-                "build of PyTorch and check the driver with nvidia-smi."
-            )
-    return wanted
-
-
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto` to bfloat16 where the GPU computes in it, else float32."""
     if dtype != "auto":
@@ -88,7 +70,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def model_identity(config: TargetConfig) -> dict[str, object]:
     """What makes a target this one and no other, from its files alone: nothing is loaded into a model."""
     path = locate(config.model, config.revision)
-    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device, "target.device"))
     tokenizer = tokenizer_files(path)
     local = Path(config.model).expanduser()
     return {
@@ -119,7 +101,7 @@ def load_tokenizer(config: TargetConfig) -> "PreTrainedTokenizerBase | None":
 
 def load_target(config: TargetConfig) -> "TransformerTarget":
     """Load the model onto its device. Raises UserError for one that is missing, unreachable or of no use here."""
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, "target.device")
     dtype = resolve_dtype(config.dtype, device)
     identity = model_identity(config)
     path = locate(config.model, config.revision)

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
+from thresher.cache.devices import resolve_device
 from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
 from thresher.cache.reader import CacheReader
 from thresher.cache.records import differences, to_dict
@@ -92,7 +93,7 @@ def train(
         raise UserError(
             f"Several dictionaries have the name {twice[0]!r}. Give their [[sweep]] blocks different names."
         )
-    where = resolve_device(device)
+    where = resolve_device(device, "--device")
     configs = [_config(plan, reader, where) for plan in plans]
     finished = {
         plan.name: _reusable(plan, config, out / plan.name, resume) for plan, config in zip(plans, configs, strict=True)
@@ -121,21 +122,6 @@ def train(
             if stop.requested:
                 _save_and_stop(group, out)
     return [results[name] for name in names]
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device meant; `auto` is CUDA when there is one. Raises UserError for CUDA where there is none."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N.") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices. Use cpu or auto."
-        )
-    return found
 
 
 def _config(plan: RunPlan, reader: CacheReader, device: torch.device) -> dict[str, Any]:

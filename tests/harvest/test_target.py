@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.harvest.conftest import CONFIGS
 from thresher.cache.contracts import UserError
+from thresher.cache.devices import resolve_device
 from thresher.harvest.checkpoint import locate
 from thresher.harvest.pretrained import TanhGelu, fuse_gelu
 from thresher.harvest.sites import TAPS
@@ -21,7 +22,6 @@ from thresher.harvest.target import (
     TransformerTarget,
     load_target,
     model_identity,
-    resolve_device,
     resolve_dtype,
 )
 
@@ -214,10 +214,10 @@ def test_cuda_that_is_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"target.device is 'cuda'.*no CUDA device.*\"cpu\" or \"auto\""):
         load_target(TargetConfig(device="cuda"))
-    assert resolve_device("auto") == torch.device("cpu")
+    assert resolve_device("auto", "target.device") == torch.device("cpu")
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     with pytest.raises(UserError, match="expected auto, cpu, cuda, or cuda:N"):
-        resolve_device("gpu")
+        resolve_device("gpu", "target.device")
 
 
 def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

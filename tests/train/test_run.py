@@ -308,7 +308,7 @@ def test_names_used_twice_unknown_devices_and_foreign_directories_are_refused(
     with pytest.raises(UserError, match="expected auto, cpu"):
         train([plan], cache, out=tmp_path, device="tpu!", console=console)
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="CUDA devices"):
+        with pytest.raises(UserError, match="no CUDA device"):
             train([plan], cache, out=tmp_path, device="cuda", console=console)
     (tmp_path / "clt").mkdir()
     (tmp_path / "clt" / "thesis.txt").write_text("mine")
