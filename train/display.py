@@ -32,6 +32,8 @@ class TrainingDisplay:
     ) -> None:
         self.draw(force=True)
         self._live.stop()
+        if not self._live.console.is_terminal:
+            self._live.console.line()  # where nothing moves, the last table ends without a line break
 
     def progress(self, step: int, total: int, tokens_per_s: float, seconds_left: float) -> None:
         """Update the caption: steps done, tokens of the stream per second, time left."""
