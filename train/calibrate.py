@@ -1,15 +1,15 @@
 """The last acts of training: BatchTopK's frozen threshold, and a held-out check of what was frozen.
 
 BatchTopK's threshold is the ⌊k·N⌋-th largest positive pre-activation over N training rows, per source, measured on the
-folded dictionary as it will be saved. It is exact, in one pass and little memory: the first batch says about where the
-threshold lies, and of all rows only the values in a narrow window there are kept, beside a count of those above. If
-the rank turns out to lie outside, the window is moved and widened, and the rows are read again.
+folded dictionary as it will be saved. It is exact, mostly in one pass and never in more than three, from counts of
+bounded size: the first batch says about where the threshold lies, values in a narrow window there are counted by their
+bit patterns, those above by coarse bins. If the rank turns out to lie outside, the counts say where the window belongs,
+and the rows are read again.
 
 The check encodes held-out rows under the frozen rule and sums squared errors in float64.
 """
 
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,67 +26,99 @@ from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.rules import Deployed
 
 _BATCH_ROWS = 4096
-_WINDOW = 0.02  # first half-width, as a share of the estimate
+_BINS = 1 << 15  # upper halves of the bit patterns of positive float32 values
+_PER_BIN = 1 << 16
+_WINDOW = 11  # bins: about 2% to 4% to either side of the middle one
+_PIECE = 1 << 24  # values looked at together, to bound what is copied
 
 
 class RankSearch:
-    """Finds the value of a given rank in a stream of blocks that may have to be shown more than once."""
+    """Finds the value of a given rank in a stream of blocks that may have to be shown up to three times.
+
+    Positive floats order like their bit patterns. The upper halves of the patterns (32768 bins, under 1% wide each)
+    say which bin holds the rank; in a window of a few bins the lower halves are counted too, which makes the value
+    exact. Only counts are kept, however many values there are and however many of them are equal.
+    """
 
     def __init__(self, k: float) -> None:
         """Wanted: the ⌊k · N⌋-th largest positive value of N rows."""
         self.k = k
-        self.low = self.high = math.nan
-        self.half_width = _WINDOW
-        self._restart()
+        self._placed = False
 
-    def _restart(self) -> None:
-        self.rows = self.above = 0
-        self.kept: list[Tensor] = []
+    def _look(self, first: int, width: int, floor: int) -> None:
+        """Start a pass: single values counted in `width` bins from `first`, bins from `floor` up."""
+        self.first, self.width, self.floor = first, width, floor
+        self.rows = 0
+        self.bins = torch.zeros(_BINS, dtype=torch.int64)
+        self.patterns = torch.zeros(width * _PER_BIN, dtype=torch.int64)
+        self._placed = True
 
     def add(self, a_NF: Tensor) -> None:
-        """Show the next block."""
-        if math.isnan(self.low):
+        """Show the next block, float32."""
+        assert a_NF.dtype == torch.float32
+        if not self._placed:
             self._place(a_NF)
-        flat = a_NF.reshape(-1)
         self.rows += a_NF.shape[0]
-        if flat.device.type == "cpu":  # numpy compacts faster there
-            some = flat[torch.from_numpy(np.flatnonzero(flat.numpy() >= self.low))]
-        else:
-            some = flat[flat >= self.low]
-        within = some <= self.high
-        self.above += some.shape[0] - int(within.sum())
-        self.kept.append(some[within])
+        self.bins, self.patterns = self.bins.to(a_NF.device), self.patterns.to(a_NF.device)
+        for bits in _bits_from(a_NF, self.floor):
+            self.bins += torch.bincount(bits >> 16, minlength=_BINS)
+            offset = bits - self.first * _PER_BIN
+            inside = offset[(offset >= 0) & (offset < self.patterns.shape[0])]
+            self.patterns.index_add_(0, inside, torch.ones_like(inside, dtype=torch.int64))  # few among many counters
 
     def result(self) -> float | None:
         """The value once all blocks were shown; None: the window missed it, show them all again."""
         rank = int(self.k * self.rows)
-        values = torch.cat(self.kept)
         if rank == 0:
             return float("inf")
-        if self.above < rank <= self.above + values.shape[0]:
-            return float(torch.kthvalue(values, values.shape[0] - (rank - self.above) + 1).values)
-        if self.low <= _TINY and rank > self.above + values.shape[0]:
+        found = _holding(self.bins, rank)
+        if found is None and self.floor == 0:
             return 0.0  # fewer positive values than wanted: everything positive fires
-        self._move(too_high=rank > self.above + values.shape[0])
-        return None
+        if found is None:  # it lies below, most likely just below; the bins of all values settle it otherwise
+            self._look(max(0, self.first - _WINDOW), _WINDOW, 0)
+            return None
+        index, above = found
+        if not self.first <= index < self.first + self.width:
+            self._look(index, 1, index)
+            return None
+        start = (index - self.first) * _PER_BIN
+        exact = _holding(self.patterns[start : start + _PER_BIN], rank - above)
+        assert exact is not None, "a bin and its patterns are counts of the same values"
+        return _value(index * _PER_BIN + exact[0])
 
     def _place(self, a_NF: Tensor) -> None:
-        """Put the window around the first block's own value of that rank."""
-        flat = a_NF.reshape(-1)
-        rank = min(max(1, int(self.k * a_NF.shape[0])), flat.shape[0])
-        centre = max(float(torch.kthvalue(flat, flat.shape[0] - rank + 1).values), _TINY)
-        self.low, self.high = centre * (1 - self.half_width), centre * (1 + self.half_width)
+        """Put the window around the first block's own value of that rank; where it has none, count everything."""
+        bins = torch.zeros(_BINS, dtype=torch.int64, device=a_NF.device)
+        for bits in _bits_from(a_NF, 0):
+            bins += torch.bincount(bits >> 16, minlength=_BINS)
+        found = _holding(bins, max(1, int(self.k * a_NF.shape[0])))
+        first = 0 if found is None else max(0, found[0] - _WINDOW // 2)
+        self._look(first, _WINDOW, first)
 
-    def _move(self, too_high: bool) -> None:
-        self.half_width = min(0.5, 2 * self.half_width)
-        if too_high:
-            self.low, self.high = max(_TINY, self.low * (1 - 2 * self.half_width)), self.low
+
+def _bits_from(a_NF: Tensor, floor: int) -> Iterator[Tensor]:
+    """Bit patterns, piece by piece, of the positive values in bins from `floor` up."""
+    below = _value(max(0, floor * _PER_BIN - 1))
+    for flat in a_NF.reshape(-1).split(_PIECE):
+        if flat.device.type == "cpu":  # numpy compacts faster there
+            some = flat[torch.from_numpy(np.flatnonzero(flat.numpy() > below))]
         else:
-            self.low, self.high = self.high, self.high * (1 + 2 * self.half_width)
-        self._restart()
+            some = flat[flat > below]
+        yield some.view(torch.int32)
 
 
-_TINY = float(np.finfo(np.float32).tiny)
+def _holding(counts: Tensor, rank: int) -> tuple[int, int] | None:
+    """Index of the count that holds the rank, from the top, and the sum of those above it; None: too few in all."""
+    sums = counts.flip(0).cumsum(0)
+    place = int((sums < rank).sum())
+    if place == counts.shape[0]:
+        return None
+    index = counts.shape[0] - 1 - place
+    return index, int(sums[place] - counts[index])
+
+
+def _value(bits: int) -> float:
+    return float(np.uint32(bits).view(np.float32))
 
 
 def calibrate(
