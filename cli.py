@@ -19,6 +19,7 @@ from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
 
 if TYPE_CHECKING:
+    from thresher.cache.contracts import Site
     from thresher.cache.layout import Contexts
     from thresher.cache.reader import CacheReader
     from thresher.evaluate.results import Results
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from thresher.harvest.target import TransformerTarget
     from thresher.recipes.reading import Recipe
     from thresher.train.files import LoadedRun
+    from thresher.train.plan import RunPlan
     from thresher.train.run import RunResult
 
 app = typer.Typer(
@@ -43,6 +45,9 @@ app.add_typer(recipes_app, name="recipes")
 
 out = Console()
 err = Console(stderr=True)
+
+_MAKING = ("data", "harvest", "dictionary", "train")
+"""Tables that decide what a run is; [target] is compared by its weights, [evaluate] is free."""
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.")]
 Assignments = Annotated[
@@ -238,19 +243,13 @@ def train_recipe(
     recipe: "Recipe", cache: Path | None, runs: Path | None, *, resume: bool, device: str, wandb: WandbMode
 ) -> "list[RunResult]":
     """Train all dictionaries of the recipe from its cache."""
-    from thresher.train.plan import plan_runs
     from thresher.train.run import train as run_train
 
     reader = _open_cache(recipe, cache)
-    plans = [
-        plan
-        for variant in recipe.variants
-        for plan in plan_runs(
-            variant.label, variant.tables["dictionary"], variant.tables["train"], reader.sites, variant.resolved
-        )
-    ]
     folder = runs or Path("runs") / recipe.name
-    results = run_train(plans, reader, out=folder, device=device, resume=resume, wandb=wandb, console=out)
+    results = run_train(
+        _plans(recipe, reader.sites), reader, out=folder, device=device, resume=resume, wandb=wandb, console=out
+    )
     failed = [result.name for result in results if result.status == "failed"]
     out.print(
         f"{len(results) - len(failed)} dictionaries in {folder}" + (f"; failed: {', '.join(failed)}" if failed else "")
@@ -259,18 +258,32 @@ def train_recipe(
 
 
 def evaluate_recipe(recipe: "Recipe", cache: Path | None, runs: Path | None, report: Path | None) -> "Results":
-    """Evaluate the runs that the recipe trained."""
+    """Evaluate the runs that the recipe trained: all of them, and none that was trained under another recipe."""
+    from thresher.cache.records import differences
+    from thresher.harvest.target import load_target
+
     folder = runs or Path("runs") / recipe.name
-    labels = {variant.label for variant in recipe.variants}
-    paths = [path for path in _run_directories([folder]) if _config(path).get("group") in labels]
-    missing = labels - {_config(path)["group"] for path in paths}
+    target, wanted = load_target(recipe.tables["target"]), recipe.tables["harvest"]
+    plans = _plans(recipe, {site.name: site for site in target.sites(wanted.sites, wanted.layers)})
+    missing = [plan.name for plan in plans if not (folder / plan.name / "config.json").is_file()]
     if missing:
         raise UserError(
-            f"{folder} has no run of {', '.join(sorted(missing))}. Train them first: thresher train {recipe.name}"
-            " (with the same --runs)."
+            f"{folder} has no run {', '.join(missing)}. Train them first: thresher train {recipe.name} (with the same "
+            "--runs and --set)."
         )
-    settings = recipe.tables["evaluate"]
-    return _judge(paths, settings, recipe.tables, cache, report or Path("reports") / recipe.name)
+    for plan in plans:
+        stored = _config(folder / plan.name)["recipe"]
+        unlike = [
+            line for table in _MAKING for line in differences({table: plan.recipe[table]}, {table: stored[table]})
+        ]
+        if unlike:
+            raise UserError(
+                f"{folder / plan.name} was trained under another recipe: {'; '.join(unlike[:5])}. Train it under this "
+                "one into another place (--runs), or evaluate the run directory itself."
+            )
+    paths = [folder / plan.name for plan in plans]
+    out_folder = report or Path("reports") / recipe.name
+    return _judge(paths, recipe.tables["evaluate"], recipe.tables, target, cache, out_folder)
 
 
 def evaluate_runs(
@@ -278,16 +291,24 @@ def evaluate_runs(
 ) -> "Results":
     """Evaluate run directories, under the settings of the first one's recipe."""
     from thresher.cache.records import from_dict, override
+    from thresher.harvest.target import load_target
     from thresher.recipes.reading import parsed
 
     tables = _tables()
     paths = _run_directories(folders)
     fixed = parsed(assignments, tables)
+    for key in fixed:
+        if key.split(".")[0] not in ("evaluate", "target"):
+            raise UserError(
+                f"--set {key}: a trained run can only be evaluated under other [evaluate] or [target] settings. Change "
+                "the recipe and train anew for the rest."
+            )
     stored = override(_config(paths[0])["recipe"], fixed)
     built: dict[str, Any] = {
         table: from_dict(tables[table], stored[table], table) for table in ("target", "data", "evaluate")
     }
-    return _judge(paths, built["evaluate"], built, cache, report or Path("reports") / folders[0].name)
+    target = load_target(built["target"])
+    return _judge(paths, built["evaluate"], built, target, cache, report or Path("reports") / folders[0].name)
 
 
 def default_cache(recipe: "Recipe") -> Path:
@@ -301,17 +322,19 @@ def default_cache(recipe: "Recipe") -> Path:
 
 
 def _judge(
-    paths: Sequence[Path], settings: "EvaluateConfig", tables: Mapping[str, Any], cache: Path | None, report: Path
+    paths: Sequence[Path],
+    settings: "EvaluateConfig",
+    tables: Mapping[str, Any],
+    target: "TransformerTarget",
+    cache: Path | None,
+    report: Path,
 ) -> "Results":
     from thresher.evaluate.report import print_table, write_report
     from thresher.evaluate.run import evaluate as run_evaluate
-    from thresher.harvest.target import load_target
     from thresher.train.files import load_run
 
-    loaded = [load_run(path) for path in paths]
-    _same_target(loaded, tables)
-    target = load_target(tables["target"])
-    loaded = [load_run(path, device=str(target.device)) for path in paths]
+    loaded = [load_run(path, device=target.device) for path in paths]
+    _same_origin(loaded, target)
     contexts, source = _held_out(loaded[0].config, tables, settings, cache, target)
     provenance = {"contexts": source, "runs": [str(path) for path in paths]}
     results = run_evaluate(
@@ -323,6 +346,18 @@ def _judge(
         for item in path if isinstance(path, (list, tuple)) else [path]:
             out.print(f"{label:<8} {item}", highlight=False, soft_wrap=True)
     return results
+
+
+def _plans(recipe: "Recipe", sites: "Mapping[str, Site]") -> "list[RunPlan]":
+    from thresher.train.plan import plan_runs
+
+    return [
+        plan
+        for variant in recipe.variants
+        for plan in plan_runs(
+            variant.label, variant.tables["dictionary"], variant.tables["train"], sites, variant.resolved
+        )
+    ]
 
 
 def _identity(tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -361,19 +396,28 @@ def _config(path: Path) -> dict[str, Any]:
     return read_config(path)
 
 
-def _same_target(loaded: "Sequence[LoadedRun]", tables: Mapping[str, Any]) -> None:
-    """Refuse runs that were trained on another model than the one they are about to be patched into."""
-    from thresher.cache.records import differences
-    from thresher.harvest.target import model_identity
+def _same_origin(loaded: "Sequence[LoadedRun]", target: "TransformerTarget") -> None:
+    """Refuse runs of another model than the one they would be patched into, and runs that do not share their splits.
 
-    here = {key: value for key, value in model_identity(tables["target"]).items() if key != "dtype"}
+    What one run holds out, a run with other splits may have been trained on.
+    """
+    from thresher.cache.records import differences
+
+    here = {key: value for key, value in target.identity.items() if key != "dtype"}
+    first = loaded[0].config
     for run in loaded:
-        theirs = {key: value for key, value in run.config["cache"]["identity"]["target"].items() if key != "dtype"}
-        unlike = differences(theirs, here)
+        made_from = run.config["cache"]["identity"]
+        unlike = differences({key: made_from["target"][key] for key in made_from["target"] if key != "dtype"}, here)
         if unlike:
             raise UserError(
                 f"Run {run.config['name']} was trained on another target: {'; '.join(unlike)}. Evaluate it with its "
                 "own target, or train on a cache of this one."
+            )
+        apart = differences(first["cache"]["identity"]["data"], made_from["data"])
+        if apart:
+            raise UserError(
+                f"Runs {first['name']} and {run.config['name']} were trained on other text or splits: "
+                f"{'; '.join(apart)}. What one holds out the other may have seen; evaluate them apart."
             )
 
 
@@ -385,16 +429,24 @@ def _held_out(
     target: "TransformerTarget",
 ) -> "tuple[Contexts, str]":
     """Held-out contexts and where they came from: the run's cache if it is still there, else the text itself."""
-    from thresher.cache.reader import find_complete
+    from thresher.cache.reader import CacheReader, find_complete
+    from thresher.cache.records import differences
+    from thresher.harvest.corpus import data_identity, read_corpus
+    from thresher.harvest.target import load_tokenizer
 
     stored = config["cache"]
     path = cache or Path(stored["path"])
+    if cache is not None and cache.exists():
+        CacheReader.open(cache, identity=stored["identity"])  # says what differs, where find_complete says None
     reader = find_complete(path, stored["identity"])
     if reader is not None:
         return reader.contexts(settings.split), f"split {settings.split} of {path}"
-    from thresher.harvest.corpus import read_corpus
-    from thresher.harvest.target import load_tokenizer
-
+    changed = differences(stored["identity"]["data"], data_identity(tables["data"]))
+    if changed:
+        raise UserError(
+            f"The cache {path} of run {config['name']} is gone, and its text has changed: {'; '.join(changed)}. Bring "
+            "back the text or the cache, so that the held-out documents are those the run never saw."
+        )
     corpus = read_corpus(tables["data"], load_tokenizer(tables["target"]), target.n_ctx, target.n_vocab, out)
     return corpus.splits[settings.split], f"split {settings.split} of {tables['data'].source}"
 

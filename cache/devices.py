@@ -16,6 +16,8 @@ def resolve_device(device: str, field: str) -> torch.device:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"{field} is {device!r}; expected auto, cpu, cuda, or cuda:N.") from error
+    if wanted.type not in ("cpu", "cuda"):
+        raise UserError(f"{field} is {device!r}; expected auto, cpu, cuda, or cuda:N.")
     if wanted.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (wanted.index or 0) >= count:

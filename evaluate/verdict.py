@@ -290,7 +290,7 @@ def mark_fronts(rows: Sequence[Row], comparable: tuple[str, ...]) -> tuple[list[
     for axis in AXES:
         points = [
             Point(
-                row.name,
+                f"{row.name}, {row.protocol}",
                 (*comparable, row.protocol, tuple(sorted(row.sites)), axis, "delta"),
                 row.cost[axis],
                 float("nan") if row.metrics["delta"] is None else float(row.metrics["delta"]),
@@ -300,8 +300,7 @@ def mark_fronts(rows: Sequence[Row], comparable: tuple[str, ...]) -> tuple[list[
         marked = fronts(points)
         for row, on in zip(candidates, marked.on, strict=True):
             row.front[axis] = on
-        lost = set(marked.excluded)
-        excluded += [f"{row.name}, {row.protocol}, {axis}" for row in candidates if row.name in lost]
+        excluded += [f"{name}, {axis}" for name in marked.excluded]
     return list(rows), excluded
 
 

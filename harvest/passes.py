@@ -56,10 +56,8 @@ class Passes:
             self._idle: queue.SimpleQueue[TransformerTarget] = queue.SimpleQueue()
             for _ in range(self._workers):
                 self._idle.put(model.replica())
-            per_worker = self._threads // self._workers
-            self._pool = ThreadPoolExecutor(
-                self._workers, "thresher-pass", initializer=lambda: torch.set_num_threads(per_worker)
-            )
+            share = (self._threads // self._workers,)
+            self._pool = ThreadPoolExecutor(self._workers, "thresher-pass", initializer=_limit_threads, initargs=share)
 
     def __enter__(self) -> "Passes":
         return self
@@ -89,6 +87,15 @@ class Passes:
             return replica.record(tokens, self._sites)
         finally:
             self._idle.put(replica)
+
+
+def _limit_threads(count: int) -> None:
+    """Set this thread's share of the cores.
+
+    PyTorch gives a new thread the setting of the moment when it is first asked, so it is asked before it is told.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(count)
 
 
 def _awaited(job: Job, future: Future[dict[str, Tensor]]) -> tuple[Job, dict[str, Tensor]]:

@@ -7,12 +7,12 @@ put side by side. Which tables exist and which class checks each is passed in, s
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from thresher.cache.contracts import UserError
-from thresher.cache.records import from_dict, nearest, override, product, to_dict
+from thresher.cache.records import canonical, from_dict, nearest, override, product, to_dict
 
 BUNDLED = Path(__file__).parent
 
@@ -79,7 +79,7 @@ def read(name: str, assignments: Sequence[str], tables: Mapping[str, type]) -> R
     fixed = parsed(assignments, tables)
     base = override(_known(raw, tables), fixed)
     blocks = sweep if isinstance(sweep, list) else [sweep]
-    variants = tuple(variant for block in blocks for variant in _variants(block, base, fixed, tables))
+    variants = _distinct(variant for block in blocks for variant in _variants(block, base, fixed, tables))
     _refuse_equal_labels(variants, path)
     return Recipe(path.stem, str(about), _built(base, tables, path.stem), variants)
 
@@ -155,6 +155,14 @@ def _label(name: str | None, dictionary: Any, varied: Mapping[str, Any]) -> str:
         text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
         pieces.append(text if key in ("kind", "firing") else f"{key}{text}")
     return "-".join(pieces).replace("/", "_").replace(" ", "")
+
+
+def _distinct(variants: Iterable[Variant]) -> tuple[Variant, ...]:
+    """Without repetitions: an override of a key that the sweep varies makes its points equal."""
+    seen: dict[tuple[str, bytes], Variant] = {}
+    for variant in variants:
+        seen.setdefault((variant.label, canonical(variant.resolved)), variant)
+    return tuple(seen.values())
 
 
 def _refuse_equal_labels(variants: Sequence[Variant], path: Path) -> None:

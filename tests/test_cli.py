@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,8 +41,8 @@ def thresher(folder: Path, *arguments: str, sets: Sequence[str] = SMALL) -> subp
 
 
 def environment() -> dict[str, str]:
-    hidden = {"THRESHER_CACHE"}
-    return {**{k: v for k, v in os.environ.items() if k not in hidden}, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    ours = {"COLUMNS": "200", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {key: value for key, value in os.environ.items() if key != "THRESHER_CACHE"} | ours
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +230,55 @@ def test_a_run_of_another_model_is_refused(house: Path, tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps(config))
     (run / "weights.safetensors").write_bytes((source / "weights.safetensors").read_bytes())
     refused(thresher(house, "evaluate", str(run), sets=()), "another target", key, "'another'")
+
+
+def test_runs_of_other_splits_are_not_judged_together(house: Path, tmp_path: Path) -> None:
+    runs = []
+    for name, seed in (("one", 0), ("two", 7)):
+        runs.append(tmp_path / name)
+        (tmp_path / name).mkdir()
+        config = json.loads((house / "runs/books-demo/sae-topk-L01/config.json").read_text())
+        config["cache"]["identity"]["data"]["split_seed"] = seed
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        weights = (house / "runs/books-demo/sae-topk-L01/weights.safetensors").read_bytes()
+        (tmp_path / name / "weights.safetensors").write_bytes(weights)
+    refused(
+        thresher(house, "evaluate", *map(str, runs), sets=()), "split_seed: expected 0, got 7", "evaluate them apart"
+    )
+
+
+def test_held_out_text_cannot_be_exchanged_under_a_run(house: Path, tmp_path: Path) -> None:
+    run = str(house / "runs/books-demo/sae-topk-L01")
+    refused(thresher(house, "evaluate", run, sets=["data.split_seed=5"]), "data.split_seed", "train anew")
+
+
+def test_a_recipe_judges_all_its_runs_and_no_stale_ones(house: Path, tmp_path: Path) -> None:
+    refused(
+        thresher(house, "evaluate", "books-demo", sets=[*SMALL, "train.lr=0.5"]), "another recipe", "train.lr", "0.5"
+    )
+    runs = tmp_path / "runs"
+    shutil.copytree(house / "runs/books-demo", runs, ignore=shutil.ignore_patterns("sae-topk-L02"))
+    refused(thresher(house, "evaluate", "books-demo", "--runs", str(runs)), "no run sae-topk-L02", "thresher train")
+
+
+def test_a_finished_run_with_damaged_weights_is_not_reused(house: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(house / "runs/books-demo", runs)
+    weights = runs / "sae-topk-L02/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    refused(
+        thresher(house, "train", "books-demo", "--runs", str(runs)), "sae-topk-L02", "weights.safetensors", "delete"
+    )
+
+
+def test_cuda_that_is_absent_is_refused_by_every_stage(house: Path) -> None:
+    refused(thresher(house, "train", "books-demo", "--runs", "cuda", "--device", "cuda"), "--device", "'cuda'", "cpu")
+    refused(thresher(house, "harvest", "books-demo", sets=["target.device=mps"]), "target.device", "'mps'", "cpu")
+
+
+def test_a_swept_key_may_be_fixed_from_outside(tmp_path: Path) -> None:
+    done = thresher(tmp_path, "recipes", "check", "books-demo", sets=["dictionary.k=16"])
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_mistyped_option_says_so_without_a_traceback(tmp_path: Path) -> None:

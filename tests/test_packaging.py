@@ -1,10 +1,13 @@
 """A wheel built from the repository, installed outside the checkout, is the whole program."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -95,3 +98,18 @@ def test_the_demo_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "demo/report/report.html").stat().st_size > 10_000
     assert {path.name for path in tmp_path.iterdir()} == {"demo"}
+
+
+def test_every_imported_package_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[ ]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    imported = set()
+    for room in ("cache", "harvest", "train", "evaluate", "recipes"):
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                imported |= {name.split(".")[0] for name in names}
+    ours = imported - set(sys.stdlib_module_names) - {"thresher"}
+    brought_by_transformers = {"huggingface_hub", "tokenizers", "httpx"}
+    assert ours <= declared | brought_by_transformers, ours - declared

@@ -45,7 +45,7 @@ class Crew:
     def __init__(self, device: torch.device) -> None:
         self.threads = torch.get_num_threads()
         self._parallel = device.type == "cpu"
-        self._pool = ThreadPoolExecutor(self.threads, "thresher-fit", initializer=lambda: torch.set_num_threads(1))
+        self._pool = ThreadPoolExecutor(self.threads, "thresher-fit", initializer=keep_to_one_thread)
         if self._parallel:
             _keep_freed_memory()
 
@@ -86,3 +86,12 @@ def _keep_freed_memory() -> None:
         return
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def keep_to_one_thread() -> None:
+    """Let this thread's operators run in it alone.
+
+    PyTorch gives a new thread the setting of the moment when it is first asked, so it is asked before it is told.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(1)

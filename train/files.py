@@ -72,10 +72,23 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> LoadedRun:
         stored = safetensors.torch.load_file(path / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"Run {path} has no readable {WEIGHTS} ({error}). Train it again or restore the file."
+            f"Run {path} has no readable {WEIGHTS} ({error}). Restore the file, or delete the directory and train it "
+            "again."
         ) from error
     _fill(coder, stored, path)
     return LoadedRun(coder.to(device), config)
+
+
+def check_weights(path: Path) -> None:
+    """Raise UserError when the weights of a finished run are missing or cut short; reads the header only."""
+    try:
+        with safetensors.safe_open(path / WEIGHTS, framework="pt"):
+            pass
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"Run {path} says it is finished, but its {WEIGHTS} cannot be read ({error}). Restore the file, or delete "
+            "the directory to train it again."
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

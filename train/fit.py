@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thresher.cache.layout import KEPT
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
@@ -99,6 +100,8 @@ class Fit:
     def start(self, reader: CacheReader) -> None:
         """Draw the initial weights, with a sample of training rows for what depends on data."""
         rows = sample_rows(reader.rows("train"), _SAMPLE_ROWS)
+        if reader.plan.store == "all":  # special rows are no part of training, and their norms would set the scale
+            rows = rows[reader.provenance("train").keep[rows] == KEPT]
         samples = [
             space.apply(reader.gather("train", site, rows).to(torch.float32))
             for site, space in zip(self.plan.spec.reads, self.reads, strict=True)
@@ -120,7 +123,7 @@ class Fit:
     def step(self, inputs: Inputs, consumed: int) -> Tensor:
         """One optimiser step on a batch that took `consumed` rows of the stream.
 
-        Returns the gradient norm; if it is not finite, nothing was changed.
+        Returns the gradient norm; if it is not finite, no weight was changed, and on a CPU nothing at all.
         """
         spec, (xs, ys) = self.plan.spec, inputs
         ramp = min(1.0, (self.done + 1) / spec.penalty_warmup) if spec.penalty_warmup else 1.0

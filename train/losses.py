@@ -108,8 +108,8 @@ def _auxiliary_of(coder: Coder, source: int, dead: Tensor, x_ND: Tensor, residua
         z_Nn = z_Nn * torch.zeros_like(z_Nn).scatter_(1, kept, 1.0)
     guess_NE = z_Nn @ coder.W_dec[source][dead, 0]
     variance = (residual_NE - residual_NE.mean(0)).square().sum()
-    share = squared_error(guess_NE, residual_NE) / variance
-    return min(count / k_aux, 1.0) * torch.nan_to_num(share, nan=0.0, posinf=0.0)
+    share = squared_error(guess_NE, residual_NE) / variance.where(variance > 0, torch.inf)  # nothing to explain: 0
+    return min(count / k_aux, 1.0) * share
 
 
 def _pre_bias(coder: Coder, source: int, dead: Tensor) -> Tensor:

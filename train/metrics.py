@@ -50,6 +50,12 @@ class MetricLog:
             self._wandb.finish()
 
 
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last line written for the run at `path`; empty when there is none."""
+    lines = _lines(path / METRICS)
+    return dict(json.loads(lines[-1])) if lines else {}
+
+
 def _lines(file: Path) -> list[str]:
     """Whole lines of a JSONL file; a torn last one is left out."""
     if not file.exists():
@@ -75,7 +81,8 @@ def _wandb_run(path: Path, name: str, group: str, config: Mapping[str, Any], mod
             settings=wandb.Settings(silent=True),
         )
     except Exception as error:  # whatever its client raises: no account, no network, a bad key
+        why = " ".join(str(error).split())
         raise UserError(
-            f"Weights & Biases could not be started in mode {mode!r} for run {name!r}: {error}. Log in with `wandb "
+            f"Weights & Biases could not be started in mode {mode!r} for run {name!r}: {why}. Log in with `wandb "
             "login`, or use --wandb offline or --wandb disabled."
         ) from error

@@ -53,12 +53,12 @@ class Optimiser:
     def step(self, rate: float, finite: Tensor) -> Tensor:
         """One update at a learning rate, or none when `finite` (bool scalar) or the gradient's norm is not.
 
-        Returns the gradient's norm before clipping; non-finite exactly when the update was left out.
+        Returns the gradient's norm before clipping; infinite exactly when the update was left out.
         """
         for weight in self._decoders:
             project_rows(weight)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        norm = torch.where(finite, norm, torch.inf)
+        norm = torch.where(finite & norm.isfinite(), norm, torch.inf)
         self.adam.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
         if self.clip is not None:
             self.adam.grad_scale = (norm / self.clip).clamp_min(1.0).nan_to_num(1.0)  # type: ignore[attr-defined]

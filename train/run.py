@@ -10,6 +10,8 @@ aside with its last good state; the others go on.
 """
 
 import functools
+import math
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -31,9 +33,9 @@ from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew, Task
 from thresher.train.dictionary.encoder import Workspace
 from thresher.train.display import TrainingDisplay
-from thresher.train.files import CONFIG, git_commit, read_config, save_run, versions, write_config
+from thresher.train.files import CONFIG, check_weights, git_commit, read_config, save_run, versions, write_config
 from thresher.train.fit import Fit, Inputs, Views, sites_of
-from thresher.train.metrics import MetricLog, WandbMode
+from thresher.train.metrics import MetricLog, WandbMode, last_metrics
 from thresher.train.plan import RunPlan
 from thresher.train.state import load_checkpoint, save_checkpoint
 
@@ -169,10 +171,11 @@ def _reusable(plan: RunPlan, config: dict[str, Any], path: Path, resume: bool) -
     if lines:
         raise UserError(
             f"{path} holds a run with other settings ({'; '.join(lines[:5])}; 'expected' is the recipe's). Give this "
-            "one another label or --out, or delete the directory."
+            "one another name or --runs, or delete the directory."
         )
     training: dict[str, Any] = stored["training"]
     if training.get("finished"):
+        check_weights(path)
         return training
     if not resume:
         why = f"has failed ({training['failed']})" if training.get("failed") else "is unfinished"
@@ -197,9 +200,15 @@ def _open(
         fit.start(reader)
     else:
         fit.load(checkpoint)
-    write_config(path, config)
-    log = MetricLog(path, name=plan.name, group=plan.group, config=config, wandb=wandb, after_step=fit.done)
+    begun = (path / CONFIG).exists()
+    try:
+        log = MetricLog(path, name=plan.name, group=plan.group, config=config, wandb=wandb, after_step=fit.done)
+    except UserError:
+        if not begun:
+            shutil.rmtree(path, ignore_errors=True)  # or the next attempt would find a directory that is no run
+        raise
     stack.callback(log.close)
+    write_config(path, config)
     return _Job(plan, path, config, fit, log)
 
 
@@ -271,6 +280,7 @@ def _attempt(fit: Fit, inputs: Inputs, rows: int) -> torch.Tensor | torch.OutOfM
     try:
         return fit.step(inputs, rows)
     except torch.OutOfMemoryError as error:
+        fit.optimiser.adam.zero_grad(set_to_none=True)  # what it holds is needed by the others
         return error
 
 
@@ -284,12 +294,15 @@ def _after_step(job: _Job, norm: torch.Tensor, display: TrainingDisplay, console
     last = job.fit.done == job.fit.total
     if last or job.fit.done % settings.log_every == 0:
         job.last = job.fit.metrics()
-        if not on_cpu and job.last["gradient_norm"] in (float("inf"), float("-inf")):
+        if not math.isfinite(job.last["gradient_norm"]):
             _set_aside(job, f"before step {job.fit.done} the loss or its gradient was not finite", display, console)
             return
         job.log.write(job.last)
         display.update(job.plan.name, job.last)
     if last or job.fit.done % settings.checkpoint_every == 0:
+        if not bool(norm.isfinite()):
+            _set_aside(job, f"step {job.fit.done}: the loss or its gradient is not finite", display, console)
+            return
         job.save()
 
 
@@ -301,8 +314,8 @@ def _set_aside(job: _Job, reason: str, display: TrainingDisplay, console: Consol
     write_config(job.path, job.config)
     display.fail(job.plan.name, reason)
     console.print(
-        f"[red]Run {job.plan.name} failed[/red]: {reason}. Its state before that step is saved in {job.path}; the "
-        "other runs go on. A lower train.lr or smaller train.clip often helps."
+        f"[red]Run {job.plan.name} failed[/red]: {reason}. Its last state is saved in {job.path}; the other "
+        "runs go on. A lower train.lr or smaller train.clip often helps."
     )
 
 
@@ -310,12 +323,16 @@ def _finish(
     jobs: Sequence[_Job], reader: CacheReader, device: torch.device, crew: Crew, stop: StopFlag, console: Console
 ) -> Iterable[RunResult]:
     """Freeze, check and save the jobs that reached their end; none of them once a stop is requested."""
-    ready = [job for job in jobs if job.failed is None]
-    coders = [job.fit.deployed() for job in ready]
-    if coders:
+    budgets: dict[tuple[int, int], list[_Job]] = {}  # what a run comes to must not depend on its company
+    for job in jobs:
+        if job.failed is None:
+            key = (job.plan.train.calibrate_rows, job.plan.train.heldout_rows)
+            budgets.setdefault(key, []).append(job)
+    for (calibrate_rows, heldout_rows), ready in budgets.items():
+        coders = [job.fit.deployed() for job in ready]
         with console.status("Setting thresholds and checking on held-out rows …"):
-            calibrate(coders, reader, max(job.plan.train.calibrate_rows for job in ready), device, crew, stop)
-            checks = held_out(coders, reader, max(job.plan.train.heldout_rows for job in ready), device, crew, stop)
+            calibrate(coders, reader, calibrate_rows, device, crew, stop)
+            checks = held_out(coders, reader, heldout_rows, device, crew, stop)
         if stop.requested:
             return
         for job, coder, check in zip(ready, coders, checks, strict=True):
@@ -328,11 +345,19 @@ def _finish(
 
 def _outcome(job: _Job, check: HeldOut | None) -> dict[str, Any]:
     """What config.json says of a finished run."""
-    last = job.last or job.fit.metrics()
     return {
         "finished": True,
         "steps": job.fit.done,
         "rows": job.fit.position,
-        "final": {key: value for key, value in last.items() if isinstance(value, (int, float)) and value == value},
-        "held_out": None if check is None else check._asdict(),
+        "final": _finite(job.last or last_metrics(job.path)),
+        "held_out": None if check is None else _finite(check._asdict()),
     }
+
+
+def _finite(value: Any) -> Any:
+    """JSON values with None in the place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

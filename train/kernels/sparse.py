@@ -9,7 +9,7 @@ a `Selection`. All further products need only those entries. Two primitives carr
 
 Neither builds the [A, D] block of gathered rows, which costs more memory traffic than all the rest of a step. A
 weight gradient needs the entries ordered by latent; the order is found once per selection and serves both weights.
-Sums run in a fixed order, so the same input gives the same bits.
+On a CPU sums run in a fixed order, so the same input gives the same bits.
 
 Where a selection would hold a large share of all entries, dense products are faster and smaller. A selection of None
 stands for "every latent of every token", with values as [N, F]; the functions here take both forms.

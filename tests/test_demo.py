@@ -1,0 +1,34 @@
+"""What the demo promises of its numbers, on a shorter run of its own recipe."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SHORTER = ("data.max_tokens=200000", "train.epochs=1.5", "evaluate.tokens=12000", "evaluate.resamples=200")
+
+
+def test_the_numbers_of_the_demo_make_sense(tmp_path: Path) -> None:
+    extra = [part for item in SHORTER for part in ("--set", item)]
+    command = [sys.executable, "-m", "thresher", "demo", *extra]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "demo/report/results.json").read_text())
+    assert all(check["passed"] for check in results["checks"])
+    for protocol in ("cascade", "clean_input", "single_site"):
+        rows = {row["name"]: row for row in results["rows"] if row["protocol"] == protocol}
+        sets = {name: row for name, row in rows.items() if row["kind"] == "replacement"}
+        assert len(sets) == 6
+        family = [sets[f"transcoder-batchtopk-k{k}"] for k in (8, 16, 32)]
+        l0, delta = ([row["metrics"][key] for row in family] for key in ("l0", "delta"))
+        assert l0 == sorted(l0), "L0 follows k"
+        assert delta == sorted(delta, reverse=True), "δ falls as L0 grows"
+        ablations = [row["metrics"]["delta"] for row in rows.values() if row["kind"] == "baseline"]
+        worst = min(value for value in ablations if value > 0)
+        for name, row in sets.items():
+            assert 0 < row["metrics"]["delta"] < worst / 3, f"{name} clearly beats zero and mean ablation"
+            assert row["metrics"]["dead"] < 0.2, f"{name} has too many dead latents"
+    report = (tmp_path / "demo/report/report.html").read_text()
+    assert "Lowest δ" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "https://" not in report
