@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SHORTER = ("data.max_tokens=200000", "train.epochs=1.5", "evaluate.tokens=12000", "evaluate.resamples=200")
+SHORTER = ("data.max_tokens=250000", "train.epochs=2", "evaluate.tokens=25000", "evaluate.resamples=200")
 
 
 def test_the_numbers_of_the_demo_make_sense(tmp_path: Path) -> None:
