@@ -183,10 +183,10 @@ def _refuse_other(path: Path, wanted: Mapping[str, Any]) -> None:
         other = CacheReader.open(path)
     except UserError:
         return
-    lines = differences(other.identity, wanted)
+    lines = differences(wanted, other.identity)
     raise UserError(
-        f"{path} holds another cache; what differs (stored, then asked for): {'; '.join(lines)}. Choose another place "
-        "with --cache PATH, or remove that directory if it is no longer wanted."
+        f"{path} holds another cache: {'; '.join(lines)} ('expected' is this recipe's). Choose another place with "
+        "--cache PATH, or remove that directory if it is no longer wanted."
     )
 
 

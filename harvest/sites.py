@@ -94,19 +94,21 @@ def _check_layers(table: SiteTable, layers: Sequence[int] | None) -> None:
     wrong = [layer for layer in layers if not 0 <= layer < table.n_layers]
     if wrong or not layers:
         raise UserError(
-            f"layers is {list(layers)}; expected numbers from 0 to {table.n_layers - 1}, since the model has "
+            f"harvest.layers is {list(layers)}; expected numbers from 0 to {table.n_layers - 1}, since the model has "
             f"{table.n_layers} layers. Remove {wrong if wrong else 'the empty list'}, or leave `layers` out for all."
         )
 
 
 def _tap(table: SiteTable, tap: str, layers: Sequence[int] | None) -> list[Located]:
     if tap in table.lacking:
-        raise UserError(f"sites asks for {tap!r} ({TAPS[tap]}). {table.lacking[tap]}")
+        raise UserError(f"harvest.sites asks for {tap!r} ({TAPS[tap]}). {table.lacking[tap]}")
     wanted = range(table.n_layers) if layers is None else sorted(set(layers))
     without = [layer for layer in wanted if (layer, tap) not in table.taps]
     if without:
         having = [layer for layer in range(table.n_layers) if (layer, tap) in table.taps]
-        raise UserError(f"sites asks for {tap!r}, which layers {without} of this model lack. Set layers = {having}.")
+        raise UserError(
+            f"harvest.sites asks for {tap!r}, which layers {without} of this model lack. Set harvest.layers = {having}."
+        )
     return [Located(site_name(layer, tap), layer, tap, table.taps[layer, tap]) for layer in wanted]
 
 
@@ -140,7 +142,7 @@ def _split(hook: str) -> tuple[int, str]:
 
 def _nothing(table: SiteTable, pattern: str, names: Mapping[str, object]) -> str:
     """Why a pattern matched nothing."""
-    stem = f"sites asks for {pattern!r}"
+    stem = f"harvest.sites asks for {pattern!r}"
     for hook, reason in table.unseen.items():
         if _fits(hook, pattern):
             return f"{stem}. {reason}"

@@ -235,7 +235,7 @@ class TransformerTarget:
 
     def _check(self, located: Located) -> None:
         shape = self._shapes.get(located.point)
-        stem = f"sites asks for {located.name!r}, which transformer-lens places at {located.point.module} "
+        stem = f"harvest.sites asks for {located.name!r}, which transformer-lens places at {located.point.module} "
         stem += f"({located.point.side}put) in {type(self.model).__name__}"
         if shape is None or shape[:2] != (1, PROBE_TOKENS) or len(shape) != 3:
             got = "the model never runs that module" if shape is None else f"the tensor there has shape {list(shape)}"

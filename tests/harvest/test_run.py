@@ -116,8 +116,8 @@ def test_other_settings_at_the_same_place_are_refused_before_loading(
     monkeypatch.setattr(run, "load_target", lambda config: pytest.fail("the model was loaded"))
     before = files(made.path)
     for data, config, says in (
-        (DATA, HarvestConfig(layers=(0, 1), codec="bf16"), r"harvest\.layers: expected \[0, 2\], got \[0, 1\]"),
-        (DATA, HarvestConfig(layers=(0, 2)), "codec: expected 'bf16', got 'int8z'"),
+        (DATA, HarvestConfig(layers=(0, 1), codec="bf16"), r"harvest\.layers: expected \[0, 1\], got \[0, 2\]"),
+        (DATA, HarvestConfig(layers=(0, 2)), "codec: expected 'int8z', got 'bf16'"),
         (DataConfig(context=64, max_tokens=26_000, test_fraction=0.3), CONFIG, "data.test_fraction"),
     ):
         with pytest.raises(UserError, match=says):
