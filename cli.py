@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from thresher.cache.contracts import UserError
@@ -161,14 +162,23 @@ def cache_info(path: Annotated[Path, typer.Argument(help="A cache directory.")])
     from thresher.cache.reader import CacheReader
 
     summary = CacheReader.open(path).summary()
-    sites = summary.pop("sites")
+    sites, splits, facts = (summary.pop(key) for key in ("sites", "splits", "facts"))
     for key, value in summary.items():
-        out.print(f"[bold]{key.replace('_', ' ')}[/] {_one_line(value)}", highlight=False)
-    columns = list(dict.fromkeys(key for site in sites.values() for key in site))
-    table = Table("site", *(column.replace("_", " ") for column in columns), box=None, header_style="bold")
-    for site, facts in sites.items():
-        table.add_row(site, *(_one_line(facts.get(column, "")) for column in columns))
-    out.print(table)
+        shown = decimal(value) if key == "bytes" else _one_line(value)
+        out.print(f"[bold]{key.replace('_', ' ')}[/] {shown}", highlight=False, soft_wrap=True)
+    out.print(f"[bold]made with[/] {_one_line(facts.get('versions', {}))}", highlight=False, soft_wrap=True)
+    out.print(_facts_table("split", splits), _facts_table("site", sites), sep="\n")
+
+
+def _facts_table(name: str, rows: Mapping[str, Mapping[str, object]]) -> Table:
+    columns = list(dict.fromkeys(key for facts in rows.values() for key in facts))
+    table = Table(box=None, header_style="bold")
+    table.add_column(name, no_wrap=True)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row, facts in rows.items():
+        table.add_row(row, *(_one_line(facts.get(column, "")) for column in columns))
+    return table
 
 
 @cache_app.command("verify")
@@ -507,7 +517,9 @@ def _read(name: str, assignments: Sequence[str] | None) -> "Recipe":
 
 def _one_line(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_one_line(inner)}" for key, inner in value.items())
     return str(value)
