@@ -334,3 +334,22 @@ def test_runs_of_a_set_can_be_judged_one_by_one(house: Path, tmp_path: Path) -> 
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     sites = {row["name"]: row["sites"] for row in rows if row["kind"] == "replacement"}
     assert sites == {f"transcoder-batchtopk-k16-L{layer:02d}": [f"L{layer:02d}.mlp_out"] for layer in (1, 3)}
+
+
+def test_text_that_is_empty_or_out_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"ids": [1, 2, 99999] * 200}) + "\n")
+    refused(thresher(tmp_path, "harvest", "books-demo", sets=["data.source=empty.jsonl"]), "empty.jsonl")
+    out_of_range = ["data.source=ids.jsonl", "data.column=ids"]
+    refused(thresher(tmp_path, "harvest", "books-demo", sets=out_of_range), "99999", "4096")
+    assert not (tmp_path / "caches").exists()
+
+
+def test_a_loss_that_is_not_finite_fails_its_run_and_is_not_reused(house: Path, tmp_path: Path) -> None:
+    sets = [*SMALL, "train.lr=1e30", "train.clip=1e30", "train.warmup=0"]
+    common = ("train", "books-demo", "--cache", str(cache_of(house)), "--runs", str(tmp_path / "runs"))
+    done = thresher(tmp_path, *common, sets=sets)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "not finite" in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stderr
+    refused(thresher(tmp_path, *common, sets=sets), "has failed", "not finite")
