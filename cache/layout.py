@@ -19,8 +19,8 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c as _crc32c
 
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.order import SPLITS
@@ -193,7 +193,7 @@ def crc32c(data: bytes | np.ndarray) -> int:
     """CRC32C (Castagnoli) of bytes or of a contiguous array."""
     if isinstance(data, np.ndarray):
         data = data.reshape(-1).view(np.uint8)
-    return int(google_crc32c.value(data))
+    return int(_crc32c(data, gil_release_mode=1))
 
 
 def known_split(split: str, splits: Iterable[str]) -> str:
