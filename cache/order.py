@@ -6,10 +6,13 @@ visited in another keyed order, `group_chunks` of them at a time, taking one row
 position is therefore a single integer, seeking costs nothing, and the global sequence of batches does not depend on
 the number of ranks. NumPy's generators are not used: their streams may change between releases (NEP 19).
 
-Left out: a Feistel network for orders too long to sort. An argsort takes .1 s per million chunks, and a billion rows
-have one million chunks.
+An order of up to 2²³ chunks (8.6 billion rows in chunks of 1024) is sorted once an epoch: .1 s and 8 MB per million
+chunks. A longer one is a Feistel network that is evaluated only where it is asked for, so no order takes more than
+64 MB.
 
-Source: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+Sources: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014); four Feistel
+rounds (Luby and Rackoff, "How to construct pseudorandom permutations from pseudorandom functions", SIAM J. Comput.
+1988); cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
 """
 
 from collections.abc import Iterator
@@ -22,6 +25,9 @@ SPLITS = ("train", "test", "validation")
 
 ORDER_ID = "splitmix64-1"
 """Name of this family of permutations, stored in a cache: other constants would need another name."""
+
+LONGEST_SORTED = 1 << 23
+"""Elements of a permutation up to which it is made by sorting."""
 
 _MASK = (1 << 64) - 1
 _STRIDE = 0xD1342543DE82EF95
@@ -59,6 +65,29 @@ def perm(n: int, *words: int) -> np.ndarray:
     """
     ranks = mix_array(np.arange(n, dtype=np.uint64) * np.uint64(_STRIDE) + np.uint64(key(*words)))
     return np.argsort(ranks).astype(np.int64, copy=False)
+
+
+def feistel(n: int, places: np.ndarray, *words: int) -> np.ndarray:
+    """Elements at `places` of another permutation of range(n), n > 1, that depends on `words` alone; int64.
+
+    Numbers of as many bits as n - 1 has are cut into a high and a low part, which are mixed into one another in turn,
+    twice each. That permutes all numbers of so many bits, fewer than 2n; one that comes out at n or above is sent
+    through again until it is below (it belongs to the cycle of one that is).
+    """
+    bits = (n - 1).bit_length()
+    low = np.uint64((bits + 1) // 2)
+    low_mask, high_mask = (np.uint64((1 << b) - 1) for b in (int(low), bits - int(low)))
+    keys = [np.uint64(key(*words, turn)) for turn in range(4)]
+    out = places.astype(np.uint64)
+    walking = np.arange(len(out))
+    while len(walking):
+        a, b = out[walking] >> low, out[walking] & low_mask
+        for even, odd in (keys[:2], keys[2:]):
+            a = a ^ (mix_array(b ^ even) & high_mask)
+            b = b ^ (mix_array(a ^ odd) & low_mask)
+        out[walking] = a << low | b
+        walking = walking[out[walking] >= n]
+    return out.astype(np.int64)
 
 
 def split_of(document_key: int, seed: int, test_fraction: float, validation_fraction: float) -> str:
@@ -116,6 +145,7 @@ class Segment(NamedTuple):
 
     epoch: int
     group: int
+    """Number of the group within the epoch."""
     first: int
     """Offset u of the first position within the group."""
     length: int
@@ -124,30 +154,64 @@ class Segment(NamedTuple):
 
 
 class ReadOrder:
-    """Training order over the chunks of a split: positions 0, 1, … to rows, epoch after epoch."""
+    """Training order over the chunks of a split: positions 0, 1, … to rows, epoch after epoch.
 
-    def __init__(self, n_chunks: int, chunk_rows: int, seed: int, split: str, group_chunks: int) -> None:
+    With `window_chunks` = W the chunks come window by window: positions [wWC, (w + 1)WC) of an epoch hold the rows of
+    chunks [wW, (w + 1)W) and no others, so that no more than W chunks need to exist at a time (and the next W to go on
+    with). Without, the split is one window.
+    """
+
+    def __init__(
+        self,
+        n_chunks: int,
+        chunk_rows: int,
+        seed: int,
+        split: str,
+        group_chunks: int,
+        window_chunks: int | None = None,
+    ) -> None:
         self.n_chunks, self.chunk_rows, self.group_chunks = n_chunks, chunk_rows, group_chunks
+        self.window_chunks = n_chunks if window_chunks is None else min(window_chunks, n_chunks)
         self.seed, self.code = seed, SPLITS.index(split)
-        self._epoch, self._chunks = -1, np.empty(0, np.int64)
+        self._words: tuple[int, ...] = ()  # of the permutation sorted last
+        self._sorted = np.empty(0, np.int64)
 
     def segments(self, start: int, count: int) -> Iterator[Segment]:
-        """Cut positions [start, start + count) at group borders."""
-        epoch_rows, group_rows = self.n_chunks * self.chunk_rows, self.group_chunks * self.chunk_rows
+        """Cut positions [start, start + count) at borders of groups; no group reaches over the end of a window."""
         stop = start + count
+        groups = -(-self.window_chunks // self.group_chunks)  # of a full window
         while start < stop:
-            epoch, q = divmod(start, epoch_rows)
-            group, u = divmod(q, group_rows)
-            chunks = self.epoch_chunks(epoch)[group * self.group_chunks : (group + 1) * self.group_chunks]
+            epoch, q = divmod(start, self.n_chunks * self.chunk_rows)
+            window, q = divmod(q, self.window_chunks * self.chunk_rows)
+            group, u = divmod(q, self.group_chunks * self.chunk_rows)
+            before, place = window * self.window_chunks, group * self.group_chunks
+            end = min(place + self.group_chunks, self.window_chunks, self.n_chunks - before)
+            chunks = self.chunks(epoch, before + place, end - place)
             taken = min(stop - start, len(chunks) * self.chunk_rows - u)
-            yield Segment(epoch, group, u, taken, chunks)
+            yield Segment(epoch, window * groups + group, u, taken, chunks)
             start += taken
 
-    def epoch_chunks(self, epoch: int) -> np.ndarray:
-        """[n] chunk ids in the order of an epoch (the last epoch asked for is remembered)."""
-        if epoch != self._epoch:
-            self._epoch, self._chunks = epoch, perm(self.n_chunks, self.seed, _CHUNKS, self.code, epoch)
-        return self._chunks
+    def chunks(self, epoch: int, first: int, count: int) -> np.ndarray:
+        """[count] ids of the chunks that come at places [first, first + count) of an epoch."""
+        pieces, stop = [], first + count
+        while first < stop:
+            window, place = divmod(first, self.window_chunks)
+            before = window * self.window_chunks
+            length = min(self.window_chunks, self.n_chunks - before)
+            taken = min(stop - first, length - place)
+            pieces.append(before + self._permuted(length, epoch, window, place, taken))
+            first += taken
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def _permuted(self, n: int, epoch: int, window: int, first: int, count: int) -> np.ndarray:
+        """Elements [first, first + count) of the permutation of a window of n chunks."""
+        windowed = self.window_chunks < self.n_chunks
+        words = (self.seed, _CHUNKS, self.code, epoch, *((window,) if windowed else ()))
+        if n > LONGEST_SORTED:
+            return feistel(n, np.arange(first, first + count), *words)
+        if words != self._words:
+            self._words, self._sorted = words, perm(n, *words)
+        return self._sorted[first : first + count]
 
     def within(self, epoch: int, chunk: int) -> np.ndarray | None:
         """[C] order of the rows of a chunk, or None for the stored order, which epoch 0 keeps."""
