@@ -83,10 +83,14 @@ def read_commit(root: Path, plan: Plan, split: str, index: int) -> dict[str, Any
     return record
 
 
-def shard_files(plan: Plan, split: str, index: int) -> dict[str, int]:
-    """Size in bytes of every file that one commit covers, by path below the root."""
+def shard_files(plan: Plan, split: str, index: int, arrays: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Size in bytes of every file that one commit covers, by path below the root.
+
+    `arrays` is what the commit record says of each array. Only the sizes of compressed files come from there; the
+    others follow from the plan.
+    """
     files = {
-        f"{split}/{name}/{spec.file_name(index)}": spec.file_bytes(index)
+        f"{split}/{name}/{spec.file_name(index)}": arrays[name]["bytes"] if spec.compressed else spec.file_bytes(index)
         for name, spec in plan.sharded_arrays(split).items()
     }
     files[f"{split}/moments/{plan.moments_array(split).file_name(index)}"] = 16 * plan.moments_width + 4

@@ -26,14 +26,17 @@ from thresher.cache.contracts import Site, UserError
 from thresher.cache.order import SPLITS
 
 FORMAT = "thresher-cache"
-VERSION = 1
-CODECS = ("int8z", "bf16")
-Codec = Literal["int8z", "bf16"]
+VERSION = 2
+CODECS = ("int8z", "bf16", "bf16-lz4")
+Codec = Literal["int8z", "bf16", "bf16-lz4"]
 Store = Literal["kept", "all"]
 
 KEPT, SPECIAL = 1, 2
 PROVENANCE = ("token_id", "document_id", "source", "keep")
 CONTEXT_ARRAYS = ("token_id", "document_id", "keep")
+
+BLOSC = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+"""How chunks of a compressed array are compressed, as Zarr's `blosc` codec states it."""
 
 _CHUNK_ROWS, _CHUNK_BYTES = 1024, 2 << 20
 _SHARD_ROWS = 1 << 18
@@ -67,6 +70,9 @@ class ArraySpec(NamedTuple):
     """Shape of a shard file; None for a plain chunk per file with a `crc32c` codec."""
     fill: int | str
     """What a reader sees where a piece is missing: never plausible data."""
+    compressed: bool = False
+    """Whether inner chunks pass through blosc (lz4 over bit-shuffled elements). The size of a chunk then varies and
+    stands in the commit record."""
 
     @property
     def row_bytes(self) -> int:
@@ -79,10 +85,16 @@ class ArraySpec(NamedTuple):
         rows = min(self.shard[0], self.shape[0] - index * self.shard[0])
         return -(-rows // self.chunk[0]) * self.chunk[0]
 
+    @property
+    def index_bytes(self) -> int:
+        """Size of the index at the end of a shard file."""
+        assert self.shard is not None
+        return 16 * (self.shard[0] // self.chunk[0]) + 4
+
     def file_bytes(self, index: int) -> int:
         """Size of shard file `index`: its chunks and the index."""
-        assert self.shard is not None
-        return self.file_rows(index) * self.row_bytes + 16 * (self.shard[0] // self.chunk[0]) + 4
+        assert not self.compressed, "the size of compressed chunks is known to the commit record alone"
+        return self.file_rows(index) * self.row_bytes + self.index_bytes
 
     def file_name(self, index: int) -> str:
         """Name of shard or chunk file `index` along the first axis."""
@@ -93,13 +105,16 @@ class ArraySpec(NamedTuple):
         raw: dict[str, Any] = {"name": "bytes"}
         if item_size(self.dtype) > 1:
             raw["configuration"] = {"endian": "little"}
+        inner = [raw]
+        if self.compressed:
+            inner.append({"name": "blosc", "configuration": {**BLOSC, "typesize": item_size(self.dtype)}})
         checksum = {"name": "crc32c"}
         codecs: list[dict[str, Any]] = [raw, checksum]
         if self.shard is not None:
             index = [{"name": "bytes", "configuration": {"endian": "little"}}, checksum]
             sharding = {
                 "chunk_shape": list(self.chunk),
-                "codecs": [raw],
+                "codecs": inner,
                 "index_codecs": index,
                 "index_location": "end",
             }
@@ -179,12 +194,19 @@ def check_sites(sites: Sequence[Site]) -> None:
 
 
 def shard_index(spec: ArraySpec, rows: int) -> bytes:
-    """The tail of a shard file that holds the first `rows` rows: offset and length of every chunk, then CRC32C."""
+    """The tail of a shard file that holds the first `rows` rows uncompressed."""
+    return chunk_index(spec, [spec.chunk[0] * spec.row_bytes] * (rows // spec.chunk[0]))
+
+
+def chunk_index(spec: ArraySpec, lengths: Sequence[int]) -> bytes:
+    """The tail of a shard file whose first chunks lie end to end with these lengths in bytes.
+
+    Offset and length of every chunk, then the CRC32C over them; chunks that the shard does not hold are marked so.
+    """
     assert spec.shard is not None
-    slots, present = spec.shard[0] // spec.chunk[0], rows // spec.chunk[0]
-    table = np.full((slots, 2), _MISSING, dtype="<u8")
-    table[:present, 1] = chunk_bytes = spec.chunk[0] * spec.row_bytes
-    table[:present, 0] = np.arange(present, dtype=np.uint64) * np.uint64(chunk_bytes)
+    table = np.full((spec.shard[0] // spec.chunk[0], 2), _MISSING, dtype="<u8")
+    table[: len(lengths), 1] = lengths
+    table[: len(lengths), 0] = np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)])[: len(lengths)]
     raw = table.tobytes()
     return raw + struct.pack("<I", crc32c(raw))
 

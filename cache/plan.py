@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -47,9 +47,18 @@ class SplitPlan(NamedTuple):
     """Digest of each contexts array."""
 
 
+class Extends(NamedTuple):
+    """What a part adds to a cache that is there already."""
+
+    kind: Literal["sites", "tokens"]
+    """sites: more sites of the same rows. tokens: a segment of other text, at all sites of the cache."""
+    base: str
+    """Fingerprint of the part that it extends."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that decides which bytes a cache holds, except the activations themselves."""
+    """All that decides which bytes a part of a cache holds, except the activations themselves."""
 
     identity: dict[str, Any]
     """What the fingerprint is of, as plain JSON values."""
@@ -62,6 +71,13 @@ class Plan:
     shard_rows: int
     """S."""
     splits: dict[str, SplitPlan]
+    extends: Extends | None = None
+    """None for a part that stands by itself."""
+
+    @property
+    def rows_stored_elsewhere(self) -> bool:
+        """Whether tokens and provenance of the rows are those of the part that this one extends."""
+        return self.extends is not None and self.extends.kind == "sites"
 
     @property
     def fingerprint(self) -> str:
@@ -83,13 +99,16 @@ class Plan:
         specs = {}
         for site in self.sites:
             dtype, fill = ("int8", -128) if self.codec == "int8z" else ("bfloat16", "NaN")
-            specs[site.name] = ArraySpec((n, site.width), dtype, (c, site.width), (s, site.width), fill)
+            compressed = self.codec == "bf16-lz4"
+            specs[site.name] = ArraySpec((n, site.width), dtype, (c, site.width), (s, site.width), fill, compressed)
             if self.codec == "int8z":
                 specs[f"{site.name}.scale"] = ArraySpec((n,), "float16", (c,), (s,), "NaN")
         return specs
 
     def sharded_arrays(self, split: str) -> dict[str, ArraySpec]:
         """`site_arrays` and the provenance of each row: all that one commit covers, but the moments."""
+        if self.rows_stored_elsewhere:
+            return self.site_arrays(split)
         n, c, s = self.splits[split].rows, self.chunk_rows, self.shard_rows
         return self.site_arrays(split) | {
             "token_id": ArraySpec((n,), "int32", (c,), (s,), -1),
@@ -104,7 +123,9 @@ class Plan:
         return ArraySpec((self.splits[split].shards, 2, width), "float64", (1, 2, width), None, "NaN")
 
     def context_arrays(self, split: str) -> dict[str, ArraySpec]:
-        """The packed tokens themselves."""
+        """The packed tokens themselves; none where another part holds them."""
+        if self.rows_stored_elsewhere:
+            return {}
         m, t = self.splits[split].contexts, self.splits[split].tokens
         shapes = ((m, t), (256, t), (16384, t))
         return {
@@ -117,7 +138,9 @@ class Plan:
         """Every `zarr.json` below the root that follows from the plan alone, by path."""
         out = {}
         for split in self.splits:
-            out[split], out[f"{split}/contexts"] = group_json(), group_json()
+            out[split] = group_json()
+            if not self.rows_stored_elsewhere:
+                out[f"{split}/contexts"] = group_json()
             arrays = self.sharded_arrays(split) | {"moments": self.moments_array(split)}
             arrays |= {f"contexts/{name}": spec for name, spec in self.context_arrays(split).items()}
             out |= {f"{split}/{name}": spec.zarr_json() for name, spec in arrays.items()}
@@ -142,6 +165,7 @@ class Plan:
             "shard_rows": self.shard_rows,
             "sites": [site._asdict() for site in self.sites],
             "splits": {name: split._asdict() for name, split in self.splits.items()},
+            "extends": None if self.extends is None else self.extends._asdict(),
         }
 
     @classmethod
@@ -156,6 +180,7 @@ class Plan:
             chunk_rows=raw["chunk_rows"],
             shard_rows=raw["shard_rows"],
             splits={name: SplitPlan(**split) for name, split in raw["splits"].items()},
+            extends=None if raw["extends"] is None else Extends(**raw["extends"]),
         )
 
 
@@ -166,8 +191,13 @@ def make_plan(
     codec: Codec,
     seed: int,
     store: Store,
+    extends: Extends | None = None,
+    base: Plan | None = None,
 ) -> Plan:
-    """Decide all sizes of a cache. Raises UserError for sites, codec or tokens that cannot be stored."""
+    """Decide all sizes of a part. Raises UserError for sites, codec or tokens that cannot be stored.
+
+    A part that extends another (`base`) has its sizes of chunks and shards.
+    """
     check_sites(sites)
     if codec not in CODECS:
         raise UserError(f"harvest.codec is {codec!r}; expected one of {', '.join(CODECS)}.")
@@ -175,6 +205,8 @@ def make_plan(
         raise UserError(f"splits are {sorted(contexts)}; expected train and optionally the others of {SPLITS}.")
     stored = {split: int(packed.stored(store).sum()) for split, packed in contexts.items()}
     chunk_rows, shard_rows = row_sizes([site.width for site in sites], stored["train"])
+    if base is not None:
+        chunk_rows, shard_rows = base.chunk_rows, base.shard_rows
     splits = {}
     for split in (name for name in SPLITS if name in contexts):
         packed, rows = contexts[split], stored[split] // chunk_rows * chunk_rows
@@ -196,6 +228,7 @@ def make_plan(
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
         splits=splits,
+        extends=extends,
     )
 
 

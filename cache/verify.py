@@ -44,7 +44,7 @@ def _shard(root: Path, plan: Plan, split: str, index: int) -> Iterator[str]:
     except UserError:
         yield f"commits/{split}.{index}.json: missing, damaged or of another cache"
         return
-    sizes = shard_files(plan, split, index)
+    sizes = shard_files(plan, split, index, arrays)
     for name, spec in plan.sharded_arrays(split).items():
         file = f"{split}/{name}/{spec.file_name(index)}"
         path = root / file

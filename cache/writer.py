@@ -277,8 +277,8 @@ class CacheWriter:
 
     def _check_shard(self, split: str, index: int) -> None:
         """Raise UserError unless the shard's record is sound and its files have their sizes."""
-        read_commit(self.path, self.plan, split, index)
-        for name, size in shard_files(self.plan, split, index).items():
+        arrays = read_commit(self.path, self.plan, split, index)["arrays"]
+        for name, size in shard_files(self.plan, split, index, arrays).items():
             file = self.path / name
             check_size(file, file.stat().st_size if file.exists() else 0, size)
 

@@ -14,6 +14,7 @@ import torch
 from thresher.cache import writer as writer_module
 from thresher.cache.commit import LOCK, MANIFEST
 from thresher.cache.contracts import UserError
+from thresher.cache.layout import VERSION
 from thresher.cache.publish import publish, try_lock
 from thresher.cache.reader import CacheReader, find_complete
 
@@ -264,7 +265,7 @@ def test_strangers_are_refused(toy: ModuleType, tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused(copied: Path) -> None:
     root = json.loads((copied / "zarr.json").read_text())
-    root["attributes"]["thresher"]["version"] = 2
+    root["attributes"]["thresher"]["version"] = VERSION + 1
     (copied / "zarr.json").write_text(json.dumps(root))
     with pytest.raises(UserError, match="Update thresher"):
         CacheReader.open(copied)

@@ -1,0 +1,76 @@
+"""What a directory says about itself, whether it is complete or not: its plan, facts, contexts and calibration.
+
+The writer resumes from this, an extension starts from it, and the reader opens with it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from thresher.cache.arrays import read_plain, read_sharded
+from thresher.cache.codec import Calibration
+from thresher.cache.commit import ROOT
+from thresher.cache.contracts import Site, UserError
+from thresher.cache.layout import CONTEXT_ARRAYS, FORMAT, VERSION, Contexts, calibration_array
+from thresher.cache.plan import Plan
+
+
+class Stored(NamedTuple):
+    """The root of a part."""
+
+    plan: Plan
+    facts: dict[str, Any]
+    """Library versions, device, counts of the first writer."""
+
+
+def read_root(path: Path) -> Stored:
+    """Plan and facts of the part at `path`, or UserError when there is none that this program understands."""
+    root = path / ROOT
+    if not root.exists():
+        raise UserError(f"there is no cache at {path}: {root} is missing. Run harvest first, or correct --cache PATH.")
+    try:
+        raw = json.loads(root.read_bytes())["attributes"]["thresher"]
+        found, version = raw["format"], int(raw["version"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{root} is not the root of a Thresher cache: expected a Zarr group with the attribute 'thresher'. "
+            f"Correct --cache PATH, or restore the file if it was one."
+        ) from None
+    if found != FORMAT or version != VERSION:
+        newer = found == FORMAT and version > VERSION
+        advice = "Update thresher to use it." if newer else "Harvest again into another place."
+        raise UserError(
+            f"the cache {path} has format {found!r} version {version}; this program knows {FORMAT!r} version "
+            f"{VERSION}. {advice}"
+        )
+    try:
+        return Stored(Plan.from_json(raw), dict(raw["facts"]))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{root} is damaged: its plan is incomplete. Restore the file or harvest again.") from None
+
+
+def read_contexts(path: Path, plan: Plan, split: str) -> Contexts:
+    """The packed tokens that the part at `path` holds, checked against their digests."""
+    arrays = {}
+    for name in CONTEXT_ARRAYS:
+        folder = path / split / "contexts" / name
+        array = read_sharded(folder, plan.context_arrays(split)[name])
+        if hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() != plan.splits[split].sha256[name]:
+            raise UserError(f"{folder} is damaged: its digest differs from the plan's. Harvest again elsewhere.")
+        arrays[name] = array
+    return Contexts(**arrays)
+
+
+def has_calibration(path: Path, site: Site) -> bool:
+    """Whether μ and σ of a site were published in the part at `path`."""
+    return (path / "calibration" / site.name / calibration_array(site).file_name(0)).exists()
+
+
+def read_calibration(path: Path, site: Site) -> Calibration:
+    """μ and σ of a site, as the part at `path` holds them. Raises UserError when they are missing or damaged."""
+    mean, std = torch.from_numpy(read_plain(path / "calibration" / site.name, calibration_array(site)).copy())
+    return Calibration(mean, std)
