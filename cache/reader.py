@@ -99,7 +99,8 @@ class CacheReader:
         reader._side_file(ROOT)
         for split, sizes in plan.splits.items():
             for index in range(sizes.shards):
-                for name, size in shard_files(plan, split, index).items():
+                arrays = reader._commit(split, index)["arrays"] if plan.codec == "bf16-lz4" else {}
+                for name, size in shard_files(plan, split, index, arrays).items():
                     file = path / name
                     check_size(file, file.stat().st_size if file.exists() else 0, size)
         return reader
@@ -201,8 +202,9 @@ class CacheReader:
         size = sum(entry["bytes"] for entry in self._files.values())
         for split, sizes in self.plan.splits.items():
             for index in range(sizes.shards):
-                size += sum(shard_files(self.plan, split, index).values())
-                for name, q in self._commit(split, index)["quality"].items():
+                record = self._commit(split, index)
+                size += sum(shard_files(self.plan, split, index, record["arrays"]).values())
+                for name, q in record["quality"].items():
                     quality[name].append(q)
         sites = {}
         for name, site in self.sites.items():
