@@ -173,9 +173,14 @@ def row_sizes(widths: Iterable[int], train_rows: int) -> tuple[int, int]:
     return chunk, shard
 
 
-def estimate_bytes(sites: Sequence[Site], codec: str, rows: int, tokens: int, shards: int) -> int:
-    """Bytes of a cache: `rows` stored rows cut from `tokens` packed tokens. Metadata and indices add about .01 %."""
-    per_row = sum(site.width + 2 if codec == "int8z" else 2 * site.width for site in sites) + 17
+def estimate_bytes(
+    sites: Sequence[Site], codec: str, rows: int, tokens: int, shards: int, *, provenance: bool = True
+) -> int:
+    """Bytes of a cache: `rows` stored rows cut from `tokens` packed tokens. Metadata and indices add about .01 %.
+
+    A part without `provenance` holds activations alone. bf16-lz4 is counted as if it did not compress.
+    """
+    per_row = sum(site.width + 2 if codec == "int8z" else 2 * site.width for site in sites) + 17 * provenance
     return rows * per_row + 9 * tokens + 16 * (1 + sum(2 * site.width + 2 for site in sites)) * shards
 
 

@@ -13,21 +13,38 @@ import torch
 
 from thresher.cache.arrays import read_plain, read_sharded
 from thresher.cache.codec import Calibration
-from thresher.cache.commit import ROOT
+from thresher.cache.commit import MANIFEST, ROOT
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.layout import CONTEXT_ARRAYS, FORMAT, VERSION, Contexts, calibration_array
-from thresher.cache.plan import Plan
+from thresher.cache.plan import Extends, Plan
 
 
-class Stored(NamedTuple):
-    """The root of a part."""
+PARTS = "parts"
+"""Folder of a cache in which the parts lie that extend it: `<NN>-sites`, `<NN>-tokens`, in order of creation."""
+
+
+class Root(NamedTuple):
+    """What a part's root group says."""
 
     plan: Plan
     facts: dict[str, Any]
     """Library versions, device, counts of the first writer."""
 
 
-def read_root(path: Path) -> Stored:
+class Stored(NamedTuple):
+    """A part that may be complete or not."""
+
+    path: Path
+    plan: Plan
+    facts: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was declared complete."""
+        return (self.path / MANIFEST).exists()
+
+
+def read_root(path: Path) -> Root:
     """Plan and facts of the part at `path`, or UserError when there is none that this program understands."""
     root = path / ROOT
     if not root.exists():
@@ -48,9 +65,23 @@ def read_root(path: Path) -> Stored:
             f"{VERSION}. {advice}"
         )
     try:
-        return Stored(Plan.from_json(raw), dict(raw["facts"]))
+        return Root(Plan.from_json(raw), dict(raw["facts"]))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{root} is damaged: its plan is incomplete. Restore the file or harvest again.") from None
+
+
+def parts(root: Path) -> list[Stored]:
+    """The base of a cache and the parts that extend it, in order of creation, complete or not."""
+    extensions = sorted(path.parent for path in (root / PARTS).glob(f"*-*/{ROOT}"))
+    return [Stored(path, *read_root(path)) for path in (root, *extensions)]
+
+
+def extended_part(path: Path, extends: Extends) -> Stored:
+    """The part that the one at `path` extends."""
+    for part in parts(path.parent.parent):
+        if part.plan.fingerprint == extends.base and not part.plan.rows_stored_elsewhere:
+            return part
+    raise UserError(f"{path.parent.parent} has no part with the fingerprint {extends.base}, which {path} is to extend.")
 
 
 def read_contexts(path: Path, plan: Plan, split: str) -> Contexts:

@@ -2,35 +2,36 @@
 
 1. `open` publishes the packed tokens, then the plan as root attributes (exclusively), then all array metadata. A
    directory that already holds the same plan is resumed; any other is refused with the keys that differ.
-2. Every shard is published array by array, each file atomically and durably, and then by its commit record. Data
-   without a commit record does not count and is written again.
+2. `claim` locks a shard. It is published array by array, each file atomically and durably, and then by its commit
+   record. Data without a commit record does not count and is written again.
 3. `finalize` checks every commit and file size, merges the statistics and publishes the manifest.
 
-After any kill, running the same again ends in the same bytes. One writer at a time holds `create.lock`, which the
-kernel frees with the process. Publishing happens in a background thread while the next shard is being computed; its
-errors surface at the next call.
+After any kill, running the same again ends in the same bytes. Any number of processes may fill one cache: a shard is a
+pure function of the plan, each is written by whoever holds its lock, and steps 1 and 3 happen under `create.lock`.
+Publishing happens in a background thread while the next shard is being computed; its errors surface at the next call.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 
 from thresher.cache import stats
 from thresher.cache.arrays import check_size, read_plain, write_plain, write_sharded
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import (
-    LOCK,
     MANIFEST,
     ROOT,
     chunk_sums,
+    commit_path,
     committed,
     publish_commit,
     publish_manifest,
@@ -39,8 +40,6 @@ from thresher.cache.commit import (
 )
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.layout import (
-    FORMAT,
-    VERSION,
     Codec,
     Contexts,
     Store,
@@ -52,26 +51,42 @@ from thresher.cache.layout import (
     shard_index,
     stats_array,
 )
+from thresher.cache.locks import CREATE, READ, Lock, excludes, hold, sole_writer, try_hold
 from thresher.cache.order import Stream
-from thresher.cache.plan import Plan, context_array, make_plan
-from thresher.cache.publish import explained, free_bytes, publish, try_lock, write_json
+from thresher.cache.plan import Extends, Plan, context_array, make_plan
+from thresher.cache.publish import free_bytes, publish, write_json
 from thresher.cache.records import differences
 from thresher.cache.shard import ShardData, ShardWriter
+from thresher.cache.stored import extended_part, has_calibration, parts, read_calibration, read_root
 
 _SLACK = 1.02  # of the estimate: metadata, indices, file-system blocks
+_POLL_SECONDS = 0.2
+
+Shard = tuple[str, int]
+"""(split, index)."""
 
 
 class CacheWriter:
     """A cache being filled. Use `open`; close it (or use it as a context manager) when done."""
 
-    def __init__(self, path: Path, plan: Plan, contexts: Mapping[str, Contexts], fvu_gate: float, lock: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        contexts: Mapping[str, Contexts],
+        fvu_gate: float,
+        notify: Callable[[str], None],
+    ) -> None:
         self.path, self.plan, self.fvu_gate = path, plan, fvu_gate
-        self._contexts, self._lock = contexts, lock
+        self._contexts, self._notify = contexts, notify
         self._streams = {
             split: Stream(contexts[split].stored(plan.store), plan.seed, split, sizes.rows)
             for split, sizes in plan.splits.items()
         }
-        self._committed = committed(path, plan)
+        self._order = _scan_order(plan)
+        self._committed: set[Shard] = set()
+        self._held: dict[Shard, Lock] = {}
+        self._sole: Lock | None = None
         self._calibrations: dict[str, Calibration] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="thresher-commit")
         self._files = ThreadPoolExecutor(8, thread_name_prefix="thresher-publish")
@@ -91,30 +106,35 @@ class CacheWriter:
         store: Store = "kept",
         fvu_gate: float = 1e-3,
         facts: Mapping[str, Any] | None = None,
+        extends: Extends | None = None,
+        notify: Callable[[str], None] = lambda line: None,
     ) -> "CacheWriter":
-        """Create the cache at `path`, or resume it.
+        """Create the part of a cache at `path`, or resume it; several processes may do so at once.
 
         `identity` is what the fingerprint is of; `facts` (library versions, device, counts) are stored beside it and
-        may differ between runs. Raises UserError when the directory holds something else, another identity, another
-        writer, or when the disk is too small: before anything is computed.
+        may differ between runs. With `extends`, `path` is `<cache>/parts/<name>`. `notify` gets a line when something
+        has to be waited for. Raises UserError when the directory holds something else, another identity, or when the
+        disk is too small: before anything is computed.
         """
-        plan = make_plan(identity, sites, contexts, codec, seed, store)
+        base = None if extends is None else extended_part(path, extends).plan
+        plan = make_plan(identity, sites, contexts, codec, seed, store, extends, base)
         _refuse_foreign(path)
+        create = hold(path / CREATE, lambda: notify(f"waiting for another process that is planning or finishing {path}"))
+        writer = None
         try:
-            lock = try_lock(path / LOCK)
-        except OSError as error:
-            raise explained(error, path / LOCK, 0) from error
-        if lock is None:
-            raise UserError(
-                f"another process is writing the cache {path}. Wait for it to end, or choose another place with "
-                f"--cache PATH."
-            )
-        try:
-            writer = cls(path, plan, contexts, fvu_gate, lock)
+            writer = cls(path, plan, contexts, fvu_gate, notify)
+            if not excludes(create):
+                writer._sole = sole_writer(path)
+                notify(f"the file system of {path} has no locks between processes: this one writes alone")
             writer._prepare(facts or {})
         except BaseException:
-            os.close(lock)
+            if writer is not None:
+                writer.close()
             raise
+        finally:
+            create.release()
+        for split, index in sorted(writer._committed):
+            writer._check_shard(split, index)
         return writer
 
     def __enter__(self) -> "CacheWriter":
@@ -124,21 +144,51 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if error is None:
+            self.settle()
 
     def bytes_needed(self) -> int:
-        """Estimate of the bytes still to be written."""
-        plan, total = self.plan, 0
-        for split, sizes in plan.splits.items():
-            left = [i for i in range(sizes.shards) if (split, i) not in self._committed]
-            rows = sum(plan.shard_rows_of(split, i) for i in left)
-            tokens = 0 if (self.path / ROOT).exists() else sizes.contexts * sizes.tokens
-            total += estimate_bytes(plan.sites, plan.codec, rows, tokens, len(left))
-        return total
+        """Estimate of the bytes still to be written, by whomever."""
+        sizes = self.plan.splits.values()
+        planned = (self.path / ROOT).exists() or self.plan.rows_stored_elsewhere
+        return self._bytes_of(self.pending()) + (0 if planned else 9 * sum(each.contexts * each.tokens for each in sizes))
 
-    def pending(self) -> list[tuple[str, int]]:
+    def pending(self) -> list[Shard]:
         """(split, shard) of all shards without a commit, train shard 0 first."""
         everything = [(split, i) for split, sizes in self.plan.splits.items() for i in range(sizes.shards)]
-        return [shard for shard in everything if shard not in self._committed]
+        return [shard for shard in everything if not self._is_committed(shard)]
+
+    def claim(self) -> Shard | None:
+        """Lock the next shard that needs work; None once everything is committed or in this writer's hands.
+
+        Waits while all that is left is in the hands of others, whose death would free it, and, with codec int8z, until
+        the calibration is there, which comes from whoever has train shard 0.
+        """
+        told = False
+        while (shard := self.take()) is None:
+            if self.exhausted():
+                return None
+            if not told:
+                self._notify(f"waiting for the other processes that are filling {self.path}")
+                told = True
+            time.sleep(_POLL_SECONDS)
+        return shard
+
+    def take(self) -> Shard | None:
+        """`claim` without waiting: None also when there is nothing to take at the moment."""
+        self._raise_failure()
+        ready = self._can_encode()
+        for shard in [shard for shard in self._order if shard not in self._committed and shard not in self._held]:
+            if not (ready or shard == ("train", 0)) or self._is_committed(shard):
+                continue
+            if self._lock(shard):
+                self._require_space([shard])
+                return shard
+        return None
+
+    def exhausted(self) -> bool:
+        """Whether every shard is committed or in this writer's hands."""
+        return all(shard in self._held or self._is_committed(shard) for shard in self._order)
 
     def contexts_of(self, split: str, index: int) -> np.ndarray:
         """Contexts that a shard needs, in stream order; known before it is begun."""
@@ -146,35 +196,61 @@ class CacheWriter:
         return self._streams[split].shard(index, self.plan.shard_rows).contexts
 
     def shard(self, split: str, index: int) -> ShardWriter:
-        """Begin a shard. With codec int8z, shard 0 of train has to be committed before any other is begun."""
+        """Begin a shard, locking it where `claim` did not.
+
+        With codec int8z the rows of train shard 0 have to come before any other, unless they did in another process.
+        Bytes of a shard that is committed already are compared, not written.
+        """
         self._raise_failure()
         known_split(split, self.plan.splits)
+        if (split, index) not in self._held and not self._is_committed((split, index)) and not self._lock((split, index)):
+            raise UserError(
+                f"shard {index} of {split!r} of {self.path} is being written by another process. Claim a shard that is "
+                f"free."
+            )
         source = self._streams[split].shard(index, self.plan.shard_rows)
         first = (split, index) == ("train", 0)
         assert first or self.plan.codec != "int8z" or self._calibrations, "train shard 0 comes first: it calibrates"
         return ShardWriter(self, split, index, source, self._contexts[split])
 
     def finalize(self) -> None:
-        """Check all that was committed, write the statistics and declare the cache complete."""
-        self._wait()
-        if (self.path / MANIFEST).exists():
-            return
+        """Check all that was committed, write the statistics and declare the cache complete; once, by one process."""
+        self.settle()
         missing = self.pending()
         assert not missing, f"{len(missing)} shards are not committed"
-        for split, sizes in self.plan.splits.items():
-            for index in range(sizes.shards):
+        create = hold(self.path / CREATE, lambda: self._notify(f"waiting for another process to finish {self.path}"))
+        try:
+            if (self.path / MANIFEST).exists():
+                return
+            for split, index in self._order:
                 self._check_shard(split, index)
-        self._write_stats()
-        publish_manifest(self.path, self.plan)
+            self._write_stats()
+            self._collect(self.path.rglob("*.tmp"))
+            publish_manifest(self.path, self.plan)
+            self._collect(self.path.glob("commits/*.lock"))
+        finally:
+            create.release()
+
+    def settle(self) -> None:
+        """Wait for the shard being published, and raise what went wrong with it."""
+        if self._publishing is not None:
+            try:
+                self._publishing.result()
+            except BaseException as error:
+                self._failure = error
+            self._publishing = None
+        self._raise_failure()
 
     def close(self) -> None:
         """Wait for the shard being published and let the cache go; what is committed stays."""
-        if self._lock < 0:
-            return
         self._background.shutdown(wait=True)
         self._files.shutdown(wait=True)
-        os.close(self._lock)
-        self._lock = -1
+        for lock in self._held.values():
+            lock.release()
+        self._held = {}
+        if self._sole is not None:
+            self._sole.remove()
+            self._sole = None
 
     # What a shard asks of its owner.
 
@@ -183,20 +259,37 @@ class CacheWriter:
         return self._calibrations.get(site)
 
     def calibrated(self, by_site: Mapping[str, Calibration]) -> None:
-        """Fix μ and σ for good: they are published before any row that uses them."""
+        """Fix μ and σ for good: they are published before any row that uses them.
+
+        A process that was killed here may have published some. They were made from the same rows.
+        """
         for site in self.plan.sites:
             values = by_site[site.name].as_array()
-            write_plain(self.path / "calibration" / site.name, calibration_array(site), values)
+            if not has_calibration(self.path, site):
+                write_plain(self.path / "calibration" / site.name, calibration_array(site), values, exclusive=True)
+            elif not np.array_equal(values, read_calibration(self.path, site).as_array()):
+                raise UserError(
+                    f"the calibration of {site.name!r} in {self.path} differs from the one computed now, and rows may "
+                    f"be stored with it. Expected the same rows on every run: use one kind of device, dtype and "
+                    f"software, or harvest into another place."
+                )
         self._calibrations = dict(by_site)
 
     def publish_shard(self, split: str, index: int, finish: Callable[[], ShardData]) -> None:
         """Finish and publish in the background; waits for the shard before it, so at most two are in memory."""
-        self._wait()
+        self.settle()
         self._publishing = self._background.submit(self._publish, split, index, finish)
 
     # Internals.
 
     def _publish(self, split: str, index: int, finish: Callable[[], ShardData]) -> None:
+        try:
+            self._publish_held(split, index, finish)
+        finally:
+            if (split, index) in self._held:
+                self._held.pop((split, index)).release()
+
+    def _publish_held(self, split: str, index: int, finish: Callable[[], ShardData]) -> None:
         data, specs = finish(), self.plan.sharded_arrays(split)
 
         def one(name: str) -> tuple[str, dict[str, Any]]:
@@ -212,15 +305,44 @@ class CacheWriter:
         publish_commit(self.path, self.plan, split, index, arrays, data.quality, self._calibration_digest())
         self._committed.add((split, index))
 
-    def _wait(self) -> None:
-        """Wait for the background and raise what went wrong there."""
-        if self._publishing is not None:
-            try:
-                self._publishing.result()
-            except BaseException as error:
-                self._failure = error
-            self._publishing = None
-        self._raise_failure()
+    def _is_committed(self, shard: Shard) -> bool:
+        """Whether a shard has its commit record by now, from whomever."""
+        if shard not in self._committed and commit_path(self.path, *shard).exists():
+            self._committed.add(shard)
+        return shard in self._committed
+
+    def _can_encode(self) -> bool:
+        """Whether any shard may be begun: the calibration is there, or this writer is about to make it."""
+        if self.plan.codec == "int8z" and not self._calibrations:
+            self._load_calibrations()
+        return self.plan.codec != "int8z" or bool(self._calibrations) or ("train", 0) in self._held
+
+    def _lock(self, shard: Shard) -> bool:
+        """Take a shard for this writer, unless another has it or it is committed; clear what a dead one left of it."""
+        lock = try_hold(commit_path(self.path, *shard).with_suffix(".lock"))
+        if lock is None:
+            return False
+        if self._is_committed(shard):
+            lock.release()
+            return False
+        if not lock.fresh:
+            split, index = shard
+            self._collect(self.path.glob(f"commits/{split}.{index}.json.*.tmp"))
+            self._collect(self.path.glob(f"{split}/*/c.{index}.*.tmp"))
+        if shard == ("train", 0):
+            self._collect(self.path.glob("calibration/*/c.*.tmp"))
+        self._held[shard] = lock
+        return True
+
+    def _collect(self, leftovers: Iterable[Path]) -> None:
+        """Remove files that nobody needs any more."""
+        for file in list(leftovers):
+            file.unlink(missing_ok=True)
+
+    def _bytes_of(self, shards: Sequence[Shard]) -> int:
+        rows = sum(self.plan.shard_rows_of(*shard) for shard in shards)
+        provenance = not self.plan.rows_stored_elsewhere
+        return estimate_bytes(self.plan.sites, self.plan.codec, rows, 0, len(shards), provenance=provenance)
 
     def _raise_failure(self) -> None:
         if self._failure is None and self._publishing is not None and self._publishing.done():
@@ -229,50 +351,48 @@ class CacheWriter:
             raise self._failure
 
     def _prepare(self, facts: Mapping[str, Any]) -> None:
-        """Bring the directory to the state in which any shard can be written."""
+        """Bring the directory to the state in which any shard can be written; under `create.lock`."""
         root = self.path / ROOT
         if root.exists():
-            self._check_same(json.loads(root.read_bytes())["attributes"].get("thresher", {}))
-        self._check_space()
-        for leftover in self.path.rglob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+            self._check_same(read_root(self.path).plan)
+        self._committed = committed(self.path, self.plan)
+        self._require_space(self.pending(), planned=root.exists())
         if not root.exists():
+            self._collect(self.path.rglob("*.tmp"))
             for split, packed in self._contexts.items():
                 for name, spec in self.plan.context_arrays(split).items():
                     write_sharded(self.path / split / "contexts" / name, spec, context_array(packed, name))
             attributes = {"thresher": {**self.plan.to_json(), "facts": json.loads(json.dumps(dict(facts)))}}
             write_json(root, group_json(attributes), exclusive=True)
+        (self.path / READ).touch()
         absent = {p: d for p, d in self.plan.documents().items() if not (self.path / p).exists()}
         list(self._files.map(lambda item: write_json(self.path / item[0], item[1]), absent.items()))
         if self.pending():  # a repair: the user removed a commit record
             (self.path / MANIFEST).unlink(missing_ok=True)
-        for split, index in sorted(self._committed):
-            self._check_shard(split, index)
+        if self.plan.extends is not None:
+            self._inherit_calibrations()
         self._load_calibrations()
 
-    def _check_same(self, stored: Mapping[str, Any]) -> None:
+    def _check_same(self, stored: Plan) -> None:
         """Raise UserError when the directory was planned otherwise."""
-        if stored.get("format") != FORMAT or stored.get("version") != VERSION:
-            raise UserError(
-                f"{self.path} is no cache this version can write: expected format {FORMAT!r} {VERSION}, got "
-                f"{stored.get('format')!r} {stored.get('version')!r}. Choose another place with --cache PATH."
-            )
-        lines = differences(stored["identity"], self.plan.identity)
-        if not lines:
-            mine = self.plan.to_json()
-            lines = differences({key: stored.get(key) for key in mine}, mine)
+        lines = differences(stored.identity, self.plan.identity)
+        lines = lines or differences(stored.to_json(), self.plan.to_json())
         if lines:
             raise UserError(
                 f"{self.path} holds another cache; what differs (stored, then asked for): {'; '.join(lines)}. Choose "
                 f"another place with --cache PATH, or remove that directory if it is no longer wanted."
             )
 
-    def _check_space(self) -> None:
-        needed, free = int(_SLACK * self.bytes_needed()), free_bytes(self.path)
+    def _require_space(self, shards: Sequence[Shard], *, planned: bool = True) -> None:
+        """Raise UserError unless the disk has room for shards, those being published, and the plan if it is to come."""
+        tokens = 0 if planned else self.bytes_needed() - self._bytes_of(self.pending())
+        needed = int(_SLACK * (self._bytes_of([*shards, *(s for s in list(self._held) if s not in shards)]) + tokens))
+        free = free_bytes(self.path)
         if needed > free:
             raise UserError(
                 f"not enough disk space for the cache {self.path}: it needs {needed:,} bytes more and {free:,} are "
-                f"free. Make room, choose another place with --cache PATH, or harvest fewer tokens or sites."
+                f"free; {needed - free:,} are missing. Make room, choose another place with --cache PATH, or harvest "
+                f"fewer tokens or sites. What was committed before stays valid."
             )
 
     def _check_shard(self, split: str, index: int) -> None:
@@ -285,17 +405,25 @@ class CacheWriter:
     def _load_calibrations(self) -> None:
         if self.plan.codec != "int8z":
             return
-        folder = self.path / "calibration"
-        if not all((folder / site.name / "c.0.0").exists() for site in self.plan.sites):
+        if not all(has_calibration(self.path, site) for site in self.plan.sites):
             if self._committed:
                 raise UserError(
-                    f"{folder} is incomplete, yet shards were stored with it. Restore the folder, or remove the cache "
-                    f"{self.path} and harvest again."
+                    f"{self.path / 'calibration'} is incomplete, yet shards were stored with it. Restore the folder, or "
+                    f"remove the cache {self.path} and harvest again."
                 )
             return
+        self._calibrations = {site.name: read_calibration(self.path, site) for site in self.plan.sites}
+
+    def _inherit_calibrations(self) -> None:
+        """Copy μ and σ of sites that the cache knows already: there is one calibration per site in all its parts."""
+        if self.plan.codec != "int8z":
+            return
+        others = [part.path for part in parts(self.path.parent.parent) if part.path != self.path]
         for site in self.plan.sites:
-            mean, std = torch.from_numpy(read_plain(folder / site.name, calibration_array(site)).copy())
-            self._calibrations[site.name] = Calibration(mean, std)
+            holder = next((path for path in others if has_calibration(path, site)), None)
+            if holder is not None and not has_calibration(self.path, site):
+                values = read_calibration(holder, site).as_array()
+                write_plain(self.path / "calibration" / site.name, calibration_array(site), values)
 
     def _calibration_digest(self) -> str | None:
         digest = hashlib.sha256()
@@ -321,9 +449,27 @@ class CacheWriter:
             write_json(self.path / "stats" / site.name / "zarr.json", stats_array(site).zarr_json(attributes))
 
 
+def _scan_order(plan: Plan) -> list[Shard]:
+    """All shards in the order in which this process tries to take them.
+
+    Under torchrun every process begins at another place, so that they do not meet at every lock; train shard 0, which
+    everything waits for with codec int8z, always comes first.
+    """
+    shards = [(split, i) for split, sizes in plan.splits.items() for i in range(sizes.shards)]
+    world = max(1, _environment_number("WORLD_SIZE", 1))
+    start = len(shards) * (_environment_number("RANK", 0) % world) // world
+    return shards[:1] + shards[max(start, 1) :] + shards[1 : max(start, 1)]
+
+
+def _environment_number(name: str, default: int) -> int:
+    with contextlib.suppress(ValueError):
+        return int(os.environ.get(name, ""))
+    return default
+
+
 def _refuse_foreign(path: Path) -> None:
     """Raise UserError for a file, or a directory with content that is no cache of ours."""
-    if path.is_dir() and any(path.iterdir()) and not (path / ROOT).exists() and not (path / LOCK).exists():
+    if path.is_dir() and any(path.iterdir()) and not (path / ROOT).exists() and not (path / CREATE).exists():
         raise UserError(
             f"{path} is not empty and not a cache: expected a new or empty directory, or a cache to go on with. "
             f"Choose another place with --cache PATH."

@@ -68,10 +68,10 @@ def victim() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes]]:
-    """Every file of a cache by relative path, without the lock."""
+    """Every file of a cache by relative path, without locks."""
 
     def read(path: Path) -> dict[str, bytes]:
-        files = (file for file in path.rglob("*") if file.is_file() and file.name != "create.lock")
+        files = (file for file in path.rglob("*") if file.is_file() and file.suffix != ".lock")
         return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
     return read

@@ -61,10 +61,10 @@ def fill(
 ) -> None:
     """Write, or go on writing, the whole toy cache with `batch` contexts a forward pass."""
     with open_writer(path, **changes) as writer:
-        for split, index in writer.pending():
-            shard = writer.shard(split, index)
+        while (claimed := writer.claim()) is not None:
+            shard = writer.shard(*claimed)
             for at in range(0, len(shard.contexts), batch):
-                acts = activations(split, shard.contexts[at : at + batch], dtype)
+                acts = activations(shard.split, shard.contexts[at : at + batch], dtype)
                 shard.add({name: x_BTD.to(device) for name, x_BTD in acts.items()})
             shard.commit()
         writer.finalize()

@@ -1,0 +1,132 @@
+"""Locks between writers of one cache: the kernel's `flock`, freed with the process that holds it, so none is ever stale.
+
+A lock file may be removed while nobody needs it; whoever opened it before then finds that the name has another file, or
+none, and takes the lock anew. Where a file system knows no `flock`, or grants it twice (some network mounts), one
+writer at a time is allowed, by a file that only one process can create; a dead writer's has to be removed by hand.
+"""
+
+import errno
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from thresher.cache.commit import LOCK
+from thresher.cache.contracts import UserError
+from thresher.cache.publish import explained, make_directory
+
+CREATE = LOCK
+"""Held while a cache is planned, resumed or finished; also tells a cache in the making from a stranger's directory."""
+READ = "read.lock"
+"""Held shared by readers, so that nobody prunes what they use."""
+SOLE = "writer.lock"
+"""Exists while a writer is at work where `flock` does not exclude."""
+
+_UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_POLL_SECONDS = 0.1
+
+
+@dataclass
+class Lock:
+    """A lock that is held until `release`."""
+
+    path: Path
+    descriptor: int
+    fresh: bool
+    """Whether the file was new: nobody had this lock before."""
+
+    def release(self) -> None:
+        """Free the lock; its file stays."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def remove(self) -> None:
+        """Free the lock and remove its file."""
+        self.path.unlink(missing_ok=True)
+        self.release()
+
+
+def try_hold(path: Path) -> Lock | None:
+    """The lock on `path`, or None when another holds it. Raises UserError where this user may not write."""
+    while True:
+        descriptor, fresh = _open(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                return Lock(path, descriptor, fresh)
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        if _names(path, descriptor):
+            return Lock(path, descriptor, fresh)
+        os.close(descriptor)
+
+
+def hold(path: Path, waiting: Callable[[], None]) -> Lock:
+    """The lock on `path`, after waiting for whoever has it; `waiting` is called once if that takes time."""
+    told = False
+    while (lock := try_hold(path)) is None:
+        if not told:
+            waiting()
+            told = True
+        time.sleep(_POLL_SECONDS)
+    return lock
+
+
+def excludes(lock: Lock) -> bool:
+    """Whether a lock that is held keeps others out here, tried with a second descriptor."""
+    second = os.open(lock.path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(second)
+    return False
+
+
+def sole_writer(root: Path) -> Lock:
+    """The right to be the only writer of a cache where `flock` does not exclude. Raises UserError when it is taken."""
+    path = root / SOLE
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        raise UserError(
+            f"another process is writing the cache {root} (process {path.read_text() or 'unknown'}), and this file "
+            f"system has no locks that would let several write at once. Wait for it to end, or, if it is dead, remove "
+            f"{path}."
+        ) from None
+    except OSError as error:
+        raise explained(error, path, 0) from error
+    os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
+    return Lock(path, descriptor, True)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """Descriptor of the lock file, and whether it had to be created."""
+    try:
+        make_directory(path.parent)
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
+        except FileExistsError:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), False
+    except OSError as error:
+        raise explained(error, path, 0) from error
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the file that was opened."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(descriptor))
