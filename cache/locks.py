@@ -21,7 +21,7 @@ from thresher.cache.publish import explained, make_directory
 CREATE = LOCK
 """Held while a cache is planned, resumed or finished; also tells a cache in the making from a stranger's directory."""
 READ = "read.lock"
-"""Held shared by readers, so that nobody prunes what they use."""
+"""Held shared by readers, and by writers for as long as they live, so that nobody prunes what they use."""
 SOLE = "writer.lock"
 """Exists while a writer is at work where `flock` does not exclude."""
 
@@ -66,6 +66,21 @@ def try_hold(path: Path) -> Lock | None:
         if _names(path, descriptor):
             return Lock(path, descriptor, fresh)
         os.close(descriptor)
+
+
+def share(path: Path) -> Lock | None:
+    """A shared lock on a file that is there; None where it is not, where locks are not to be had, or where it is held
+    exclusively."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return Lock(path, descriptor, False)
 
 
 def hold(path: Path, waiting: Callable[[], None]) -> Lock:

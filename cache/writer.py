@@ -51,7 +51,7 @@ from thresher.cache.layout import (
     shard_index,
     stats_array,
 )
-from thresher.cache.locks import CREATE, READ, Lock, excludes, hold, sole_writer, try_hold
+from thresher.cache.locks import CREATE, READ, Lock, excludes, hold, share, sole_writer, try_hold
 from thresher.cache.order import Stream
 from thresher.cache.plan import Extends, Plan, context_array, make_plan
 from thresher.cache.publish import free_bytes, publish, write_json
@@ -87,6 +87,7 @@ class CacheWriter:
         self._committed: set[Shard] = set()
         self._held: dict[Shard, Lock] = {}
         self._sole: Lock | None = None
+        self._alive: Lock | None = None  # between two shards, this alone tells that somebody is at work
         self._calibrations: dict[str, Calibration] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="thresher-commit")
         self._files = ThreadPoolExecutor(8, thread_name_prefix="thresher-publish")
@@ -119,7 +120,9 @@ class CacheWriter:
         base = None if extends is None else extended_part(path, extends).plan
         plan = make_plan(identity, sites, contexts, codec, seed, store, extends, base)
         _refuse_foreign(path)
-        create = hold(path / CREATE, lambda: notify(f"waiting for another process that is planning or finishing {path}"))
+        create = hold(
+            path / CREATE, lambda: notify(f"waiting for another process that is planning or finishing {path}")
+        )
         writer = None
         try:
             writer = cls(path, plan, contexts, fvu_gate, notify)
@@ -151,7 +154,9 @@ class CacheWriter:
         """Estimate of the bytes still to be written, by whomever."""
         sizes = self.plan.splits.values()
         planned = (self.path / ROOT).exists() or self.plan.rows_stored_elsewhere
-        return self._bytes_of(self.pending()) + (0 if planned else 9 * sum(each.contexts * each.tokens for each in sizes))
+        return self._bytes_of(self.pending()) + (
+            0 if planned else 9 * sum(each.contexts * each.tokens for each in sizes)
+        )
 
     def pending(self) -> list[Shard]:
         """(split, shard) of all shards without a commit, train shard 0 first."""
@@ -203,7 +208,11 @@ class CacheWriter:
         """
         self._raise_failure()
         known_split(split, self.plan.splits)
-        if (split, index) not in self._held and not self._is_committed((split, index)) and not self._lock((split, index)):
+        if (
+            (split, index) not in self._held
+            and not self._is_committed((split, index))
+            and not self._lock((split, index))
+        ):
             raise UserError(
                 f"shard {index} of {split!r} of {self.path} is being written by another process. Claim a shard that is "
                 f"free."
@@ -248,6 +257,8 @@ class CacheWriter:
         for lock in self._held.values():
             lock.release()
         self._held = {}
+        if self._alive is not None:
+            self._alive.release()
         if self._sole is not None:
             self._sole.remove()
             self._sole = None
@@ -365,6 +376,7 @@ class CacheWriter:
             attributes = {"thresher": {**self.plan.to_json(), "facts": json.loads(json.dumps(dict(facts)))}}
             write_json(root, group_json(attributes), exclusive=True)
         (self.path / READ).touch()
+        self._alive = share(self.path / READ)
         absent = {p: d for p, d in self.plan.documents().items() if not (self.path / p).exists()}
         list(self._files.map(lambda item: write_json(self.path / item[0], item[1]), absent.items()))
         if self.pending():  # a repair: the user removed a commit record
