@@ -24,6 +24,7 @@ from thresher.cache.layout import (
     Store,
     calibration_array,
     check_sites,
+    estimate_bytes,
     group_json,
     row_sizes,
 )
@@ -73,6 +74,8 @@ class Plan:
     splits: dict[str, SplitPlan]
     extends: Extends | None = None
     """None for a part that stands by itself."""
+    window_shards: int | None = None
+    """Shards of train that a window holds, where only some windows exist at a time; None: all of them are kept."""
 
     @property
     def rows_stored_elsewhere(self) -> bool:
@@ -166,6 +169,7 @@ class Plan:
             "sites": [site._asdict() for site in self.sites],
             "splits": {name: split._asdict() for name, split in self.splits.items()},
             "extends": None if self.extends is None else self.extends._asdict(),
+            "window_shards": self.window_shards,
         }
 
     @classmethod
@@ -181,6 +185,7 @@ class Plan:
             shard_rows=raw["shard_rows"],
             splits={name: SplitPlan(**split) for name, split in raw["splits"].items()},
             extends=None if raw["extends"] is None else Extends(**raw["extends"]),
+            window_shards=raw["window_shards"],
         )
 
 
@@ -193,10 +198,12 @@ def make_plan(
     store: Store,
     extends: Extends | None = None,
     base: Plan | None = None,
+    window_bytes: int | None = None,
 ) -> Plan:
     """Decide all sizes of a part. Raises UserError for sites, codec or tokens that cannot be stored.
 
-    A part that extends another (`base`) has its sizes of chunks and shards.
+    A part that extends another (`base`) has its sizes of chunks and shards. `window_bytes` bounds what the shards of
+    train take that exist at a time: three windows of them.
     """
     check_sites(sites)
     if codec not in CODECS:
@@ -229,7 +236,19 @@ def make_plan(
         shard_rows=shard_rows,
         splits=splits,
         extends=extends,
+        window_shards=None if window_bytes is None else _window_shards(sites, codec, shard_rows, window_bytes),
     )
+
+
+def _window_shards(sites: Sequence[Site], codec: Codec, shard_rows: int, window_bytes: int) -> int:
+    """Shards of a window: the last one, the one in use and the next share the space."""
+    shard_bytes = estimate_bytes(sites, codec, shard_rows, 0, 1)
+    if window_bytes < 3 * shard_bytes:
+        raise UserError(
+            f"harvest.window_gb is {window_bytes / 1e9:g}; expected at least {3 * shard_bytes / 1e9:.3g}, the size of "
+            f"three shards of {shard_rows:,} rows at {len(sites)} sites. Give it more, or harvest fewer sites."
+        )
+    return window_bytes // (3 * shard_bytes)
 
 
 def context_array(packed: Contexts, name: str) -> np.ndarray:
