@@ -21,7 +21,8 @@ from thresher.cache.codec import decode
 from thresher.cache.contracts import UserError
 from thresher.cache.layout import KEPT
 from thresher.cache.order import ReadOrder, Segment
-from thresher.cache.reader import CacheReader, as_codes
+from thresher.cache.reader import as_codes
+from thresher.cache.source import Source
 
 _DEPTH = 3  # batches in flight between the thread and the caller
 
@@ -42,7 +43,7 @@ class Batches:
 
     def __init__(
         self,
-        reader: CacheReader,
+        reader: Source,
         *,
         sites: Sequence[str],
         batch_rows: int,
@@ -60,7 +61,7 @@ class Batches:
 
         Raises UserError for an empty split, a batch larger than the split or not divisible by `world`.
         """
-        n_chunks = reader.rows(split) // reader.plan.chunk_rows
+        n_chunks = reader.rows(split) // reader.chunk_rows
         if not 0 < batch_rows <= max(1, reader.rows(split)) or batch_rows % world or not n_chunks:
             raise UserError(
                 f"train.batch_rows is {batch_rows}; expected a multiple of the {world} ranks between 1 and the "
@@ -69,8 +70,8 @@ class Batches:
         self.reader, self.sites, self.split = reader, tuple(reader.site(name).name for name in sites), split
         self.batch_rows, self.start, self.rank, self.world = batch_rows, start, rank, world
         self.device, self.dtype = torch.device(device), dtype
-        self.order = ReadOrder(n_chunks, reader.plan.chunk_rows, seed, split, group_chunks)
-        self._masked = reader.plan.store == "all" and not special
+        self.order = ReadOrder(n_chunks, reader.chunk_rows, seed, split, group_chunks)
+        self._masked = reader.store == "all" and not special
         self._calibrations = {
             name: c.to(self.device) for name in self.sites if (c := reader.calibration(name)) is not None
         }
@@ -161,7 +162,7 @@ class Stager:
 
     def __init__(self, batches: Batches) -> None:
         self.batches, self.reader, self.order = batches, batches.reader, batches.order
-        specs = self.reader.plan.sharded_arrays(batches.split)
+        specs = self.reader.arrays(batches.split)
         self.names = [n for s in batches.sites for n in (s, f"{s}.scale") if n in specs]
         if batches._masked:
             self.names.append("keep")

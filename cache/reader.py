@@ -1,46 +1,40 @@
-"""Reading a complete cache: what it holds, any row of it, and whether every bit is still right.
+"""Reading a cache: a base part and the parts that extend it, joined.
 
-`open` needs the manifest, the same identity, and every shard file with its planned size; it reads no activations.
-Shard files are mapped into memory: an uncompressed shard is a plain [S, d] block. The first touch of a chunk in a
-process checks its CRC32C, and the first touch of a shard its commit record and the index at its end.
+Parts of kind `sites` add sites to rows that are there; parts of kind `tokens` add rows, a segment each, at all sites of
+the cache. Chunks of a split are numbered through the segments, the base's first, so that everything above sees one
+cache. A part that is not complete does not count.
 
-Left out: zarr-python, ten to forty times slower on the same files; the tests show that it reads the same bits.
+While a reader is open it holds a shared lock, so that nothing is pruned under it.
 """
 
-import hashlib
+import fcntl
 import json
-from collections.abc import Mapping
-from functools import lru_cache
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from thresher.cache.arrays import check_size, read_file, read_plain, read_sharded
+from thresher.cache import stats
 from thresher.cache.codec import Calibration, decode
-from thresher.cache.commit import MANIFEST, ROOT, committed, read_commit, shard_files
+from thresher.cache.commit import MANIFEST, ROOT, shard_files
 from thresher.cache.contracts import Site, UserError
-from thresher.cache.layout import (
-    CONTEXT_ARRAYS,
-    FORMAT,
-    PROVENANCE,
-    VERSION,
-    ArraySpec,
-    Codec,
-    Contexts,
-    calibration_array,
-    crc32c,
-    known_split,
-    raw_dtype,
-    shard_index,
-    stats_array,
-)
-from thresher.cache.plan import Plan
-from thresher.cache.publish import read_sealed
-from thresher.cache.records import differences, nearest
+from thresher.cache.layout import KEPT, PROVENANCE, ArraySpec, Codec, Contexts, Store, known_split, raw_dtype
+from thresher.cache.locks import READ
+from thresher.cache.order import SPLITS, ReadOrder
+from thresher.cache.part import Part
+from thresher.cache.records import differences, fingerprint, nearest
+from thresher.cache.sites import unmet
 from thresher.cache.stats import SiteStats
+from thresher.cache.stored import PARTS
+
+_SAMPLED_CHUNKS = 16
 
 
 class Provenance(NamedTuple):
@@ -49,7 +43,7 @@ class Provenance(NamedTuple):
     token_id: np.ndarray
     """[N] int32."""
     document_id: np.ndarray
-    """[N] int32."""
+    """[N] int32, distinct over all segments."""
     context: np.ndarray
     """[N] int32, into `CacheReader.contexts`."""
     position: np.ndarray
@@ -58,65 +52,114 @@ class Provenance(NamedTuple):
     """[N] uint8: 1 kept, 2 special."""
 
 
-class CacheReader:
-    """A complete cache, opened for reading. Use `open`."""
+class Segment:
+    """Rows of one harvest of text: the part that holds them, and the parts that add sites to them."""
 
-    def __init__(self, path: Path, plan: Plan, facts: dict[str, Any], manifest: dict[str, Any]) -> None:
-        self.path, self.plan, self.facts = path, plan, facts
-        self.identity: dict[str, Any] = plan.identity
-        self.fingerprint: str = plan.fingerprint
-        self.codec: Codec = plan.codec
-        self.sites: dict[str, Site] = {site.name: site for site in plan.sites}
-        self._files: dict[str, dict[str, Any]] = manifest["files"]
-        self._checked: dict[tuple[str, str], np.ndarray] = {}
-        self._commit = lru_cache(maxsize=4096)(lambda split, index: read_commit(path, plan, split, index))
-        self._map = lru_cache(maxsize=8192)(self._open_map)
-        self._specs = {split: plan.sharded_arrays(split) for split in plan.splits}
+    def __init__(self, base: Part) -> None:
+        self.base = base
+        self.parts = [base]
+
+    @property
+    def sites(self) -> dict[str, Part]:
+        """The part that holds each site."""
+        return {name: part for part in self.parts for name in part.sites}
+
+    def holding(self, split: str) -> dict[str, Part]:
+        """The part that holds each array with one entry a row."""
+        return {name: part for part in self.parts for name in part.specs.get(split, {})}
+
+
+class CacheReader:
+    """A complete cache, opened for reading; a `source.Source`. Use `open`."""
+
+    def __init__(self, path: Path, segments: list[Segment], incomplete: list[str]) -> None:
+        self.path, self.segments, self.incomplete = path, segments, incomplete
+        base = segments[0].base
+        self.plan, self.facts = base.plan, base.facts
+        """Of the base part."""
+        self.codec: Codec = base.plan.codec
+        self.store: Store = base.plan.store
+        self.chunk_rows: int = base.plan.chunk_rows
+        held = [segment.sites for segment in segments]
+        self.sites: dict[str, Site] = {
+            name: part.sites[name] for name, part in held[0].items() if all(name in other for other in held)
+        }
+        self._holding = {split: [segment.holding(split) for segment in segments] for split in SPLITS}
+        self._starts = {split: np.cumsum([0, *(s.base.rows(split) for s in segments)]) for split in SPLITS}
+        descriptor = _shared_lock(path)
+        self.close: Callable[[], object] = (
+            weakref.finalize(self, os.close, descriptor) if descriptor is not None else lambda: None
+        )
+        """Let go of the lock; may be called again. What was read stays valid."""
 
     @classmethod
     def open(cls, path: Path, *, identity: Mapping[str, Any] | None = None) -> "CacheReader":
-        """Open the cache at `path`.
+        """Open the cache at `path` with every complete part that extends it.
 
         Raises UserError when it is missing, incomplete, damaged, newer than this program, or, with `identity`, made
-        of something else.
+        of something else; a cache that holds more sites than the identity asks for serves it too.
         """
-        plan, facts = _read_root(path)
-        if identity is not None:
-            lines = differences(json.loads(json.dumps(dict(identity))), plan.identity)
-            if lines:
-                raise UserError(
-                    f"the cache {path} was made of something else: {'; '.join(lines)}. Harvest again with this recipe, "
-                    f"or point --cache at the cache that belongs to it."
-                )
-        if not (path / MANIFEST).exists():
-            total = sum(sizes.shards for sizes in plan.splits.values())
+        reader = cls(path, *_joined(path))
+        lines = [] if identity is None else reader.unlike(identity)
+        if lines:
+            reader.close()
             raise UserError(
-                f"the cache {path} is incomplete: {len(committed(path, plan))} of {total} shards are committed and "
-                f"there is no {MANIFEST}. Run the same harvest again; it goes on where it stopped."
+                f"the cache {path} was made of something else: {'; '.join(lines)}. Harvest again with this recipe, "
+                f"or point --cache at the cache that belongs to it."
             )
-        manifest = read_sealed(path / MANIFEST)
-        reader = cls(path, plan, facts, manifest)
-        reader._side_file(ROOT)
-        for split, sizes in plan.splits.items():
-            for index in range(sizes.shards):
-                arrays = reader._commit(split, index)["arrays"] if plan.codec == "bf16-lz4" else {}
-                for name, size in shard_files(plan, split, index, arrays).items():
-                    file = path / name
-                    check_size(file, file.stat().st_size if file.exists() else 0, size)
         return reader
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint is of: the base's, with those of further segments."""
+        base, *others = (segment.base.plan.identity for segment in self.segments)
+        return {**base, "segments": others} if others else base
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the rows and their order; more sites change neither."""
+        prints = [segment.base.fingerprint for segment in self.segments]
+        return prints[0] if len(prints) == 1 else fingerprint(prints)
+
+    def unlike(self, identity: Mapping[str, Any]) -> list[str]:
+        """What differs between this cache and one that would serve `identity`: a line for each key, [] if nothing.
+
+        It serves the identity of any of its segments, or of all, with any choice of the stored sites.
+        """
+        wanted = json.loads(json.dumps(dict(identity)))
+        candidates = [segment.base.plan.identity for segment in self.segments] + [self.identity]
+        if wanted in candidates:
+            return []
+        lines = [differences(_without_sites(wanted), _without_sites(one)) for one in candidates]
+        if all(lines):
+            return lines[0]  # against the base
+        made = [part.plan.identity["harvest"] for part in self.segments[0].parts]
+        return unmet(wanted["harvest"]["sites"], wanted["harvest"]["layers"], self.sites.values(), made)
 
     def rows(self, split: str) -> int:
         """Stored rows of a split."""
-        return self.plan.splits[known_split(split, self.plan.splits)].rows
+        known_split(split, [name for name in SPLITS if any(name in s.base.plan.splits for s in self.segments)])
+        return int(self._starts[split][-1])
 
-    def statistics(self, site: str) -> SiteStats:
-        """Statistics of a site over the kept rows of train."""
-        spec = stats_array(self.site(site))
-        attributes = json.loads(self._side_file(f"stats/{site}/zarr.json"))["attributes"]
-        self._side_file(f"stats/{site}/{spec.file_name(0)}")
-        mean, variance = read_plain(self.path / "stats" / site, spec)[0]
-        scalars = {key: attributes[key][0] for key in ("count", "mean_norm", "mean_sq_norm", "total_variance")}
-        return SiteStats(mean=mean, variance=variance, **scalars)
+    def arrays(self, split: str) -> dict[str, ArraySpec]:
+        """Every array with one entry a row, by name."""
+        rows, first = self.rows(split), self._first(split)
+        names = [*(n for s in self.sites for n in (s, f"{s}.scale") if n in first), *PROVENANCE]
+        specs = {name: first[name].specs[split][name] for name in names}
+        return {name: spec._replace(shape=(rows, *spec.shape[1:])) for name, spec in specs.items()}
+
+    def stored_bytes(self, split: str, names: Sequence[str]) -> int:
+        """Bytes that the given arrays take in memory, decompressed."""
+        specs = self.arrays(split)
+        return sum(specs[name].shape[0] * specs[name].row_bytes for name in names)
 
     def site(self, name: str) -> Site:
         """A stored site by name, or UserError with near misses."""
@@ -127,93 +170,128 @@ class CacheReader:
             )
         return self.sites[name]
 
+    def statistics(self, site: str) -> SiteStats:
+        """Statistics of a site over the kept rows of train, of all segments."""
+        self.site(site)
+        parts = [segment.sites[site].statistics(site) for segment in self.segments]
+        return parts[0] if len(parts) == 1 else stats.merged(map(_moments, parts)).stats()
+
+    def calibration(self, site: str) -> Calibration | None:
+        """μ and σ of an int8z site; None for the other codecs."""
+        self.site(site)
+        return self.segments[0].sites[site].calibration(site)
+
     def contexts(self, split: str) -> Contexts:
-        """The packed tokens of a split, checked against their digests."""
-        known_split(split, self.plan.splits)
-        arrays = {}
-        for name in CONTEXT_ARRAYS:
-            folder = self.path / split / "contexts" / name
-            array = read_sharded(folder, self.plan.context_arrays(split)[name])
-            if hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() != self.plan.splits[split].sha256[name]:
-                raise UserError(f"{folder} is damaged: its digest differs from the plan's. Harvest again elsewhere.")
-            arrays[name] = array
-        return Contexts(**arrays)
+        """The packed tokens of a split, checked against their digests; document ids distinct over all segments."""
+        self.rows(split)
+        out = []
+        for segment, first in zip(self.segments, self._first_documents, strict=True):
+            if split in segment.base.plan.splits:
+                packed = segment.base.contexts(split)
+                out.append(packed._replace(document_id=_shifted(packed.document_id, first)))
+        return out[0] if len(out) == 1 else Contexts(*(np.concatenate(column) for column in zip(*out, strict=True)))
 
     def provenance(self, split: str) -> Provenance:
         """Token, document, context and position of every stored row."""
-        n_chunks = self.rows(split) // self.plan.chunk_rows
-        parts = {}
+        specs, n_chunks = self.arrays(split), self.rows(split) // self.chunk_rows
+        arrays = {}
         for name in PROVENANCE:
-            chunks = [self.chunk(split, name, c) for c in range(n_chunks)]
-            parts[name] = np.concatenate(chunks) if chunks else np.empty(self._specs[split][name].shape, np.int32)
-        source = parts.pop("source")
-        return Provenance(context=source[:, 0], position=source[:, 1], **parts)
+            chunks = [self.chunk(split, name, index) for index in range(n_chunks)]
+            arrays[name] = np.concatenate(chunks) if chunks else np.empty(specs[name].shape, np.int32)
+        context = 0
+        for at, segment, document in zip(self._starts[split][1:], self.segments, self._first_documents, strict=True):
+            rows = slice(int(at) - segment.base.rows(split), int(at))
+            if context or document:
+                arrays["document_id"][rows] = _shifted(arrays["document_id"][rows], document)
+                arrays["source"][rows, 0] += context
+            context += segment.base.plan.splits[split].contexts if split in segment.base.plan.splits else 0
+        source = arrays.pop("source")
+        return Provenance(context=source[:, 0], position=source[:, 1], **arrays)
 
-    def calibration(self, site: str) -> Calibration | None:
-        """μ and σ of an int8z site; None for bf16."""
-        if self.codec != "int8z":
-            return None
-        spec = calibration_array(self.site(site))
-        self._side_file(f"calibration/{site}/{spec.file_name(0)}")
-        mean, std = torch.from_numpy(read_plain(self.path / "calibration" / site, spec).copy())
-        return Calibration(mean, std)
+    def order(self, split: str, seed: int, group_chunks: int) -> ReadOrder:
+        """The order in which training visits the rows of a split."""
+        return ReadOrder(self.rows(split) // self.chunk_rows, self.chunk_rows, seed, split, group_chunks)
+
+    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+        """[C, …] read-only chunk of an array in stored form, checked on first touch. Raises UserError naming it.
+
+        Ids of documents and contexts are those of the part that holds them.
+        """
+        part, inner = self._place(split, name, index)
+        return part.chunk(split, name, inner)
+
+    def read(self, split: str, name: str, index: int, out: np.ndarray, *, direct: bool = False) -> None:
+        """Copy a chunk into `out` [C, …], decompressed; `direct` reads past the page cache where possible."""
+        part, inner = self._place(split, name, index)
+        part.read(split, name, inner, out, direct=direct)
+
+    def sample(self, split: str, count: int) -> np.ndarray:
+        """Up to `count` kept rows, ascending, from a few chunks spread evenly: a chunk is a sample of its shard."""
+        chunks = _spread(self.rows(split) // self.chunk_rows, _SAMPLED_CHUNKS)
+        rows = []
+        for chunk, wanted in zip(chunks, np.diff(np.linspace(0, count, len(chunks) + 1).astype(int)), strict=True):
+            kept = np.flatnonzero(self.chunk(split, "keep", int(chunk)) == KEPT)
+            rows.append(chunk * self.chunk_rows + kept[_spread(len(kept), int(wanted))])
+        return np.concatenate(rows) if rows else np.empty(0, np.int64)
 
     def gather(self, split: str, site: str, rows: np.ndarray) -> Tensor:
         """[n, d] float32: any rows of a site, decoded. The plain path; `Batches` is the fast one."""
-        names = [site] if self.site(site) and self.codec == "bf16" else [site, f"{site}.scale"]
+        specs = self.arrays(split)
+        names = [name for name in (self.site(site).name, f"{site}.scale") if name in specs]
         rows = np.asarray(rows, np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= self.rows(split)):
             raise UserError(f"rows of {split!r} are 0 to {self.rows(split) - 1}; got {rows.min()} to {rows.max()}.")
-        chunk, inner = np.divmod(rows, self.plan.chunk_rows)
+        chunk, inner = np.divmod(rows, self.chunk_rows)
         order = np.argsort(chunk, kind="stable")
         borders = np.flatnonzero(np.diff(chunk[order])) + 1
         raw = {}
         for name in names:
-            spec = self._specs[split][name]
-            raw[name] = np.empty((len(rows), *spec.shape[1:]), raw_dtype(spec.dtype))
+            raw[name] = np.empty((len(rows), *specs[name].shape[1:]), raw_dtype(specs[name].dtype))
             for here in np.split(order, borders) if len(rows) else []:
                 raw[name][here] = self.chunk(split, name, int(chunk[here[0]]))[inner[here]]
         scale = torch.from_numpy(raw[names[1]]) if len(names) > 1 else None
         return decode(as_codes(raw[site]), scale, self.calibration(site), torch.float32)
 
-    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
-        """[C, …] read-only view of a chunk of an array, checked on first touch. Raises UserError naming it."""
-        per_shard = self.plan.shard_rows // self.plan.chunk_rows
-        shard, inner = divmod(index, per_shard)
-        view = self._map(split, name, shard)[inner * self.plan.chunk_rows : (inner + 1) * self.plan.chunk_rows]
-        checked = self._checked.get((split, name))
-        if checked is None:
-            checked = self._checked[split, name] = np.zeros(self.rows(split) // self.plan.chunk_rows, bool)
-        if not checked[index]:
-            if f"{crc32c(view):08x}" != self._commit(split, shard)["arrays"][name]["crc32c"][inner]:
-                raise UserError(_damaged(self.path, split, name, shard, inner))
-            checked[index] = True
-        return view
+    def parts(self) -> Iterator[Part]:
+        """Every complete part, the base first."""
+        return (part for segment in self.segments for part in segment.parts)
 
     def verify(self) -> list[str]:
         """Read every byte of the cache; one line per fault, [] when it is sound."""
         from thresher.cache.verify import faults
 
-        return faults(self.path, self.plan, read_sealed(self.path / MANIFEST))
+        return faults(self.path)
 
     def summary(self) -> dict[str, Any]:
         """What the cache holds and how good it is: JSON values for `thresher cache info`."""
         quality: dict[str, list[dict[str, float]]] = {name: [] for name in self.sites}
-        size = sum(entry["bytes"] for entry in self._files.values())
-        for split, sizes in self.plan.splits.items():
-            for index in range(sizes.shards):
-                record = self._commit(split, index)
-                size += sum(shard_files(self.plan, split, index, record["arrays"]).values())
+        site_bytes = dict.fromkeys(self.sites, 0)
+        parts = []
+        for part in self.parts():
+            size = sum(entry["bytes"] for entry in part.manifest["files"].values())
+            for split, index in part.shards():
+                record = part.commit(split, index)
+                size += sum(shard_files(part.plan, split, index, record["arrays"]).values())
                 for name, q in record["quality"].items():
-                    quality[name].append(q)
+                    if name in quality:
+                        quality[name].append(q)
+                        site_bytes[name] += sum(
+                            record["arrays"][array]["bytes"]
+                            for array in (name, f"{name}.scale")
+                            if array in record["arrays"]
+                        )
+            parts.append(_described(self.path, part, size))
         sites = {}
         for name, site in self.sites.items():
-            s, fvu = self.statistics(name), [q["fvu"] for q in quality[name]]
+            s, rows = self.statistics(name), quality[name]
             sites[name] = {
+                "layer": site.layer,
                 "width": site.width,
-                "fvu_median": float(np.median(fvu)),
-                "fvu_worst": max(fvu),
-                "fvu_worst_dimension": max(q["worst"] for q in quality[name]),
+                "bytes": site_bytes[name],
+                "fvu": float(np.median([q["fvu"] for q in rows])),
+                "fvu_worst_shard": max(q["fvu"] for q in rows),
+                "fvu_median_dimension": float(np.median([q.get("median", 0) for q in rows])),
+                "fvu_worst_dimension": max(q["worst"] for q in rows),
                 "mean_norm": s.mean_norm,
                 "mean_sq_norm": s.mean_sq_norm,
                 "total_variance": s.total_variance,
@@ -222,50 +300,57 @@ class CacheReader:
             "path": str(self.path),
             "fingerprint": self.fingerprint,
             "codec": self.codec,
-            "store": self.plan.store,
-            "bytes": size,
-            "chunk_rows": self.plan.chunk_rows,
+            "store": self.store,
+            "bytes": sum(part["bytes"] for part in parts),
+            "chunk_rows": self.chunk_rows,
             "shard_rows": self.plan.shard_rows,
-            "splits": {name: _without_digests(sizes._asdict()) for name, sizes in self.plan.splits.items()},
+            "splits": self._splits(),
             "sites": sites,
+            "parts": parts,
+            "incomplete": self.incomplete,
             "facts": self.facts,
         }
 
-    def _side_file(self, name: str) -> bytes:
-        """Content of a file that the manifest lists, checked. Raises UserError when it changed."""
-        data = read_file(self.path / name)
-        entry = self._files.get(name, {})
-        if entry.get("sha256") != hashlib.sha256(data).hexdigest():
-            raise UserError(
-                f"{self.path / name} is damaged or was changed: its SHA-256 is not the one in {MANIFEST}. Restore the "
-                f"file, or remove the cache and harvest again."
-            )
-        return data
+    def _splits(self) -> dict[str, dict[str, int]]:
+        """Contexts, rows, shards and dropped rows of every split, over all segments."""
+        out: dict[str, dict[str, int]] = {}
+        for segment in self.segments:
+            for split, sizes in segment.base.plan.splits.items():
+                mine = out.setdefault(split, {"contexts": 0, "tokens": sizes.tokens})
+                for key in ("contexts", "rows", "shards", "dropped"):
+                    mine[key] = mine.get(key, 0) + getattr(sizes, key)
+        return out
 
-    def _open_map(self, split: str, name: str, shard: int) -> np.ndarray:
-        """[rows, …] read-only view of a shard file, after a look at the index at its end."""
-        spec: ArraySpec = self._specs[split][name]
-        rows = self.plan.shard_rows_of(split, shard)
-        path = self.path / split / name / spec.file_name(shard)
-        size = spec.file_bytes(shard)
-        check_size(path, path.stat().st_size, size)
-        # A private mapping through torch closes its descriptor, so thousands of shards do not exhaust the limit.
-        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-        body = rows * spec.row_bytes
-        if mapped[body:].tobytes() != shard_index(spec, rows):
-            raise UserError(f"{path} is damaged: the index at its end is wrong. Restore the file or harvest again.")
-        view = mapped[:body].view(raw_dtype(spec.dtype)).reshape(rows, *spec.shape[1:])
-        view.flags.writeable = False
-        return view
+    def _first(self, split: str) -> dict[str, Part]:
+        """The part that holds each array of a split, of the first segment that has rows of it."""
+        has = [i for i, segment in enumerate(self.segments) if split in segment.base.plan.splits]
+        return self._holding[split][has[0]]
+
+    def _place(self, split: str, name: str, index: int) -> tuple[Part, int]:
+        """The part that holds a chunk, and its number there."""
+        starts = self._starts[split]
+        segment = int(np.searchsorted(starts, index * self.chunk_rows, side="right")) - 1
+        return self._holding[split][segment][name], index - int(starts[segment]) // self.chunk_rows
+
+    @cached_property
+    def _first_documents(self) -> list[int]:
+        """What is added to the document ids of each segment to keep them apart."""
+        first = [0]
+        for segment in self.segments[:-1]:
+            ids = [segment.base.contexts(split).document_id for split in segment.base.plan.splits]
+            first.append(first[-1] + 1 + max(int(array.max(initial=-1)) for array in ids))
+        return first
 
 
 def find_complete(path: Path, identity: Mapping[str, Any]) -> CacheReader | None:
-    """The finished cache with this identity at `path`, or None; what else may be there is for the writer to judge."""
+    """The finished cache that serves this identity at `path`, or None; what else may be there is not judged."""
     if not (path / MANIFEST).exists() or not (path / ROOT).exists():
         return None
-    if differences(json.loads(json.dumps(dict(identity))), _read_root(path)[0].identity):
+    reader = CacheReader.open(path)
+    if reader.unlike(identity):
+        reader.close()
         return None
-    return CacheReader.open(path)
+    return reader
 
 
 def as_codes(raw: np.ndarray) -> Tensor:
@@ -275,33 +360,85 @@ def as_codes(raw: np.ndarray) -> Tensor:
     )
 
 
-def _read_root(path: Path) -> tuple[Plan, dict[str, Any]]:
-    """Plan and facts of the cache at `path`, or UserError when there is none that this program understands."""
-    root = path / ROOT
-    if not root.exists():
-        raise UserError(f"there is no cache at {path}: {root} is missing. Run harvest first, or correct --cache PATH.")
+def _joined(path: Path) -> tuple[list[Segment], list[str]]:
+    """The segments of the cache at `path`, and the names of parts that are not complete."""
+    segments, complete, incomplete = [Segment(Part.open(path))], [], []
+    folder = path / PARTS
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (entry / MANIFEST).exists() and (entry / ROOT).exists():
+            complete.append(Part.open(entry))
+        elif entry.is_dir():
+            incomplete.append(f"{PARTS}/{entry.name}")
+    for kind in ("tokens", "sites"):
+        for part in complete:
+            extends = part.plan.extends
+            if extends is not None and extends.kind == kind:
+                bases = segments[:1] if kind == "tokens" else segments
+                owner = next((segment for segment in bases if segment.base.fingerprint == extends.base), None)
+                if owner is None:
+                    raise UserError(
+                        f"{part.path} extends another cache: expected one with fingerprint {extends.base[:12]}…, and "
+                        f"this one has {segments[0].base.fingerprint[:12]}…. Move it back to where it belongs."
+                    )
+                if kind == "tokens":
+                    segments.append(Segment(part))
+                else:
+                    owner.parts.append(part)
+    return segments, incomplete
+
+
+def _shared_lock(path: Path) -> int | None:
+    """Descriptor of a shared lock on the cache; None where its writer left no lock file or locks are not to be had.
+
+    Raises UserError while the cache is being removed.
+    """
     try:
-        raw = json.loads(root.read_bytes())["attributes"]["thresher"]
-        found, version = raw["format"], int(raw["version"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{root} is not the root of a Thresher cache: expected a Zarr group with the attribute 'thresher'. "
-            f"Correct --cache PATH, or restore the file if it was one."
-        ) from None
-    if found != FORMAT or version > VERSION:
-        raise UserError(
-            f"the cache {path} has format {found!r} version {version}; this program reads {FORMAT!r} up to version "
-            f"{VERSION}. Update thresher to read it."
-        )
-    return Plan.from_json(raw), raw["facts"]
+        descriptor = os.open(path / READ, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"the cache {path} is being pruned by another process. Wait for it to end.") from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
-def _damaged(path: Path, split: str, name: str, shard: int, chunk: int) -> str:
-    return (
-        f"the cache {path} is damaged: chunk {chunk} of shard {shard} of {split}/{name} does not match its checksum. "
-        f"Delete commits/{split}.{shard}.json and MANIFEST.json and run harvest again to write that shard anew."
-    )
+def _without_sites(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without the choice of sites, which a cache with more of them serves as well."""
+    harvest = identity.get("harvest")
+    if not isinstance(harvest, dict):
+        return dict(identity)
+    return {**identity, "harvest": {k: v for k, v in harvest.items() if k not in ("sites", "layers")}}
 
 
-def _without_digests(split: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in split.items() if key != "sha256"}
+def _moments(s: SiteStats) -> stats.Moments:
+    """The sums behind statistics, to be merged with others."""
+    norm, sq_norm = np.array(s.mean_norm * s.count), np.array(s.mean_sq_norm * s.count)
+    return stats.Moments(s.count, s.mean, s.variance * s.count, norm, sq_norm)
+
+
+def _shifted(document_id: np.ndarray, first: int) -> np.ndarray:
+    """Document ids moved up by `first`; -1 (padding) stays."""
+    return np.where(document_id >= 0, document_id + first, document_id).astype(np.int32) if first else document_id
+
+
+def _spread(available: int, wanted: int) -> np.ndarray:
+    """Up to `wanted` of range(available), evenly spaced."""
+    return np.unique(np.linspace(0, available - 1, min(wanted, available)).astype(np.int64))
+
+
+def _described(root: Path, part: Part, size: int) -> dict[str, Any]:
+    """What `summary` says of a part."""
+    extends = part.plan.extends
+    return {
+        "name": "base" if extends is None else str(part.path.relative_to(root)),
+        "adds": "everything" if extends is None else extends.kind,
+        "sites": len(part.sites),
+        "rows": sum(sizes.rows for sizes in part.plan.splits.values()),
+        "shards": sum(sizes.shards for sizes in part.plan.splits.values()),
+        "bytes": size,
+    }

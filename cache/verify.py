@@ -1,71 +1,186 @@
-"""Reading a whole cache to see whether any bit of it changed."""
+"""Reading a whole cache, all its parts, to see whether any bit of it changed.
 
-from collections.abc import Iterator
+Nothing here stops at the first fault: what can be named is named, down to the chunk. Files are mapped and summed where
+they lie, several at a time.
+"""
+
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from thresher.cache.arrays import read_plain
-from thresher.cache.commit import commits_digest, file_digest, read_commit, shard_files
+from thresher.cache.commit import MANIFEST, ROOT, commits_digest, file_digest, read_commit, shard_files
 from thresher.cache.contracts import UserError
-from thresher.cache.layout import crc32c, shard_index
+from thresher.cache.layout import ArraySpec, chunk_index, crc32c
 from thresher.cache.plan import Plan
+from thresher.cache.publish import read_sealed
+from thresher.cache.stored import PARTS, read_root
 
-_THREADS = 2
+Progress = Callable[[int], None]
+"""Told of bytes that were read."""
 
 
-def faults(root: Path, plan: Plan, manifest: dict[str, Any]) -> list[str]:
-    """One line per fault: the file, and for activations the chunk."""
-    shards = [(split, index) for split, sizes in plan.splits.items() for index in range(sizes.shards)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = [line for lines in pool.map(lambda shard: list(_shard(root, plan, *shard)), shards) for line in lines]
-    found += list(_side_files(root, manifest))
-    if not found and commits_digest(root, plan) != manifest["commits"]:
-        found.append("commits: the records are sound one by one, but not the ones that MANIFEST.json was made of")
+class _Part(NamedTuple):
+    """A part under examination."""
+
+    root: Path
+    prefix: str
+    """Its path below the cache, as messages show it."""
+    plan: Plan
+    manifest: dict[str, Any]
+
+
+def faults(path: Path, progress: Progress | None = None) -> list[str]:
+    """One line per fault of the cache at `path`: the file, and for activations the chunk; [] when it is sound.
+
+    Raises UserError when there is no finished cache at all.
+    """
+    tell = progress or (lambda count: None)
+    found: list[str] = []
+    for root in _roots(path):
+        prefix = "" if root == path else f"{root.relative_to(path)}/"
+        try:
+            part = _Part(root, prefix, read_root(root).plan, read_sealed(root / MANIFEST))
+        except UserError as error:
+            found.append(str(error))
+        else:
+            found += _part_faults(part, tell)
     return found
 
 
-def _side_files(root: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    for name, entry in manifest["files"].items():
-        path = root / name
+def total_bytes(path: Path) -> int:
+    """Bytes that `faults` is going to read."""
+    return sum(file.stat().st_size for root in _roots(path) for file in _files(root))
+
+
+def _roots(path: Path) -> list[Path]:
+    """The complete parts of a cache."""
+    if not (path / MANIFEST).exists():
+        read_root(path)
+        raise UserError(f"{path} is not complete: {MANIFEST} is missing. Run the same harvest again, then verify.")
+    folder = path / PARTS
+    parts = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path, *(part for part in parts if (part / MANIFEST).exists())]
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Every file of one part that is data, not a lock or a leftover of a writer that died."""
+    for folder, inside, names in os.walk(root):
+        if Path(folder) == root and PARTS in inside:
+            inside.remove(PARTS)
+        yield from (Path(folder) / name for name in names if not name.endswith((".lock", ".tmp")))
+
+
+def _part_faults(part: _Part, progress: Progress) -> list[str]:
+    """Every fault of one part: shards in order, then the other files, then files that nobody knows."""
+    plan, found, known = part.plan, list[str](), {MANIFEST, *part.manifest["files"]}
+    work: list[Callable[[], list[str]]] = []
+    for split, sizes in plan.splits.items():
+        for index in range(sizes.shards):
+            known.add(f"commits/{split}.{index}.json")
+            try:
+                arrays = read_commit(part.root, plan, split, index)["arrays"]
+                files = shard_files(plan, split, index, arrays)
+            except (UserError, KeyError):
+                specs = plan.sharded_arrays(split) | {"moments": plan.moments_array(split)}
+                known |= {f"{split}/{name}/{spec.file_name(index)}" for name, spec in specs.items()}
+                found.append(f"{part.prefix}commits/{split}.{index}.json: missing, damaged or of another cache")
+                continue
+            known |= files.keys()
+            for name, spec in plan.sharded_arrays(split).items():
+                file = f"{split}/{name}/{spec.file_name(index)}"
+                work.append(_later(part, split, name, index, spec, arrays[name], file, files[file], progress))
+            found += _moments_faults(part, split, index, arrays["moments"]["crc32c"])
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="thresher-verify") as pool:
+        found += [line for lines in pool.map(lambda job: job(), work) for line in lines]
+    found += _side_faults(part)
+    if not found and commits_digest(part.root, plan) != part.manifest["commits"]:
+        found.append(
+            f"{part.prefix}commits: the records are sound one by one, but not the ones that MANIFEST.json was made of"
+        )
+    strangers = sorted(str(file.relative_to(part.root)) for file in _files(part.root))
+    return found + [f"{part.prefix}{name}: does not belong to the cache" for name in strangers if name not in known]
+
+
+def _later(
+    part: _Part,
+    split: str,
+    name: str,
+    index: int,
+    spec: ArraySpec,
+    entry: dict[str, Any],
+    file: str,
+    size: int,
+    progress: Progress,
+) -> Callable[[], list[str]]:
+    """The check of one shard file, to be run in some thread."""
+
+    def check() -> list[str]:
+        path = part.root / file
         if not path.exists():
-            yield f"{name}: missing"
+            return [f"{part.prefix}{file}: missing"]
+        if path.stat().st_size != size:
+            return [f"{part.prefix}{file}: expected {size} bytes, got {path.stat().st_size}"]
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        expected = [int(digits, 16) for digits in entry["crc32c"]]
+        lengths = entry.get("lengths") or [spec.chunk[0] * spec.row_bytes] * len(expected)
+        ends = np.cumsum(lengths).tolist()
+        got = []
+        for end, length in zip(ends, lengths, strict=True):
+            got.append(crc32c(data[end - length : end]))
+            progress(length)
+        lines = [
+            f"{part.prefix}{file}: chunk {chunk} does not match its checksum"
+            for chunk, (have, want) in enumerate(zip(got, expected, strict=True))
+            if have != want
+        ]
+        if len(lines) == len(got) and (other := _shard_of(part, split, name, got)) is not None:
+            lines = [f"{part.prefix}{file}: holds the rows of shard {other}, not of shard {index}"]
+        if data[ends[-1] :].tobytes() != chunk_index(spec, lengths):
+            lines.append(f"{part.prefix}{file}: the index at its end is wrong")
+        return lines
+
+    return check
+
+
+def _shard_of(part: _Part, split: str, name: str, sums: list[int]) -> int | None:
+    """The shard whose commit record has these checksums for an array."""
+    wanted = [f"{value:08x}" for value in sums]
+    for index in range(part.plan.splits[split].shards):
+        try:
+            if read_commit(part.root, part.plan, split, index)["arrays"][name]["crc32c"] == wanted:
+                return index
+        except (UserError, KeyError):
+            continue
+    return None
+
+
+def _moments_faults(part: _Part, split: str, index: int, sums: list[str]) -> list[str]:
+    """The check of a shard's sums."""
+    spec = part.plan.moments_array(split)
+    try:
+        moments = read_plain(part.root / split / "moments", spec, index)
+    except UserError as error:
+        return [f"{part.prefix}{split}/moments/{spec.file_name(index)}: {error}"]
+    if [f"{crc32c(moments):08x}"] != sums:
+        return [f"{part.prefix}{split}/moments/{spec.file_name(index)}: does not match its checksum"]
+    return []
+
+
+def _side_faults(part: _Part) -> Iterator[str]:
+    """The checks of every file that the manifest lists."""
+    for name, entry in part.manifest["files"].items():
+        path = part.root / name
+        if not path.exists():
+            yield f"{part.prefix}{name}: missing"
         elif path.stat().st_size != entry["bytes"]:
-            yield f"{name}: expected {entry['bytes']} bytes, got {path.stat().st_size}"
+            yield f"{part.prefix}{name}: expected {entry['bytes']} bytes, got {path.stat().st_size}"
         elif file_digest(path) != entry["sha256"]:
-            yield f"{name}: SHA-256 differs from MANIFEST.json"
-
-
-def _shard(root: Path, plan: Plan, split: str, index: int) -> Iterator[str]:
-    try:
-        arrays = read_commit(root, plan, split, index)["arrays"]
-    except UserError:
-        yield f"commits/{split}.{index}.json: missing, damaged or of another cache"
-        return
-    sizes = shard_files(plan, split, index, arrays)
-    for name, spec in plan.sharded_arrays(split).items():
-        file = f"{split}/{name}/{spec.file_name(index)}"
-        path = root / file
-        if not path.exists():
-            yield f"{file}: missing"
-            continue
-        if path.stat().st_size != sizes[file]:
-            yield f"{file}: expected {sizes[file]} bytes, got {path.stat().st_size}"
-            continue
-        data = np.memmap(path, np.uint8, "r")
-        rows = plan.shard_rows_of(split, index)
-        step = spec.chunk[0] * spec.row_bytes
-        for chunk, expected in enumerate(arrays[name]["crc32c"]):
-            if f"{crc32c(np.asarray(data[chunk * step : (chunk + 1) * step])):08x}" != expected:
-                yield f"{file}: chunk {chunk} does not match its checksum"
-        if data[rows * spec.row_bytes :].tobytes() != shard_index(spec, rows):
-            yield f"{file}: the index at its end is wrong"
-    try:
-        moments = read_plain(root / split / "moments", plan.moments_array(split), index)
-        sound = [f"{crc32c(moments):08x}"] == arrays["moments"]["crc32c"]
-    except UserError:
-        sound = False
-    if not sound:
-        yield f"{split}/moments/{plan.moments_array(split).file_name(index)}: does not match its checksum"
+            yield f"{part.prefix}{name}: SHA-256 differs from MANIFEST.json"
+    if ROOT not in part.manifest["files"]:
+        yield f"{part.prefix}{MANIFEST}: does not list {ROOT}"

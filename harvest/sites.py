@@ -8,13 +8,13 @@ own outputs and not those of everything inside them. A hook name that is another
 Pure: everything here works on a `SiteTable`, which harvest/structure.py fills for one model.
 """
 
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.records import nearest
+from thresher.cache.sites import fits
 
 TAPS = {
     "resid_pre": "residual stream entering the block",
@@ -114,10 +114,10 @@ def _tap(table: SiteTable, tap: str, layers: Sequence[int] | None) -> list[Locat
 
 def _match(table: SiteTable, pattern: str) -> list[Located]:
     by_name = {site_name(layer, tap): (layer, tap) for layer, tap in table.taps}
-    matches = [Located(name, *by_name[name], table.taps[by_name[name]]) for name in by_name if _fits(name, pattern)]
+    matches = [Located(name, *by_name[name], table.taps[by_name[name]]) for name in by_name if fits(name, pattern)]
     tap_at = {point: key for key, point in table.taps.items()}
     for hook, (canonical, point) in table.hooks.items():
-        if not _fits(hook, pattern):
+        if not fits(hook, pattern):
             continue
         if point in tap_at:
             layer, tap = tap_at[point]
@@ -127,11 +127,6 @@ def _match(table: SiteTable, pattern: str) -> list[Located]:
     if not matches:
         raise UserError(_nothing(table, pattern, by_name))
     return matches
-
-
-def _fits(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def _split(hook: str) -> tuple[int, str]:
@@ -144,7 +139,7 @@ def _nothing(table: SiteTable, pattern: str, names: Mapping[str, object]) -> str
     """Why a pattern matched nothing."""
     stem = f"harvest.sites asks for {pattern!r}"
     for hook, reason in table.unseen.items():
-        if _fits(hook, pattern):
+        if fits(hook, pattern):
             return f"{stem}. {reason}"
     full = re.fullmatch(r"L([\d*?\[\]!-]+)\.(\w+)", pattern)
     if full and full[2] in table.lacking:

@@ -20,7 +20,7 @@ from torch import Tensor
 from thresher.cache.batches import Batches
 from thresher.cache.contracts import Codes, UserError
 from thresher.cache.interrupts import StopFlag
-from thresher.cache.reader import CacheReader
+from thresher.cache.source import Source
 from thresher.train.crew import Crew, Task
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.rules import Deployed
@@ -122,7 +122,7 @@ def _value(bits: int) -> float:
 
 
 def calibrate(
-    coders: Sequence[Coder], reader: CacheReader, rows: int, device: torch.device, crew: Crew, stop: StopFlag
+    coders: Sequence[Coder], reader: Source, rows: int, device: torch.device, crew: Crew, stop: StopFlag
 ) -> None:
     """Set the thresholds of all BatchTopK dictionaries, sharing each read of the training rows.
 
@@ -172,7 +172,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out(
-    coders: Sequence[Coder], reader: CacheReader, rows: int, device: torch.device, crew: Crew, stop: StopFlag
+    coders: Sequence[Coder], reader: Source, rows: int, device: torch.device, crew: Crew, stop: StopFlag
 ) -> list[HeldOut | None]:
     """Check all dictionaries in one pass; None for each when the cache has no held-out rows."""
     split = next((name for name in ("validation", "test") if _rows(reader, name) > 0), None)
@@ -209,7 +209,7 @@ def _measure(coder: Coder, acts: Mapping[str, Tensor], total: Mapping[str, Tenso
 
 
 def passes(
-    reader: CacheReader, split: str, sites: Iterable[str], rows: int, device: torch.device, stop: StopFlag
+    reader: Source, split: str, sites: Iterable[str], rows: int, device: torch.device, stop: StopFlag
 ) -> Iterator[dict[str, Tensor]]:
     """Whole batches over up to `rows` rows of a split, each row once, always the same ones in the same order."""
     available = min(rows, _rows(reader, split))
@@ -226,7 +226,7 @@ def passes(
         batches.close()
 
 
-def _rows(reader: CacheReader, split: str) -> int:
+def _rows(reader: Source, split: str) -> int:
     try:
         return reader.rows(split)
     except (KeyError, UserError):  # a cache without that split

@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from thresher.cache.layout import KEPT
-from thresher.cache.reader import CacheReader
+from thresher.cache.source import Source
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.encoder import Workspace
@@ -77,9 +75,7 @@ class _Window:
 class Fit:
     """A dictionary with its optimiser, its schedule and its position in the stream of rows."""
 
-    def __init__(
-        self, plan: RunPlan, reader: CacheReader, device: torch.device, workspace: Workspace | None = None
-    ) -> None:
+    def __init__(self, plan: RunPlan, reader: Source, device: torch.device, workspace: Workspace | None = None) -> None:
         """Build with zero weights; `start` or `load` must follow. `workspace` may be shared with others."""
         spec = plan.spec
         self.plan = plan
@@ -97,11 +93,9 @@ class Fit:
         self._window = _Window(len(spec.reads), device)
         self._rate = 0.0
 
-    def start(self, reader: CacheReader) -> None:
+    def start(self, reader: Source) -> None:
         """Draw the initial weights, with a sample of training rows for what depends on data."""
-        rows = sample_rows(reader.rows("train"), _SAMPLE_ROWS)
-        if reader.plan.store == "all":  # special rows are no part of training, and their norms would set the scale
-            rows = rows[reader.provenance("train").keep[rows] == KEPT]
+        rows = reader.sample("train", _SAMPLE_ROWS)
         samples = [
             space.apply(reader.gather("train", site, rows).to(torch.float32))
             for site, space in zip(self.plan.spec.reads, self.reads, strict=True)
@@ -196,11 +190,6 @@ class Fit:
         self.coder.load_state_dict(parts["model"])
         self.optimiser.load_moments(parts["adam"])
         self.done, self.position = checkpoint.step, checkpoint.position
-
-
-def sample_rows(available: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` row numbers, evenly spaced."""
-    return np.unique(np.linspace(0, available - 1, min(wanted, available)).astype(np.int64))
 
 
 def sites_of(fits: Sequence[Fit]) -> list[str]:

@@ -4,11 +4,11 @@ Pure: it sees the cache's sites, not the cache.
 """
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.records import nearest
+from thresher.cache.sites import matches
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec, concrete
 
@@ -94,11 +94,7 @@ def _pairs(config: DictionaryConfig, sites: Mapping[str, Site]) -> list[tuple[Si
 
 def _matching(pattern: str, field: str, layers: tuple[int, ...] | None, sites: Mapping[str, Site]) -> list[Site]:
     """Sites by tap, name or glob, in layer order."""
-    hits = [
-        site
-        for site in sites.values()
-        if pattern in (site.tap, site.name) or fnmatchcase(site.name, pattern) or fnmatchcase(site.tap, pattern)
-    ]
+    hits = [site for site in sites.values() if matches(pattern, site)]
     if not hits:
         known = sorted({site.tap for site in sites.values()} | set(sites))
         raise UserError(

@@ -26,8 +26,8 @@ from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
 from thresher.cache.devices import resolve_device
 from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
-from thresher.cache.reader import CacheReader
 from thresher.cache.records import differences, to_dict
+from thresher.cache.source import Source
 from thresher.train.calibrate import HeldOut, calibrate, held_out
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew, Task
@@ -76,7 +76,7 @@ class _Job:
 
 def train(
     plans: Sequence[RunPlan],
-    reader: CacheReader,
+    reader: Source,
     *,
     out: Path,
     device: str = "auto",
@@ -126,7 +126,7 @@ def train(
     return [results[name] for name in names]
 
 
-def _config(plan: RunPlan, reader: CacheReader, device: torch.device) -> dict[str, Any]:
+def _config(plan: RunPlan, reader: Source, device: torch.device) -> dict[str, Any]:
     """config.json of a run that is about to start."""
     return {
         "name": plan.name,
@@ -187,7 +187,7 @@ def _open(
     plan: RunPlan,
     config: dict[str, Any],
     path: Path,
-    reader: CacheReader,
+    reader: Source,
     device: torch.device,
     workspace: Workspace,
     wandb: WandbMode,
@@ -214,7 +214,7 @@ def _open(
 
 def _run_pass(
     jobs: Sequence[_Job],
-    reader: CacheReader,
+    reader: Source,
     batch_rows: int,
     seed: int,
     start: int,
@@ -320,7 +320,7 @@ def _set_aside(job: _Job, reason: str, display: TrainingDisplay, console: Consol
 
 
 def _finish(
-    jobs: Sequence[_Job], reader: CacheReader, device: torch.device, crew: Crew, stop: StopFlag, console: Console
+    jobs: Sequence[_Job], reader: Source, device: torch.device, crew: Crew, stop: StopFlag, console: Console
 ) -> Iterable[RunResult]:
     """Freeze, check and save the jobs that reached their end; none of them once a stop is requested."""
     budgets: dict[tuple[int, int], list[_Job]] = {}  # what a run comes to must not depend on its company

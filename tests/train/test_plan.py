@@ -69,7 +69,7 @@ def test_a_spec_survives_json() -> None:
         (SITES, {"reads": "mlp_inn"}, "matches no site of the cache. Did you mean 'mlp_in'"),
         (SITES, {"layers": (2, 7)}, r"layers \[7\]"),
         ({k: v for k, v in SITES.items() if k != "L03.mlp_out"}, {}, r"layers \[3\] lack one side"),
-        (SITES, {"writes": "L0*"}, "several sites of one layer"),
+        (SITES, {"writes": "L0*.*"}, "several sites of one layer"),
         (SITES | {"L03.mlp_in": Site("L03.mlp_in", 3, "mlp_in", 9)}, {"kind": "clt"}, "different widths"),
         (SITES, {"n_latents": None}, "exactly one of n_latents and expansion"),
         (SITES, {"kind": "sae", "reads": "mlp_in", "writes": "mlp_out"}, "reconstructs what it reads"),
