@@ -1,17 +1,24 @@
 """Which device a setting means."""
 
+import os
+
 import torch
 
 from thresher.cache.contracts import UserError
 
 
 def resolve_device(device: str, field: str) -> torch.device:
-    """The device meant by `device`; `auto` is CUDA when there is one. `field` names the setting in messages.
+    """The device meant by `device`; `field` names the setting in messages.
+
+    `auto` is CUDA when there is one: under torchrun, the process's own GPU.
 
     Raises UserError for a word that is no device and for CUDA where there is none.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local) if 0 < local < torch.cuda.device_count() else torch.device("cuda")
     try:
         wanted = torch.device(device)
     except RuntimeError as error:

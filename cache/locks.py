@@ -1,7 +1,7 @@
-"""Locks between writers of one cache: the kernel's `flock`, freed with the process that holds it, so none is ever stale.
+"""Locks between writers of one cache: the kernel's `flock`, freed with the process that holds it, so never stale.
 
-A lock file may be removed while nobody needs it; whoever opened it before then finds that the name has another file, or
-none, and takes the lock anew. Where a file system knows no `flock`, or grants it twice (some network mounts), one
+A lock file may be removed while nobody needs it; whoever opened it before then finds that the name has another file,
+or none, and takes the lock anew. Where a file system knows no `flock`, or grants it twice (some network mounts), one
 writer at a time is allowed, by a file that only one process can create; a dead writer's has to be removed by hand.
 """
 

@@ -18,7 +18,6 @@ from thresher.cache.contracts import Site, UserError
 from thresher.cache.layout import CONTEXT_ARRAYS, FORMAT, VERSION, Contexts, calibration_array
 from thresher.cache.plan import Extends, Plan
 
-
 PARTS = "parts"
 """Folder of a cache in which the parts lie that extend it: `<NN>-sites`, `<NN>-tokens`, in order of creation."""
 

@@ -93,6 +93,7 @@ class CacheWriter:
         self._files = ThreadPoolExecutor(8, thread_name_prefix="thresher-publish")
         self._publishing: Future[None] | None = None
         self._failure: BaseException | None = None
+        self._surfaced = False
 
     @classmethod
     def open(
@@ -108,23 +109,21 @@ class CacheWriter:
         fvu_gate: float = 1e-3,
         facts: Mapping[str, Any] | None = None,
         extends: Extends | None = None,
+        create: Lock | None = None,
         notify: Callable[[str], None] = lambda line: None,
     ) -> "CacheWriter":
         """Create the part of a cache at `path`, or resume it; several processes may do so at once.
 
         `identity` is what the fingerprint is of; `facts` (library versions, device, counts) are stored beside it and
-        may differ between runs. With `extends`, `path` is `<cache>/parts/<name>`. `notify` gets a line when something
-        has to be waited for. Raises UserError when the directory holds something else, another identity, or when the
-        disk is too small: before anything is computed.
+        may differ between runs. With `extends`, `path` is `<cache>/parts/<name>`. `create` is the lock that `planning`
+        gave, which is freed here. `notify` gets a line when something has to be waited for. Raises UserError when the
+        directory holds something else, another identity, or when the disk is too small: before anything is computed.
         """
-        base = None if extends is None else extended_part(path, extends).plan
-        plan = make_plan(identity, sites, contexts, codec, seed, store, extends, base)
-        _refuse_foreign(path)
-        create = hold(
-            path / CREATE, lambda: notify(f"waiting for another process that is planning or finishing {path}")
-        )
+        create = create or planning(path, notify)
         writer = None
         try:
+            base = None if extends is None else extended_part(path, extends).plan
+            plan = make_plan(identity, sites, contexts, codec, seed, store, extends, base)
             writer = cls(path, plan, contexts, fvu_gate, notify)
             if not excludes(create):
                 writer._sole = sole_writer(path)
@@ -133,6 +132,7 @@ class CacheWriter:
         except BaseException:
             if writer is not None:
                 writer.close()
+            forget_plan(path, create)
             raise
         finally:
             create.release()
@@ -147,7 +147,7 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        if error is None:
+        if error is None and not self._surfaced:
             self.settle()
 
     def bytes_needed(self) -> int:
@@ -359,6 +359,7 @@ class CacheWriter:
         if self._failure is None and self._publishing is not None and self._publishing.done():
             self._failure = self._publishing.exception()
         if self._failure is not None:
+            self._surfaced = True
             raise self._failure
 
     def _prepare(self, facts: Mapping[str, Any]) -> None:
@@ -420,8 +421,8 @@ class CacheWriter:
         if not all(has_calibration(self.path, site) for site in self.plan.sites):
             if self._committed:
                 raise UserError(
-                    f"{self.path / 'calibration'} is incomplete, yet shards were stored with it. Restore the folder, or "
-                    f"remove the cache {self.path} and harvest again."
+                    f"{self.path / 'calibration'} is incomplete, yet shards were stored with it. Restore the folder, "
+                    f"or remove the cache {self.path} and harvest again."
                 )
             return
         self._calibrations = {site.name: read_calibration(self.path, site) for site in self.plan.sites}
@@ -459,6 +460,21 @@ class CacheWriter:
             }
             write_plain(self.path / "stats" / site.name, stats_array(site), values)
             write_json(self.path / "stats" / site.name / "zarr.json", stats_array(site).zarr_json(attributes))
+
+
+def planning(path: Path, notify: Callable[[str], None] = lambda line: None) -> Lock:
+    """The right to decide what the part at `path` is going to be. Raises UserError when it is not ours to fill."""
+    _refuse_foreign(path)
+    return hold(path / CREATE, lambda: notify(f"waiting for another process that is planning or finishing {path}"))
+
+
+def forget_plan(path: Path, create: Lock) -> None:
+    """Free the lock that `planning` gave, leaving no empty directory behind when nothing was planned."""
+    if create.fresh and [file.name for file in path.iterdir()] == [CREATE]:
+        create.remove()
+        with contextlib.suppress(OSError):  # another process may be waiting there by now
+            path.rmdir()
+    create.release()
 
 
 def _scan_order(plan: Plan) -> list[Shard]:

@@ -6,6 +6,7 @@ packed by itself. What stays in memory is 9 bytes a token: token id, document id
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -73,6 +74,9 @@ class DataConfig:
     max_documents: int | None = None
     """Stop after this many documents."""
 
+    skip_documents: int = 0
+    """Leave out so many documents at the start: those that a cache to be extended holds already."""
+
     test_fraction: float = 0.01
     """Share of documents held out for evaluation."""
 
@@ -95,6 +99,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; expected at least 1. Leave it out for no limit.")
+        if self.skip_documents < 0:
+            raise UserError(f"data.skip_documents is {self.skip_documents}; expected 0 or more.")
         if self.context is not None and self.context < 2:
             raise UserError(f"data.context is {self.context}; expected at least 2 tokens.")
         if not self.source or not self.column:
@@ -127,6 +133,7 @@ def data_identity(config: DataConfig) -> dict[str, Any]:
         "separator": config.separator,
         "max_tokens": config.max_tokens,
         "max_documents": config.max_documents,
+        "skip_documents": config.skip_documents,
         "test_fraction": config.test_fraction,
         "validation_fraction": config.validation_fraction,
         "split_seed": config.split_seed,
@@ -146,16 +153,17 @@ def read_corpus(
     marks = _marks(config, tokenizer)
     special = np.unique([mark for mark in marks if mark is not None] + list(_special_ids(tokenizer))).astype(np.int64)
     packers = {split: Packer(context=context, packing=config.packing, marks=marks, special=special) for split in SPLITS}
-    _fill(packers, config, tokenizer, n_vocab, console)
+    read = _fill(packers, config, tokenizer, n_vocab, console)
     if not any(packer.documents for packer in packers.values()):
         raise UserError(
-            f"data.source {config.source!r} gave no document with any token (column {config.column!r}); expected at "
-            "least one. Check the source and the column."
+            f"data.source {config.source!r} gave no document with any token (column {config.column!r}, skip_documents "
+            f"{config.skip_documents}); expected at least one. Check the source and the column."
         )
     splits = {name: packer.contexts() for name, packer in packers.items() if packer.documents}
     _check_splits(config, packers, splits, context)
     facts = {
         "context": context,
+        "documents_read": read,
         "bos": marks.bos,
         "separator": marks.before if marks.before is not None else marks.after,
         "splits": {
@@ -213,8 +221,8 @@ def _fill(
     tokenizer: "PreTrainedTokenizerBase | None",
     n_vocab: int,
     console: Console,
-) -> None:
-    """Give every document to the packer of its split, until a limit."""
+) -> int:
+    """Give every document to the packer of its split, until a limit; returns how many were read, skipped ones too."""
     source = Source(
         config.source,
         config.subset,
@@ -227,9 +235,10 @@ def _fill(
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading text")
-        count = 0
-        for batch in _batches(documents(source)):
+        count, read = 0, config.skip_documents
+        for batch in _batches(itertools.islice(documents(source), config.skip_documents, None)):
             for document, tokens in zip(batch, _token_ids(batch, tokenizer, config), strict=True):
+                read += 1
                 if not len(tokens):
                     continue
                 _check_range(tokens, n_vocab, count)
@@ -243,9 +252,10 @@ def _fill(
                 packer.add(tokens[:left], count)
                 count += 1
                 if count == config.max_documents or (left is not None and len(tokens) >= left):
-                    return
+                    return read
             tokens_read = sum(packer.tokens for packer in packers.values())
             progress.update(task, description=f"reading text: {count:,} documents, {tokens_read:,} tokens")
+        return read
 
 
 def _batches(rows: Iterable[Document]) -> Iterator[list[Document]]:

@@ -12,6 +12,9 @@ import numpy as np
 
 from thresher.cache.layout import KEPT, SPECIAL, Contexts
 
+PACKING_ID = "thresher-packing-1"
+"""Names how documents become contexts; another way would need another name."""
+
 _FLUSH_TOKENS = 1 << 20
 """Tokens that wait before contexts are cut from them."""
 

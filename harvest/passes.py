@@ -36,9 +36,17 @@ class Job(NamedTuple):
     last: bool
 
 
-def jobs(writer: CacheWriter, contexts: Mapping[str, Contexts], batch: int) -> Iterator[Job]:
-    """The passes that fill all pending shards, in order, of at most `batch` contexts each."""
-    for split, index in writer.pending():
+def jobs(writer: CacheWriter, contexts: Mapping[str, Contexts], batch: int) -> Iterator[Job | None]:
+    """The passes, of at most `batch` contexts each, of every shard that this process can lock, until all are done.
+
+    None stands for: all that is left is in the hands of other processes, ask again later.
+    """
+    while not writer.exhausted():
+        shard = writer.take()
+        if shard is None:
+            yield None
+            continue
+        split, index = shard
         wanted = writer.contexts_of(split, index)
         for start in range(0, len(wanted), batch):
             ids = contexts[split].token_id[wanted[start : start + batch]].astype(np.int64)
@@ -67,17 +75,21 @@ class Passes:
             self._pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._threads)  # the workers' setting is the default of threads to come
 
-    def run(self, todo: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Tensor]]]:
-        """Each job with its activations [B, T, width] by site, in order; raises what went wrong in a pass."""
-        if not self._workers:
-            for job in todo:
-                yield job, self._model.record(job.tokens, self._sites)
-            return
+    def run(self, todo: Iterable[Job | None]) -> Iterator[tuple[Job, dict[str, Tensor]] | None]:
+        """Each job with its activations [B, T, width] by site, in order; raises what went wrong in a pass.
+
+        A None among the jobs comes out as None once everything before it has: what others wait for is never held back.
+        """
         ahead: deque[tuple[Job, Future[dict[str, Tensor]]]] = deque()
         for job in todo:
-            ahead.append((job, self._pool.submit(self._record, job.tokens)))
-            if len(ahead) > self._workers:
-                yield _awaited(*ahead.popleft())
+            if job is None:
+                yield _awaited(*ahead.popleft()) if ahead else None
+            elif not self._workers:
+                yield job, self._model.record(job.tokens, self._sites)
+            else:
+                ahead.append((job, self._pool.submit(self._record, job.tokens)))
+                if len(ahead) > self._workers:
+                    yield _awaited(*ahead.popleft())
         while ahead:
             yield _awaited(*ahead.popleft())
 
