@@ -6,7 +6,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes of host memory that can be taken without swapping: what the kernel says, within the limit of a container."""
+    """Bytes of host memory that can be taken without swapping, within the limit of a container."""
     available = 1 << 62
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
