@@ -136,8 +136,8 @@ def decode(codes_ND: Tensor, scale_N: Tensor | None, calibration: Calibration | 
     on_cpu = x_ND.device.type == "cpu"
     rows = max(64, _DECODE_ELEMENTS // x_ND.shape[1]) if on_cpu else len(x_ND)
     with one_thread() if on_cpu else nullcontext():
-        for at in range(0, len(x_ND), rows or 1):  # in pieces that stay in a CPU's cache between the three passes
+        for at in range(0, len(x_ND), rows or 1):  # in pieces that stay in a CPU's cache between the passes
             piece = x_ND[at : at + rows]
             piece.copy_(codes_ND[at : at + rows]).mul_(s_N1[at : at + rows])
-            torch.addcmul(calibration.mean, piece, calibration.std, out=piece)
+            piece.mul_(calibration.std).add_(calibration.mean)  # addcmul rounds once less, and not the same everywhere
     return x_ND.to(dtype)
