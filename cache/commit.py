@@ -136,6 +136,13 @@ def side_files(plan: Plan) -> list[str]:
     return sorted(files)
 
 
+def side_digests(root: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every side file, by path."""
+    return {
+        name: {"bytes": (root / name).stat().st_size, "sha256": file_digest(root / name)} for name in side_files(plan)
+    }
+
+
 def publish_manifest(root: Path, plan: Plan) -> None:
     """Declare the cache complete."""
     record = {
@@ -145,9 +152,6 @@ def publish_manifest(root: Path, plan: Plan) -> None:
         "fingerprint": plan.fingerprint,
         "splits": {name: {"rows": sizes.rows, "shards": sizes.shards} for name, sizes in plan.splits.items()},
         "commits": commits_digest(root, plan),
-        "files": {
-            name: {"bytes": (root / name).stat().st_size, "sha256": file_digest(root / name)}
-            for name in side_files(plan)
-        },
+        "files": side_digests(root, plan),
     }
     publish(root / MANIFEST, [canonical(sealed(record))])
