@@ -291,8 +291,9 @@ class Full(NamedTuple):
 
 def fill_disk(folder: Path, left: int) -> None:
     """Take all room but `left` bytes, as a neighbour's job might."""
-    with (folder / BALLAST).open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - left))
+    with (folder / BALLAST).open("wb") as file, contextlib.suppress(OSError):
+        while (more := min(shutil.disk_usage(folder).free - left, ROWS)) > 0:
+            os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), more)
 
 
 class Outcome(NamedTuple):
