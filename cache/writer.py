@@ -54,7 +54,7 @@ from thresher.cache.layout import (
 from thresher.cache.locks import CREATE, READ, Lock, excludes, hold, share, sole_writer, try_hold
 from thresher.cache.order import Stream
 from thresher.cache.plan import Extends, Plan, context_array, make_plan
-from thresher.cache.publish import free_bytes, publish, write_json
+from thresher.cache.publish import flush_directory, free_bytes, publish, write_json
 from thresher.cache.records import differences
 from thresher.cache.shard import ShardData, ShardWriter
 from thresher.cache.stored import extended_part, has_calibration, parts, read_calibration, read_root
@@ -109,13 +109,15 @@ class CacheWriter:
         fvu_gate: float = 1e-3,
         facts: Mapping[str, Any] | None = None,
         extends: Extends | None = None,
+        window_bytes: int | None = None,
         create: Lock | None = None,
         notify: Callable[[str], None] = lambda line: None,
     ) -> "CacheWriter":
         """Create the part of a cache at `path`, or resume it; several processes may do so at once.
 
         `identity` is what the fingerprint is of; `facts` (library versions, device, counts) are stored beside it and
-        may differ between runs. With `extends`, `path` is `<cache>/parts/<name>`. `create` is the lock that `planning`
+        may differ between runs. With `extends`, `path` is `<cache>/parts/<name>`; with
+        `window_bytes` it is a ring (`ring`) whose train shards take no more than that. `create` is the lock that `planning`
         gave, which is freed here. `notify` gets a line when something has to be waited for. Raises UserError when the
         directory holds something else, another identity, or when the disk is too small: before anything is computed.
         """
@@ -123,7 +125,7 @@ class CacheWriter:
         writer = None
         try:
             base = None if extends is None else extended_part(path, extends).plan
-            plan = make_plan(identity, sites, contexts, codec, seed, store, extends, base)
+            plan = make_plan(identity, sites, contexts, codec, seed, store, extends, base, window_bytes)
             writer = cls(path, plan, contexts, fvu_gate, notify)
             if not excludes(create):
                 writer._sole = sole_writer(path)
@@ -154,7 +156,7 @@ class CacheWriter:
         """Estimate of the bytes still to be written, by whomever."""
         sizes = self.plan.splits.values()
         planned = (self.path / ROOT).exists() or self.plan.rows_stored_elsewhere
-        return self._bytes_of(self.pending()) + (
+        return self._bytes_of(self._to_come()) + (
             0 if planned else 9 * sum(each.contexts * each.tokens for each in sizes)
         )
 
@@ -179,11 +181,13 @@ class CacheWriter:
             time.sleep(_POLL_SECONDS)
         return shard
 
-    def take(self) -> Shard | None:
-        """`claim` without waiting: None also when there is nothing to take at the moment."""
+    def take(self, among: Sequence[Shard] | None = None) -> Shard | None:
+        """`claim` without waiting, of all shards or of some: None also when there is nothing to take at the moment."""
         self._raise_failure()
         ready = self._can_encode()
-        for shard in [shard for shard in self._order if shard not in self._committed and shard not in self._held]:
+        for shard in [
+            shard for shard in among or self._order if shard not in self._committed and shard not in self._held
+        ]:
             if not (ready or shard == ("train", 0)) or self._is_committed(shard):
                 continue
             if self._lock(shard):
@@ -233,12 +237,40 @@ class CacheWriter:
                 return
             for split, index in self._order:
                 self._check_shard(split, index)
-            self._write_stats()
+            self.write_statistics(range(self.plan.splits["train"].shards))
             self._collect(self.path.rglob("*.tmp"))
             publish_manifest(self.path, self.plan)
             self._collect(self.path.glob("commits/*.lock"))
         finally:
             create.release()
+
+    def write_statistics(self, shards: Iterable[int]) -> None:
+        """Publish the statistics over some train shards: their moments merged, in the order given."""
+        plan, spec = self.plan, self.plan.moments_array("train")
+        folder = self.path / "train" / "moments"
+        packed = [read_plain(folder, spec, i)[0] for i in shards]
+        by_mask = [[stats.unpack(plan.sites, shard[mask]) for shard in packed] for mask in range(2)]
+        for site in plan.sites:
+            kept, special = (stats.merged(s[site.name] for s in each) for each in by_mask)
+            both = [kept.stats(), kept.merge(special).stats()]
+            values = np.stack([np.stack([s.mean, s.variance]) for s in both])
+            attributes = {
+                key: [getattr(s, key) for s in both] for key in ("count", "mean_norm", "mean_sq_norm", "total_variance")
+            }
+            write_plain(self.path / "stats" / site.name, stats_array(site), values)
+            write_json(self.path / "stats" / site.name / "zarr.json", stats_array(site).zarr_json(attributes))
+
+    def evict(self, split: str, index: int) -> None:
+        """Remove a committed shard, its record first; left alone while another process has it."""
+        lock = try_hold(commit_path(self.path, split, index).with_suffix(".lock"))
+        if lock is None:
+            return
+        arrays = read_commit(self.path, self.plan, split, index)["arrays"]
+        commit_path(self.path, split, index).unlink(missing_ok=True)
+        flush_directory(self.path / "commits")
+        self._committed.discard((split, index))
+        self._collect(self.path / name for name in shard_files(self.plan, split, index, arrays))
+        lock.remove()
 
     def settle(self) -> None:
         """Wait for the shard being published, and raise what went wrong with it."""
@@ -316,6 +348,14 @@ class CacheWriter:
         publish_commit(self.path, self.plan, split, index, arrays, data.quality, self._calibration_digest())
         self._committed.add((split, index))
 
+    def _to_come(self) -> list[Shard]:
+        """The shards without a commit that will have to lie on the disk at one time."""
+        pending, plan = self.pending(), self.plan
+        if plan.window_shards is None:
+            return pending
+        train = [shard for shard in pending if shard[0] == "train"]
+        return train[: 3 * plan.window_shards] + [shard for shard in pending if shard[0] != "train"]
+
     def _is_committed(self, shard: Shard) -> bool:
         """Whether a shard has its commit record by now, from whomever."""
         if shard not in self._committed and commit_path(self.path, *shard).exists():
@@ -368,7 +408,7 @@ class CacheWriter:
         if root.exists():
             self._check_same(read_root(self.path).plan)
         self._committed = committed(self.path, self.plan)
-        self._require_space(self.pending(), planned=root.exists())
+        self._require_space(self._to_come(), planned=root.exists())
         if not root.exists():
             self._collect(self.path.rglob("*.tmp"))
             for split, packed in self._contexts.items():
@@ -398,7 +438,7 @@ class CacheWriter:
 
     def _require_space(self, shards: Sequence[Shard], *, planned: bool = True) -> None:
         """Raise UserError unless the disk has room for shards, those being published, and the plan if it is to come."""
-        tokens = 0 if planned else self.bytes_needed() - self._bytes_of(self.pending())
+        tokens = 0 if planned else self.bytes_needed() - self._bytes_of(self._to_come())
         needed = int(_SLACK * (self._bytes_of([*shards, *(s for s in list(self._held) if s not in shards)]) + tokens))
         free = free_bytes(self.path)
         if needed > free:
@@ -444,22 +484,6 @@ class CacheWriter:
             if site.name in self._calibrations:
                 digest.update(self._calibrations[site.name].as_array().data)
         return digest.hexdigest() if self._calibrations else None
-
-    def _write_stats(self) -> None:
-        """Merge the moments of all train shards, in shard order."""
-        plan, spec = self.plan, self.plan.moments_array("train")
-        folder = self.path / "train" / "moments"
-        packed = [read_plain(folder, spec, i)[0] for i in range(plan.splits["train"].shards)]
-        by_mask = [[stats.unpack(plan.sites, shard[mask]) for shard in packed] for mask in range(2)]
-        for site in plan.sites:
-            kept, special = (stats.merged(s[site.name] for s in shards) for shards in by_mask)
-            both = [kept.stats(), kept.merge(special).stats()]
-            values = np.stack([np.stack([s.mean, s.variance]) for s in both])
-            attributes = {
-                key: [getattr(s, key) for s in both] for key in ("count", "mean_norm", "mean_sq_norm", "total_variance")
-            }
-            write_plain(self.path / "stats" / site.name, stats_array(site), values)
-            write_json(self.path / "stats" / site.name / "zarr.json", stats_array(site).zarr_json(attributes))
 
 
 def planning(path: Path, notify: Callable[[str], None] = lambda line: None) -> Lock:
