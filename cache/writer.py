@@ -116,9 +116,9 @@ class CacheWriter:
         """Create the part of a cache at `path`, or resume it; several processes may do so at once.
 
         `identity` is what the fingerprint is of; `facts` (library versions, device, counts) are stored beside it and
-        may differ between runs. With `extends`, `path` is `<cache>/parts/<name>`; with
-        `window_bytes` it is a ring (`ring`) whose train shards take no more than that. `create` is the lock that `planning`
-        gave, which is freed here. `notify` gets a line when something has to be waited for. Raises UserError when the
+        may differ between runs. With `extends`, `path` is `<cache>/parts/<name>`; with `window_bytes` it is a ring
+        (`ring`) whose train shards take no more than that. `create` is the lock that `planning` gave, which is freed
+        here. `notify` gets a line when something has to be waited for. Raises UserError when the
         directory holds something else, another identity, or when the disk is too small: before anything is computed.
         """
         create = create or planning(path, notify)
