@@ -149,7 +149,7 @@ def read_corpus(
     `n_ctx` and `n_vocab` are the model's limits. Raises UserError for text without a tokenizer, token ids that the
     model does not have, contexts longer than it allows, and splits that come out empty.
     """
-    context = _context(config, n_ctx)
+    context = context_length(config, n_ctx)
     marks = _marks(config, tokenizer)
     special = np.unique([mark for mark in marks if mark is not None] + list(_special_ids(tokenizer))).astype(np.int64)
     packers = {split: Packer(context=context, packing=config.packing, marks=marks, special=special) for split in SPLITS}
@@ -179,7 +179,8 @@ def read_corpus(
     return Corpus(splits, facts)
 
 
-def _context(config: DataConfig, n_ctx: int) -> int:
+def context_length(config: DataConfig, n_ctx: int) -> int:
+    """Tokens per context. Raises UserError for more than the model's `n_ctx`."""
     context = min(n_ctx, LONGEST_CONTEXT) if config.context is None else config.context
     if context > n_ctx:
         raise UserError(

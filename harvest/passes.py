@@ -75,6 +75,11 @@ class Passes:
             self._pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._threads)  # the workers' setting is the default of threads to come
 
+    @property
+    def workers(self) -> int:
+        """Passes that run at a time."""
+        return max(1, self._workers)
+
     def run(self, todo: Iterable[Job | None]) -> Iterator[tuple[Job, dict[str, Tensor]] | None]:
         """Each job with its activations [B, T, width] by site, in order; raises what went wrong in a pass.
 
