@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -21,7 +21,9 @@ from thresher.cache.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from thresher.cache.contracts import Site
+    from thresher.cache.estimate import Outlook, Rates, Training, Workload
     from thresher.cache.layout import Contexts
+    from thresher.cache.prune import Run
     from thresher.cache.reader import CacheReader
     from thresher.evaluate.results import Results
     from thresher.evaluate.run import EvaluateConfig, Replacement
@@ -100,9 +102,18 @@ def _options(
 
 
 @app.command()
-def harvest(name: RecipeName, assignments: Assignments = None, cache: CachePath = None) -> None:
+def harvest(
+    name: RecipeName,
+    assignments: Assignments = None,
+    cache: CachePath = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Add the recipe's further sites, or its further text, to the --cache.")
+    ] = False,
+) -> None:
     """Run the target once and write its activations to a cache (resumes; a matching cache is reused)."""
-    harvest_recipe(_read(name, assignments), cache)
+    if extend and cache is None:
+        raise UserError("--extend needs --cache PATH: the cache to be extended, since this recipe names another one.")
+    harvest_recipe(_read(name, assignments), cache, extend=extend)
 
 
 @app.command()
@@ -194,6 +205,154 @@ def cache_verify(path: Annotated[Path, typer.Argument(help="A cache directory.")
         raise typer.Exit(1)
 
 
+@cache_app.command("estimate")
+def cache_estimate(
+    name: RecipeName,
+    assignments: Assignments = None,
+    cache: CachePath = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to reckon with, in place of reading the text.")
+    ] = None,
+) -> None:
+    """Bytes and time of a recipe's cache, and whether it pays against running the model again (takes some seconds)."""
+    from thresher.cache.estimate import outlook, verdict
+    from thresher.cache.layout import CODECS
+    from thresher.harvest.estimate import measure
+
+    recipe = _read(name, assignments)
+    path = cache or default_cache(recipe)
+    target, data, settings = (recipe.tables[table] for table in ("target", "data", "harvest"))
+    found = measure(target, data, settings, folder=path, tokens=tokens, console=out)
+    outlooks = {codec: outlook(found.work, found.rates, codec) for codec in CODECS}
+    training = _training(_plans(recipe, {site.name: site for site in found.work.sites}), found.work.rows["train"])
+    rows = " + ".join(f"{count:,} {split}" for split, count in found.work.rows.items())
+    out.print(
+        f"{rows} rows from {found.work.contexts:,} contexts of {found.work.context} tokens ({found.basis}), at "
+        f"{len(found.work.sites)} sites of {target.model} on {found.device}."
+    )
+    out.print(_estimate_table(list(outlooks.values()), found.work, found.rates, settings.codec))
+    out.print(
+        f"The recipe trains {_many(training.dictionaries, 'dictionary', 'dictionaries')} from "
+        f"{_many(training.streams, 'stream', 'streams')} of batches: {training.passes:.2f} passes over the rows."
+    )
+    out.print(verdict(outlooks[settings.codec], list(outlooks.values()), found.rates, training))
+
+
+def _estimate_table(outlooks: "Sequence[Outlook]", work: "Workload", rates: "Rates", chosen: str) -> Table:
+    """One column a codec; sites of one tap and width share a row, since they are equally large."""
+    from thresher.cache.estimate import duration
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("")
+    for each in outlooks:
+        table.add_column(f"{each.codec} (recipe's)" if each.codec == chosen else each.codec, justify="right")
+    alike: dict[tuple[str, int], list[str]] = {}
+    for site in work.sites:
+        alike.setdefault((site.tap, site.width), []).append(site.name)
+    for (tap, width), names in alike.items():
+        each_of = f", each of {len(names)}" if len(names) > 1 else ""
+        table.add_row(f"{tap}, {width} wide{each_of}", *(decimal(each.site_bytes[names[0]]) for each in outlooks))
+    table.add_row("all, with tokens and statistics", *(decimal(each.bytes) for each in outlooks), style="bold")
+    fits = [("fits" if each.needed <= rates.free else "[red]too large[/]") for each in outlooks]
+    table.add_row(f"{decimal(rates.free)} are free there", *fits)
+    table.add_row("")
+    lines: list[tuple[str, Callable[[Outlook], str]]] = [
+        (f"writing at {decimal(int(rates.disk.write))}/s", lambda each: duration(each.write_s)),
+        (f"model at {rates.forward:,.0f} tokens/s", lambda each: duration(each.forward_s)),
+        ("harvest, the longer of both", lambda each: duration(each.harvest_s)),
+        (f"reading a pass at {decimal(int(rates.disk.read))}/s", lambda each: duration(each.read_s)),
+        ("rows/s that the disk can feed", lambda each: f"{each.rows_per_s:,.0f}"),
+        ("passes from which on it pays", lambda each: f"{each.break_even:.2f}"),
+    ]
+    for label, shown in lines:
+        table.add_row(label, *(shown(each) for each in outlooks))
+    return table
+
+
+def _training(plans: "Sequence[RunPlan]", rows: int) -> "Training":
+    """What the plans read of a cache with so many training rows; those that share batch size and seed read together."""
+    from thresher.cache.estimate import Training
+
+    streams: dict[tuple[int, int], int] = {}
+    for plan in plans:
+        key = (plan.train.batch_rows, plan.seed)
+        streams[key] = max(streams.get(key, 0), plan.train.total_steps(rows) * plan.train.batch_rows)
+    return Training(len(plans), len(streams), sum(streams.values()) / rows)
+
+
+def _many(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
+
+
+@cache_app.command("prune")
+def cache_prune(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH…]", help="Caches, or directories of caches.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Also caches that were not used for so long.")
+    ] = None,
+    used: Annotated[bool, typer.Option("--used", help="Also caches that runs were trained from.")] = False,
+    runs: Annotated[Path, typer.Option("--runs", help="Where to look for runs.")] = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it nothing is changed.")] = False,
+) -> None:
+    """Free space: leftovers of dead harvests; whole caches when named or --older-than. A dry run without --yes."""
+    import time
+
+    from thresher.cache.prune import Policy, decide, find, remove, survey
+
+    named = {path for path in paths or () if find(path) == [path]}
+    folders = paths or [Path(os.environ.get("THRESHER_CACHE", "caches"))]
+    found = list(dict.fromkeys(path for folder in folders for path in find(folder)))
+    users = _runs_in({runs, *(path.parent / "runs" for path in found)})
+    policy, now = Policy(older_than, used), time.time()
+    table = Table("cache", "size", "state", "last used", "runs", "goes", box=None, header_style="bold")
+    strangers, freed = [], 0
+    for path in found:
+        seen = survey(path, users)
+        decision = (
+            remove(path, policy, named=path in named, runs=users)
+            if yes
+            else decide(seen, policy, named=path in named, now=now)
+        )
+        freed += decision.bytes
+        strangers += [path / name for name in seen.strangers]
+        goes = f"{decimal(decision.bytes)}: {decision.why}" if decision.files else decision.why
+        state = ", ".join(dict.fromkeys([part.state for part in seen.parts] + [seen.busy][: bool(seen.busy)]))
+        table.add_row(str(path), decimal(seen.bytes), state, _ago(now - seen.used), str(len(seen.runs) or ""), goes)
+    out.print(table)
+    for stranger in strangers:
+        out.print(f"not ours, left alone: {stranger}", markup=False, highlight=False, soft_wrap=True)
+    where = ", ".join(map(str, folders))
+    out.print(
+        f"{decimal(freed)} {'freed' if yes else 'would be freed'} in {where}."
+        + (" Add --yes to remove it." if freed and not yes else "")
+    )
+
+
+def _runs_in(folders: Iterable[Path]) -> "list[Run]":
+    """Every run directory up to two levels below the folders, with the cache that it names."""
+    from thresher.cache.prune import Run
+
+    found: dict[Path, Run] = {}
+    for config in (
+        file for folder in folders for depth in ("", "*/", "*/*/") for file in folder.glob(f"{depth}config.json")
+    ):
+        try:
+            stored = _config(config.parent)["cache"]
+        except (UserError, KeyError):
+            continue  # no run of ours, or one that says nothing of a cache
+        found[config.parent.resolve()] = Run(config.parent, Path(stored["path"]), stored["fingerprint"])
+    return list(found.values())
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            return _many(int(seconds // size), unit, f"{unit}s") + " ago"
+    return "now"
+
+
 @recipes_app.command("list")
 def recipes_list() -> None:
     """The bundled recipes."""
@@ -241,12 +400,12 @@ def recipes_keys(
             out.print(grid, "")
 
 
-def harvest_recipe(recipe: "Recipe", cache: Path | None) -> "HarvestResult":
-    """Fill the recipe's cache, or find it full."""
+def harvest_recipe(recipe: "Recipe", cache: Path | None, *, extend: bool = False) -> "HarvestResult":
+    """Fill the recipe's cache, or find it full; or extend the one at `cache`."""
     from thresher.harvest.run import harvest as run_harvest
 
     target, data, settings = (recipe.tables[table] for table in ("target", "data", "harvest"))
-    return run_harvest(target, data, settings, path=cache or default_cache(recipe), console=out)
+    return run_harvest(target, data, settings, path=cache or default_cache(recipe), console=out, extend=extend)
 
 
 def train_recipe(

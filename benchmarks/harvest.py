@@ -28,7 +28,8 @@ from thresher.cache.layout import Contexts
 from thresher.harvest.checkpoint import locate
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.pretrained import fuse_gelu
-from thresher.harvest.run import HarvestConfig, default_batch, harvest_corpus
+from thresher.harvest.fill import default_batch
+from thresher.harvest.run import HarvestConfig, harvest_corpus
 from thresher.harvest.target import (
     TargetConfig,
     TransformerTarget,

@@ -15,7 +15,7 @@ from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
 from thresher.cache.writer import ShardWriter
-from thresher.harvest import run
+from thresher.harvest import fill, run
 from thresher.harvest.corpus import DataConfig, read_corpus
 from thresher.harvest.feeder import Feeder
 from thresher.harvest.run import HarvestConfig, HarvestResult, harvest, identity
@@ -152,6 +152,7 @@ def test_an_interrupted_harvest_goes_on_to_the_same_bytes(
 def test_a_killed_harvest_goes_on_to_the_same_bytes(made: HarvestResult, tmp_path: Path) -> None:
     program = (
         "import os, signal, pathlib; from rich.console import Console; from thresher.harvest.run import *\n"
+        "from thresher.cache.writer import ShardWriter\n"
         "add = ShardWriter.add\n"
         "ShardWriter.add = lambda s, a: (add(s, a), s.index and os.kill(os.getpid(), signal.SIGKILL))\n"
         f"{SETTINGS}path = pathlib.Path({str(tmp_path / 'cache')!r})\n"
@@ -168,13 +169,13 @@ def test_a_killed_harvest_goes_on_to_the_same_bytes(made: HarvestResult, tmp_pat
 def test_feeding_in_a_thread_changes_no_byte(
     made: HarvestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "Feeder", lambda device: Feeder(device, threaded=True))
+    monkeypatch.setattr(fill, "Feeder", lambda device: Feeder(device, threaded=True))
     result = harvest(TARGET, DATA, CONFIG, path=tmp_path / "cache", console=QUIET)
     assert files(result.path) == files(made.path)
 
 
 def test_a_fault_in_the_feeding_thread_surfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "Feeder", lambda device: Feeder(device, threaded=True))
+    monkeypatch.setattr(fill, "Feeder", lambda device: Feeder(device, threaded=True))
 
     def fail(self: ShardWriter, acts: Any) -> None:
         raise UserError("no more")

@@ -1,0 +1,213 @@
+"""The passes of a harvest: shard after shard, the contexts that a writer asks for run through the model.
+
+All sites come from one pass. Activations are encoded while the next pass runs, and a full shard is published in the
+background. Any number of processes may do this for one cache at once.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.filesize import decimal
+
+from thresher.cache.contracts import Site
+from thresher.cache.interrupts import Interrupted, deferred_interrupts
+from thresher.cache.locks import Lock
+from thresher.cache.plan import Extends
+from thresher.cache.writer import CacheWriter, ShardWriter
+from thresher.harvest.corpus import Corpus
+from thresher.harvest.feeder import Feeder
+from thresher.harvest.meter import Meter
+from thresher.harvest.passes import Passes, jobs
+from thresher.harvest.settings import HarvestConfig, HarvestResult
+from thresher.harvest.target import TransformerTarget
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Tokens of one forward pass when the recipe gives none: enough to fill the device, little enough for its caches."""
+
+BATCH_BYTES = 1 << 30
+"""Bound on the activations of one pass; three passes' worth can be alive on a GPU."""
+
+_IDLE_SECONDS = 0.2
+
+
+class Filled(NamedTuple):
+    """What one process did for a part of a cache."""
+
+    rows: dict[str, int]
+    """Stored rows by split, by whomever."""
+    tokens: int
+    """Tokens that went through the model here."""
+    seconds: float
+    """Of the shards, planning left out."""
+
+
+def fill_part(
+    model: TransformerTarget,
+    corpus: Corpus,
+    sites: tuple[Site, ...],
+    config: HarvestConfig,
+    identity: Mapping[str, Any],
+    *,
+    path: Path,
+    console: Console,
+    batch: int,
+    create: Lock | None = None,
+    extends: Extends | None = None,
+    planned: Callable[[], None] = lambda: None,
+) -> Filled:
+    """Fill the part of a cache at `path`, or go on with it.
+
+    `create` is the lock from `planning`, if it is held; `planned` is called once the plan is on the disk.
+    """
+    with CacheWriter.open(
+        path,
+        identity=identity,
+        sites=sites,
+        contexts=corpus.splits,
+        codec=config.codec,
+        seed=config.seed,
+        store=config.store,
+        fvu_gate=config.fvu_gate,
+        facts=_facts(model, sites, corpus, batch),
+        extends=extends,
+        create=create,
+        notify=lambda line: console.print(line, highlight=False),
+    ) as writer:
+        planned()
+        _announce(writer, sites, console)
+        began = time.perf_counter()
+        tokens = _fill(writer, model, sites, corpus, batch, console)
+        writer.finalize()
+        rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
+        return Filled(rows, tokens, time.perf_counter() - began)
+
+
+def batch_contexts(
+    config: HarvestConfig, model: TransformerTarget, sites: Sequence[Site], context: int, facts: Mapping[str, Any]
+) -> int:
+    """Contexts per pass: the recipe's; else those that this cache was begun with; else `default_batch`.
+
+    `facts` are those of the cache, empty for a new one. Passes of another size may round the last bit otherwise.
+    """
+    begun = facts.get("batch_contexts") if facts.get("device") == str(model.device) else None
+    return config.batch_contexts or begun or default_batch(model, sites, context)
+
+
+def default_batch(model: TransformerTarget, sites: Sequence[Site], context: int) -> int:
+    """Contexts per pass: enough tokens to fill the device, as long as their activations stay small."""
+    token_bytes = sum(site.width for site in sites) * model.dtype.itemsize
+    tokens = min(BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]), BATCH_BYTES // token_bytes)
+    return max(1, tokens // context)
+
+
+def outcome(path: Path, filled: Sequence[Filled], started: float, console: Console) -> HarvestResult:
+    """Tell what was done for a cache, part by part; `started` is when the harvest began, by `perf_counter`."""
+    tokens, seconds = sum(part.tokens for part in filled), sum(part.seconds for part in filled)
+    rows = filled[-1].rows
+    rate = tokens / seconds if tokens else 0.0
+    console.print(
+        f"[bold]Harvested[/bold] {shown(rows)} into {path}: {tokens:,} tokens in {seconds:.1f} s "
+        f"({rate:,.0f} tokens/s)."
+    )
+    return HarvestResult(path, False, rows, tokens, rate, time.perf_counter() - started)
+
+
+def note_versions(facts: Mapping[str, Any], console: Console) -> None:
+    """Tell which libraries differ from those that a cache was begun with."""
+    begun, here = facts.get("versions", {}), versions()
+    changed = [name for name in here if begun.get(name) != here[name]]
+    if changed:
+        lines = ", ".join(f"{name} {begun.get(name, 'unknown')} then and {here[name]} now" for name in changed)
+        console.print(f"Note: this cache was begun with other libraries: {lines}.", highlight=False)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a harvest runs on."""
+    packages = ("thresher", "torch", "transformers", "transformer-lens", "datasets", "zarr")
+    return {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}
+
+
+def shown(rows: Mapping[str, int]) -> str:
+    """`1,000 train + 100 test rows`."""
+    return " + ".join(f"{count:,} {split}" for split, count in rows.items()) + " rows"
+
+
+def _facts(model: TransformerTarget, sites: tuple[Site, ...], corpus: Corpus, batch: int) -> dict[str, Any]:
+    """What is recorded beside the fingerprint."""
+    return {
+        "corpus": corpus.facts,
+        "points": model.describe(sites),
+        "device": str(model.device),
+        "batch_contexts": batch,
+        "attention": str(getattr(model.model.config, "_attn_implementation", None)),
+        "versions": versions(),
+    }
+
+
+def _announce(writer: CacheWriter, sites: tuple[Site, ...], console: Console) -> None:
+    pending, total = len(writer.pending()), sum(sizes.shards for sizes in writer.plan.splits.values())
+    rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
+    going_on = f", of which {total - pending} of {total} shards are there already" if pending < total else ""
+    console.print(
+        f"Harvesting {shown(rows)} at {len(sites)} sites into {writer.path}: {decimal(writer.bytes_needed())} to write"
+        f"{going_on}."
+    )
+
+
+def _fill(
+    writer: CacheWriter,
+    model: TransformerTarget,
+    sites: tuple[Site, ...],
+    corpus: Corpus,
+    batch: int,
+    console: Console,
+) -> int:
+    """Fill every shard that this process can lock; returns the number of tokens that went through the model."""
+    tokens = 0
+    with (
+        deferred_interrupts() as stop,
+        Passes(model, sites) as passes,
+        Feeder(model.device) as feeder,
+        Meter(writer, console) as meter,
+    ):
+        shard: ShardWriter | None = None
+        for done in passes.run(jobs(writer, corpus.splits, batch)):
+            if done is None:
+                if stop.requested:
+                    raise _interrupted(writer, None)
+                meter.idle()
+                time.sleep(_IDLE_SECONDS)
+                continue
+            job, acts = done
+            if job.first:
+                shard = writer.shard(job.split, job.shard)
+                meter.begin(job.split, job.shard)
+            assert shard is not None
+            feeder.add(shard, acts)
+            tokens += job.tokens.numel()
+            meter.advance(job.tokens.numel())
+            if stop.requested:
+                feeder.drain()
+                raise _interrupted(writer, shard)
+            if job.last:
+                feeder.drain()
+                shard.commit()
+                meter.committed(job.split, job.shard)
+    return tokens
+
+
+def _interrupted(writer: CacheWriter, shard: ShardWriter | None) -> Interrupted:
+    """What to tell after a signal. Raises what went wrong with a shard that was being published meanwhile."""
+    if shard is not None:
+        shard.abandon()
+    writer.settle()
+    writer.close()
+    left, total = len(writer.pending()), sum(sizes.shards for sizes in writer.plan.splits.values())
+    return Interrupted(
+        f"Stopped. {total - left} of {total} shards are in {writer.path}; run the same harvest again to go on."
+    )
