@@ -5,9 +5,9 @@ chunk of any array in stored form; how a chunk gets into memory (mapped, read pa
 waited for) is its own affair.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -94,4 +94,20 @@ class Source(Protocol):
 
     def gather(self, split: str, site: str, rows: np.ndarray) -> Tensor:
         """[n, d] float32: given rows of a site, decoded, by the plain path."""
+        ...
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """What a source can do besides when all of it lies on disk for good."""
+
+    def stored_bytes(self, split: str, names: Sequence[str]) -> int:
+        """Bytes of whole arrays of a split, decompressed."""
+        ...
+
+    def read(self, split: str, name: str, index: int, out: np.ndarray, *, direct: bool = False) -> None:
+        """Copy a chunk into `out` [C, …], decompressed and checked; from any thread.
+
+        `direct` reads past the page cache where file system and buffer allow it.
+        """
         ...

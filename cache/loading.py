@@ -1,0 +1,210 @@
+"""How the chunks of a group get into memory, ahead of their use: one of four tiers, chosen by size.
+
+    device     the arrays lie whole in the memory of the accelerator; nothing is loaded while training
+    mapped     views of mapped files; threads check the chunks of the next group while this one is used, which faults
+               their pages in. Also the way of sources whose shards come and go
+    direct     threads read whole chunks past the page cache (O_DIRECT) into slots, for caches larger than memory
+    unpacked   threads read and decompress whole chunks into slots
+
+A slot is page-aligned memory for one group, used again and again: fresh memory costs a page fault every 4 kB. All tiers
+give the same chunks, so batches do not depend on the tier.
+"""
+
+import mmap
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from rich.filesize import decimal
+
+from thresher.cache.layout import ArraySpec, raw_dtype
+from thresher.cache.memory import available_memory
+from thresher.cache.order import ReadOrder, Segment
+from thresher.cache.source import OnDisk, Source
+
+Tier = Literal["device", "mapped", "direct", "unpacked"]
+
+_DEVICE_SHARE, _HOST_SHARE, _SLOT_SHARE = 0.85, 0.5, 0.125
+_THREADS: dict[Tier, int] = {"device": 1, "mapped": 4, "direct": 8, "unpacked": 8}
+
+Group = Mapping[str, Sequence[np.ndarray | None]]
+"""Chunks [C, …] of a group by array, in stored form; None where this rank takes no row of a chunk."""
+
+
+class Choice(NamedTuple):
+    """A tier, and why."""
+
+    tier: Tier
+    reason: str
+    """One line for the user."""
+
+
+def choose(source: Source, split: str, sites: Sequence[str], device: torch.device, rows: int | None = None) -> Choice:
+    """The tier for reading some sites of a split on a device.
+
+    `rows` is how many rows will be asked for: below one epoch it does not pay to load all of them onto the device.
+    """
+    if not isinstance(source, OnDisk):
+        return Choice("mapped", "activations come as they are made")
+    needed = source.stored_bytes(split, array_names(source, split, sites))
+    if device.type == "cuda" and (rows is None or rows >= source.rows(split)):
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed <= _DEVICE_SHARE * free:
+            return Choice("device", f"{decimal(needed)} of activations fit the {decimal(free)} free on {device}")
+    if source.codec == "bf16-lz4":
+        return Choice("unpacked", f"{decimal(needed)} of activations are decompressed by threads")
+    memory = available_memory()
+    if needed <= _HOST_SHARE * memory:
+        return Choice("mapped", f"{decimal(needed)} of activations fit the {decimal(memory)} of memory available")
+    return Choice(
+        "direct", f"{decimal(needed)} of activations exceed half of the {decimal(memory)} of memory available"
+    )
+
+
+def array_names(source: Source, split: str, sites: Sequence[str]) -> list[str]:
+    """The arrays that hold some sites: codes, and scales where there are any."""
+    specs = source.arrays(split)
+    return [name for site in sites for name in (site, f"{site}.scale") if name in specs]
+
+
+def taken_by(segment: Segment, start: int, rank: int, world: int) -> np.ndarray:
+    """[r] bool: the chunks of a group from which a rank takes rows; `start` is the position of the group's first row.
+
+    Chunk j has the positions start + j, start + j + r, …; rank w those that are w modulo the number of ranks.
+    """
+    r = len(segment.chunks)
+    return (rank - start - np.arange(r)) % np.gcd(r, world) == 0
+
+
+@dataclass
+class _Pending:
+    """A group that is being loaded."""
+
+    start: int
+    views: dict[str, list[np.ndarray | None]]
+    jobs: list[Future[None]]
+    slot: dict[str, np.ndarray]
+
+
+class Loader:
+    """Loads group after group, in the order of positions, a few ahead. For one thread; `close` it."""
+
+    def __init__(
+        self,
+        source: Source,
+        split: str,
+        names: Sequence[str],
+        order: ReadOrder,
+        tier: Tier,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        end: int | None = None,
+    ) -> None:
+        """`order` is the loader's own; nothing at position `end` or after is loaded."""
+        self.source, self.split, self.order, self.tier = source, split, order, tier
+        self.rank, self.world, self.end = rank, world, end
+        self.specs: dict[str, ArraySpec] = {name: source.arrays(split)[name] for name in names}
+        self._wide = [n for n, spec in self.specs.items() if len(spec.shape) > 1 and tier in ("direct", "unpacked")]
+        slot_bytes = sum(order.group_chunks * order.chunk_rows * self.specs[n].row_bytes for n in self._wide)
+        room = 2 * slot_bytes < _SLOT_SHARE * available_memory()
+        self._ahead = 2 if self._wide and room else 1
+        self._pending: deque[_Pending] = deque()
+        self._current: _Pending | None = None
+        self._free: list[dict[str, np.ndarray]] = []
+        self._pool = ThreadPoolExecutor(
+            min(_THREADS[tier], 4 * (os.cpu_count() or 1)), thread_name_prefix="thresher-load"
+        )
+
+    def group(self, segment: Segment, position: int) -> Group:
+        """The chunks of the group that holds a segment, whose first row is at `position`.
+
+        Valid until another group is asked for. Raises what went wrong in loading it.
+        """
+        start = position - segment.first
+        if self._current is None or self._current.start != start:
+            self._enter(start)
+        assert self._current is not None
+        return self._current.views
+
+    def close(self) -> None:
+        """Stop the threads; what they are reading is read to its end."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self._current = None
+
+    def _enter(self, start: int) -> None:
+        """Make the group at `start` the current one, and begin to load those after it."""
+        if self._current is not None:
+            self._free.append(self._current.slot)
+        if not self._pending or self._pending[0].start != start:
+            self._forget()
+            self._begin(start)
+        self._current = self._pending.popleft()
+        following = self._pending[-1].start if self._pending else start
+        while len(self._pending) < self._ahead:
+            following = self._after(following)
+            if self.end is not None and following >= self.end:
+                break
+            self._begin(following)
+        for job in self._current.jobs:
+            job.result()
+
+    def _after(self, start: int) -> int:
+        """The position at which the group after the one at `start` begins."""
+        (segment,) = self.order.segments(start, 1)
+        return start + len(segment.chunks) * self.order.chunk_rows
+
+    def _forget(self) -> None:
+        """Drop what is being loaded: it is not what comes next."""
+        for pending in self._pending:
+            for job in pending.jobs:
+                job.cancel()
+        for pending in self._pending:
+            for job in pending.jobs:
+                if not job.cancelled():
+                    job.exception()  # until it is done, the slot is in use
+            self._free.append(pending.slot)
+        self._pending.clear()
+
+    def _begin(self, start: int) -> None:
+        """Begin to load the group at `start`."""
+        (segment,) = self.order.segments(start, 1)
+        slot = self._free.pop() if self._free else self._slot()
+        r = len(segment.chunks)
+        views: dict[str, list[np.ndarray | None]] = {name: [None] * r for name in self.specs}
+        mine = np.flatnonzero(taken_by(segment, start, self.rank, self.world))
+        jobs = [self._pool.submit(self._load, views, slot, int(j), int(segment.chunks[j])) for j in mine]
+        self._pending.append(_Pending(start, views, jobs, slot))
+
+    def _load(
+        self, views: dict[str, list[np.ndarray | None]], slot: Mapping[str, np.ndarray], j: int, chunk: int
+    ) -> None:
+        """One chunk of every array, in a thread."""
+        for name in self.specs:
+            if name in slot:
+                assert isinstance(self.source, OnDisk)
+                self.source.read(self.split, name, chunk, slot[name][j], direct=self.tier == "direct")
+                view = slot[name][j]
+                view.flags.writeable = False  # of this view; the slot itself is written again
+                views[name][j] = view
+            else:
+                views[name][j] = self.source.chunk(self.split, name, chunk)
+
+    def _slot(self) -> dict[str, np.ndarray]:
+        """Page-aligned memory for one group of every array that is not mapped."""
+        return {
+            name: aligned((self.order.group_chunks, *self.specs[name].chunk), self.specs[name]) for name in self._wide
+        }
+
+
+def aligned(shape: tuple[int, ...], spec: ArraySpec) -> np.ndarray:
+    """Page-aligned memory in the stored dtype of an array."""
+    dtype = raw_dtype(spec.dtype)
+    memory = mmap.mmap(-1, max(1, int(np.prod(shape)) * dtype.itemsize))
+    return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)

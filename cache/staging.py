@@ -1,0 +1,330 @@
+"""From the chunks of a group to the rows of a batch, in the order of positions.
+
+`HostStager` gathers from chunks in host memory. Bound for the CPU in float32, rows are decoded on the way, straight to
+their places in the batch; bound for another device or dtype, stored bytes are gathered (pinned, and copied on a stream of
+their own, for a GPU) and decoded there. `DeviceStager` gathers from whole arrays in the device's memory.
+
+Rows that a mask leaves out are left out here already, so nothing later depends on how many there are.
+"""
+
+import ctypes
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thresher.cache.codec import Calibration, decode
+from thresher.cache.kernels.decode import bf16_rows, copy_rows, int8_rows
+from thresher.cache.layout import KEPT, ArraySpec, raw_dtype
+from thresher.cache.loading import Group, Loader, Tier, array_names
+from thresher.cache.order import ReadOrder, Segment
+from thresher.cache.reader import as_codes
+from thresher.cache.source import Source
+
+_SPARE = 6  # buffers of a kind that wait for use
+
+
+class Request(NamedTuple):
+    """What is to be staged: the settings of a `Batches`."""
+
+    source: Source
+    split: str
+    sites: tuple[str, ...]
+    batch_rows: int
+    seed: int
+    group_chunks: int
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world: int
+    masked: bool
+    """Whether special rows are left out."""
+    tier: Tier
+    end: int | None
+
+    def order(self) -> ReadOrder:
+        """An order of one's own: an order remembers the last permutation that it made."""
+        return self.source.order(self.split, self.seed, self.group_chunks)
+
+    def calibrations(self) -> dict[str, Calibration]:
+        """μ and σ of the sites that have them, on the device."""
+        known = {name: self.source.calibration(name) for name in self.sites}
+        return {name: c.to(self.device) for name, c in known.items() if c is not None}
+
+
+class Staged(NamedTuple):
+    """A batch that a thread made ready."""
+
+    start: int
+    finish: Callable[[], dict[str, Tensor]]
+    """Called by the consumer, once: the rows by site, decoded, on the device."""
+
+
+class Stager(Protocol):
+    """Makes batches ready, in a thread."""
+
+    def batch(self, start: int) -> Staged:
+        """The batch of positions [start, start + batch_rows), of this rank."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and memory."""
+        ...
+
+
+def stager(request: Request) -> Stager:
+    """The way of staging that belongs to the tier."""
+    return DeviceStager(request) if request.tier == "device" else HostStager(request)
+
+
+class Run(NamedTuple):
+    """Rows that a batch takes of one chunk."""
+
+    chunk: int
+    """Index within the group."""
+    turns: slice
+    """Which rows of the chunk, in its order within this epoch."""
+    places: slice
+    """Which rows of this rank's batch."""
+
+
+def runs(segment: Segment, at: int, start: int, rank: int, world: int) -> Iterator[Run]:
+    """This rank's rows of a segment whose first position is `at`, for the batch that begins at `start`.
+
+    Positions u ≡ j (mod r) of the group come from chunk j, one row further each turn; of those, every `stride`-th
+    belongs to this rank.
+    """
+    r = len(segment.chunks)
+    stride = world // int(np.gcd(r, world))
+    for j in range(r):
+        u = segment.first + (j - segment.first) % r
+        wanted = (rank - (at + u - segment.first)) % world
+        steps = next((k for k in range(stride) if (k * r) % world == wanted), None)
+        if steps is None:
+            continue
+        u += steps * r
+        count = -(-(segment.first + segment.length - u) // (stride * r))
+        if count > 0:
+            turn, place, step = u // r, (at + u - segment.first - start) // world, stride * r // world
+            yield Run(
+                j,
+                slice(turn, turn + (count - 1) * stride + 1, stride),
+                slice(place, place + (count - 1) * step + 1, step),
+            )
+
+
+class Pool:
+    """Host memory that comes back by itself once nothing refers to it any more, tensors and their views included."""
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._spare: dict[tuple[tuple[int, ...], str], deque[np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Memory of a shape, its content arbitrary."""
+        key = (shape, dtype.str)
+        with self._lock:
+            spare = self._spare.setdefault(key, deque(maxlen=_SPARE))
+        try:
+            base = spare.pop()
+        except IndexError:
+            size = max(1, int(np.prod(shape)) * dtype.itemsize)
+            base = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned).numpy()
+        lent = (ctypes.c_ubyte * base.nbytes).from_buffer(base)  # an array's views would refer to `base`, past itself
+        weakref.finalize(lent, spare.append, base).atexit = False
+        return np.frombuffer(lent, dtype, int(np.prod(shape))).reshape(shape)
+
+
+class HostStager:
+    """Gathers batches from chunks in host memory."""
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.order = request, request.order()
+        source, split = request.source, request.split
+        names = array_names(source, split, request.sites) + (["keep"] if request.masked else [])
+        specs = source.arrays(split)
+        self.specs: dict[str, ArraySpec] = {name: specs[name] for name in names}
+        self.cuda = request.device.type == "cuda"
+        self.fused = request.device.type == "cpu" and request.dtype == torch.float32
+        self.pool = Pool(pinned=self.cuda)
+        self.stream = torch.cuda.Stream(request.device) if self.cuda else None
+        self.calibrations = request.calibrations()
+        self.loader = Loader(
+            source, split, names, request.order(), request.tier, rank=request.rank, world=request.world, end=request.end
+        )
+        self._start = -1  # of the group that is prepared
+        self._within: list[np.ndarray | None] = []
+        self._ordered: dict[str, np.ndarray] = {}
+        self._scales: dict[str, list[np.ndarray | None]] = {}
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def batch(self, start: int) -> Staged:
+        request = self.request
+        count, kept, at = request.batch_rows // request.world, 0, start
+        out = {name: self._memory(name, count) for name in self.specs if name != "keep"}
+        if self.fused:
+            out = {name: memory for name, memory in out.items() if name in request.sites}
+        for segment in self.order.segments(start, request.batch_rows):
+            group = self._enter(segment, at)
+            skipped = (request.rank - at) % request.world  # positions before the first of this rank
+            first = (at + skipped - start) // request.world
+            mine = slice(segment.first + skipped, segment.first + segment.length, request.world)
+            places = np.full(count, -1)
+            number = len(range(mine.start, mine.stop, mine.step))
+            taken = self._ordered["keep"][mine] == KEPT if request.masked else np.ones(number, bool)
+            total = int(np.count_nonzero(taken))
+            places[first : first + number] = np.where(taken, kept + np.cumsum(taken) - 1, -1)
+            for name in out.keys() & self._ordered.keys():
+                out[name][kept : kept + total] = self._ordered[name][mine][taken]
+            for run in runs(segment, at, start, request.rank, request.world):
+                self._gather(run, group, np.ascontiguousarray(places[run.places]), out)
+            kept += total
+            at += segment.length
+        return Staged(start, self._finished({name: memory[:kept] for name, memory in out.items()}))
+
+    def _memory(self, name: str, count: int) -> np.ndarray:
+        """Memory for `count` rows: of decoded numbers where they are decoded on the way, else as they are stored."""
+        spec = self.specs[name]
+        dtype = np.dtype(np.float32) if self.fused and len(spec.shape) > 1 else raw_dtype(spec.dtype)
+        return self.pool.take((count, *spec.shape[1:]), dtype)
+
+    def _enter(self, segment: Segment, at: int) -> Group:
+        """The chunks of a segment's group; on the first call for it, put what is one number a row in order."""
+        group = self.loader.group(segment, at)
+        if self._start == at - segment.first:
+            return group
+        self._start = at - segment.first
+        self._within = [
+            None if chunk is None else self.order.within(segment.epoch, int(index))
+            for chunk, index in zip(next(iter(group.values())), segment.chunks, strict=True)
+        ]
+        narrow = {name for name, spec in self.specs.items() if len(spec.shape) == 1}
+        for name in narrow - ({f"{site}.scale" for site in self.request.sites} if self.fused else set()):
+            columns = np.zeros((self.order.chunk_rows, len(segment.chunks)), raw_dtype(self.specs[name].dtype))
+            for j, (chunk, within) in enumerate(zip(group[name], self._within, strict=True)):
+                if chunk is not None:
+                    columns[:, j] = chunk if within is None else chunk[within]
+            self._ordered[name] = columns.ravel()
+        for name in narrow - self._ordered.keys():
+            self._scales[name] = [None if chunk is None else chunk.astype(np.float32) for chunk in group[name]]
+        return group
+
+    def _gather(self, run: Run, group: Group, places: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
+        """Rows of one chunk to their places, at every site."""
+        within = self._within[run.chunk]
+        turns = np.arange(run.turns.start, run.turns.stop, run.turns.step)
+        rows = turns if within is None else within[turns]
+        for site in self.request.sites:
+            chunk = group[site][run.chunk]
+            assert chunk is not None, "the loader leaves out only chunks of which this rank takes nothing"
+            if not self.fused:
+                copy_rows(chunk, rows, places, out[site])
+            elif site in self.calibrations:
+                mean, std = (part.numpy() for part in self.calibrations[site])
+                int8_rows(chunk, self._scales[f"{site}.scale"][run.chunk], rows, places, mean, std, out[site])
+            else:
+                bf16_rows(chunk, rows, places, out[site].view(np.uint32))
+
+    def _finished(self, out: Mapping[str, np.ndarray]) -> Callable[[], dict[str, Tensor]]:
+        """What is left to do for the consumer. For a GPU the copy is begun here, and waited for."""
+        if self.fused:
+            return lambda: {name: torch.from_numpy(memory) for name, memory in out.items()}
+        stored = {name: as_codes(memory) for name, memory in out.items()}
+        if self.stream is None:
+            return lambda: self._decoded(stored)
+        with torch.cuda.stream(self.stream):
+            moved = {name: tensor.to(self.request.device, non_blocking=True) for name, tensor in stored.items()}
+            copied = torch.cuda.Event()
+            copied.record(self.stream)
+        copied.synchronize()  # only now may the pinned memory go back to the pool
+
+        def finish() -> dict[str, Tensor]:
+            current = torch.cuda.current_stream(self.request.device)
+            current.wait_event(copied)
+            for tensor in moved.values():
+                tensor.record_stream(current)
+            return self._decoded(moved)
+
+        return finish
+
+    def _decoded(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return decoded(stored, self.request.sites, self.calibrations, self.request.dtype)
+
+
+class DeviceStager:
+    """Gathers batches from whole arrays in the memory of the device, in stored form."""
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.order = request, request.order()
+        self.calibrations = request.calibrations()
+        source, split = request.source, request.split
+        self.arrays = {name: self._resident(name) for name in array_names(source, split, request.sites)}
+        chunks = range(self.order.n_chunks if request.masked else 0)
+        self._keep = np.concatenate([source.chunk(split, "keep", c) for c in chunks]) if chunks else np.empty(0)
+        self._start = -1
+        self._rows = np.empty(0, np.int64)
+
+    def close(self) -> None:
+        self.arrays = {}
+
+    def batch(self, start: int) -> Staged:
+        request, parts, at = self.request, [], start
+        for segment in self.order.segments(start, request.batch_rows):
+            skipped = (request.rank - at) % request.world
+            parts.append(
+                self._group_rows(segment, at)[segment.first + skipped :][: segment.length - skipped : request.world]
+            )
+            at += segment.length
+        rows = np.concatenate(parts)
+        if request.masked:
+            rows = rows[self._keep[rows] == KEPT]
+        index = torch.from_numpy(rows)
+        if request.device.type == "cuda":
+            index = index.pin_memory().to(request.device, non_blocking=True)
+
+        def finish() -> dict[str, Tensor]:
+            stored = {name: array.index_select(0, index) for name, array in self.arrays.items()}
+            return decoded(stored, request.sites, self.calibrations, request.dtype)
+
+        return Staged(start, finish)
+
+    def _group_rows(self, segment: Segment, at: int) -> np.ndarray:
+        """[r · C] stored rows of a segment's group, in the order of positions."""
+        if self._start != at - segment.first:
+            self._start = at - segment.first
+            turns = np.arange(self.order.chunk_rows)
+            columns = [
+                int(chunk) * self.order.chunk_rows + (turns if within is None else within)
+                for chunk in segment.chunks
+                for within in [self.order.within(segment.epoch, int(chunk))]
+            ]
+            self._rows = np.stack(columns, axis=1).ravel()
+        return self._rows
+
+    def _resident(self, name: str) -> Tensor:
+        """A whole array on the device."""
+        source, split, c = self.request.source, self.request.split, self.order.chunk_rows
+        spec = source.arrays(split)[name]
+        kinds = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        array = torch.empty(spec.shape, dtype=kinds[spec.dtype], device=self.request.device)
+        for index in range(self.order.n_chunks):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                array[index * c : (index + 1) * c] = as_codes(source.chunk(split, name, index))
+        return array
+
+
+def decoded(
+    stored: Mapping[str, Tensor], sites: Sequence[str], calibrations: Mapping[str, Calibration], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Rows by site in `dtype`, on the device where their codes are."""
+    return {name: decode(stored[name], stored.get(f"{name}.scale"), calibrations.get(name), dtype) for name in sites}
