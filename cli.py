@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from thresher.cache.contracts import UserError
@@ -302,32 +303,31 @@ def cache_prune(
     from thresher.cache.prune import Policy, decide, find, remove, survey
 
     named = {path for path in paths or () if find(path) == [path]}
-    folders = paths or [Path(os.environ.get("THRESHER_CACHE", "caches"))]
+    usual = Path(os.environ.get("THRESHER_CACHE", "caches"))
+    folders = paths or ([usual] if usual.is_dir() else [])
     found = list(dict.fromkeys(path for folder in folders for path in find(folder)))
     users = _runs_in({runs, *(path.parent / "runs" for path in found)})
     policy, now = Policy(older_than, used), time.time()
-    table = Table("cache", "size", "state", "last used", "runs", "goes", box=None, header_style="bold")
     strangers, freed = [], 0
     for path in found:
         seen = survey(path, users)
-        decision = (
-            remove(path, policy, named=path in named, runs=users)
-            if yes
-            else decide(seen, policy, named=path in named, now=now)
-        )
+        if yes:
+            decision = remove(path, policy, named=path in named, runs=users)
+        else:
+            decision = decide(seen, policy, named=path in named, now=now)
         freed += decision.bytes
         strangers += [path / name for name in seen.strangers]
-        goes = f"{decimal(decision.bytes)}: {decision.why}" if decision.files else decision.why
-        state = ", ".join(dict.fromkeys([part.state for part in seen.parts] + [seen.busy][: bool(seen.busy)]))
-        table.add_row(str(path), decimal(seen.bytes), state, _ago(now - seen.used), str(len(seen.runs) or ""), goes)
-    out.print(table)
+        state = [*dict.fromkeys(part.state for part in seen.parts), *([seen.busy] if seen.busy else [])]
+        runs_of_it = [_many(len(seen.runs), "run", "runs")] if seen.runs else []
+        facts = ", ".join([decimal(seen.bytes), *state, f"last used {_ago(now - seen.used)}", *runs_of_it])
+        out.print(f"[bold]{escape(str(path))}[/]  {facts}", highlight=False, soft_wrap=True)
+        goes = f"[red]{decimal(decision.bytes)} {'gone' if yes else 'to go'}[/], " if decision.files else ""
+        out.print(f"    {goes}{escape(decision.why)}", highlight=False, soft_wrap=True)
     for stranger in strangers:
         out.print(f"not ours, left alone: {stranger}", markup=False, highlight=False, soft_wrap=True)
-    where = ", ".join(map(str, folders))
-    out.print(
-        f"{decimal(freed)} {'freed' if yes else 'would be freed'} in {where}."
-        + (" Add --yes to remove it." if freed and not yes else "")
-    )
+    where = ", ".join(map(str, folders or [usual]))
+    more = " Add --yes to remove it." if freed and not yes else ""
+    out.print(f"{decimal(freed)} {'freed' if yes else 'would be freed'} in {where}.{more}", highlight=False)
 
 
 def _runs_in(folders: Iterable[Path]) -> "list[Run]":

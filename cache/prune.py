@@ -27,6 +27,7 @@ from thresher.cache.locks import CREATE, READ, SOLE, excludes, try_hold
 from thresher.cache.order import SPLITS
 from thresher.cache.publish import explained, flush_directory
 
+RING = "RING.json"
 RESUMABLE_DAYS = 7.0
 """An interrupted harvest with committed shards is left alone for so long."""
 
@@ -37,6 +38,7 @@ _PART = r"(?P<part>(?:parts/\d\d+-(?:sites|tokens)/)?)"
 _OURS = re.compile(
     rf"""{_PART}(?:
         zarr\.json | MANIFEST\.json | (?:create|read|writer)\.lock | commits/{_SPLIT}\.\d+\.(?:json|lock)
+        | RING\.json | ring/(?:cursor\.json|(?:filler|reader)\.lock)
         | (?:{_SPLIT}|calibration|stats)/(?:[^/]+/){{0,2}}(?:zarr\.json|c(?:\.\d+)+)
     )(?P<temporary>\.[0-9a-f]{{12}}\.tmp)?""",
     re.VERBOSE,
@@ -69,6 +71,9 @@ class Part(NamedTuple):
     prefix: str
     """Of the names of its files: empty, or such as `parts/01-sites/`."""
     complete: bool
+    """Whether one may train from it."""
+    ring: bool
+    """Whether it is one of rolling mode, in which shards come and go."""
     committed: int
     shards: int | None
     """Of its plan; None when the root is damaged or not there."""
@@ -82,6 +87,8 @@ class Part(NamedTuple):
     def state(self) -> str:
         """In words."""
         if self.shards is not None:
+            if self.ring:
+                return "ring"
             return "complete" if self.complete else f"{self.committed} of {self.shards} shards"
         root = any(file.name == self.prefix + ROOT for file in self.files)
         return "damaged root" if root or self.complete else f"{self.committed} of ? shards"
@@ -224,6 +231,8 @@ def _whole(part: Part, used: float, policy: Policy, named: bool, now: float) -> 
     limit = policy.older_than if policy.older_than is not None or not resumable else RESUMABLE_DAYS
     if limit is None:
         return False, "kept: name it or give --older-than DAYS"
+    if now - used < limit * 86400 and policy.older_than is None:
+        return False, f"kept for {limit:g} days: the same harvest goes on from there"
     if now - used < limit * 86400:
         return False, f"kept: used in the last {limit:g} days"
     return True, f"all of it: not used for {limit:g} days"
@@ -231,7 +240,8 @@ def _whole(part: Part, used: float, policy: Policy, named: bool, now: float) -> 
 
 def _part(path: Path, prefix: str, files: list[File]) -> Part:
     names = {file.name for file in files}
-    complete = prefix + MANIFEST in names
+    ring = prefix + RING in names
+    complete = ring or prefix + MANIFEST in names
     commits = {f"{m['split']}.{m['shard']}" for name in names if (m := _COMMIT.fullmatch(name))}
     leftovers = [file for file in files if file.name.endswith(".tmp")]
     plan, shards, pending = _plan(path / prefix / ROOT), None, []
@@ -241,7 +251,7 @@ def _part(path: Path, prefix: str, files: list[File]) -> Part:
         pending = [] if complete else [shard for shard in each if shard not in commits]
         rows = ((file, _ROWS.fullmatch(file.name)) for file in files)
         leftovers += [file for file, m in rows if m and f"{m['split']}.{m['shard']}" in pending]
-    return Part(prefix, complete, len(commits), shards, tuple(pending), tuple(files), tuple(leftovers))
+    return Part(prefix, complete, ring, len(commits), shards, tuple(pending), tuple(files), tuple(leftovers))
 
 
 def _plan(root: Path) -> dict[str, Any] | None:
@@ -275,9 +285,10 @@ def _counted(count: int, noun: str) -> str:
 def _busy(path: Path) -> str:
     """Who holds a lock, if anybody does."""
     for folder in (path, *sorted(path.glob("parts/*"))):
-        if (folder / SOLE).exists() or any(map(_is_held, (folder / CREATE, *folder.glob("commits/*.lock")))):
+        writing = (folder / CREATE, *folder.glob("commits/*.lock"), folder / "ring/filler.lock")
+        if (folder / SOLE).exists() or any(map(_is_held, writing)):
             return "being written"
-        if _is_held(folder / READ):
+        if any(map(_is_held, (folder / READ, folder / "ring/reader.lock"))):
             return "being read"
     return ""
 
@@ -305,10 +316,10 @@ def _locked(found: Found) -> Iterator[str]:
     """
     with ExitStack() as stack:
         for part in found.parts:
-            for name in (CREATE, READ):
+            for name in (CREATE, READ, *(("ring/filler.lock", "ring/reader.lock") if part.ring else ())):
                 lock = try_hold(found.path / part.prefix / name)
                 if lock is None:
-                    yield "being written" if name == CREATE else "being read"
+                    yield "being written" if name == CREATE else "in use"
                     return
                 stack.callback(lock.release)
         yield "" if excludes(lock) else "its file system has no locks, so nobody can tell who uses it"
@@ -339,7 +350,7 @@ def _step(name: str) -> int:
     file = name.rsplit("/", 1)[-1]
     if file.endswith(".lock"):
         return _LAST if name == CREATE else 5
-    if file == MANIFEST:
+    if file in (MANIFEST, RING):
         return 0
     if _COMMIT.fullmatch(name):
         return 1

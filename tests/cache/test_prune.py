@@ -34,6 +34,13 @@ def locked(file: Path, kind: int = fcntl.LOCK_EX) -> int:
     return descriptor
 
 
+def as_ring(path: Path) -> None:
+    """The files that rolling mode adds."""
+    (path / "ring").mkdir()
+    for name in ("RING.json", "ring/cursor.json", "ring/filler.lock", "ring/reader.lock"):
+        (path / name).touch()
+
+
 def kill_at(call: int, action: Callable[[], object]) -> bool:
     """Run an action in a forked process that dies at its call-th change of a directory; whether it did."""
     child = os.fork()
@@ -155,10 +162,13 @@ def test_a_run_is_known_by_the_fingerprint_when_its_cache_was_moved(copied: Path
         ("commits/train.1.lock", fcntl.LOCK_EX, "being written"),
         ("read.lock", fcntl.LOCK_SH, "being read"),
         ("parts/01-sites/commits/train.1.lock", fcntl.LOCK_EX, "being written"),
+        ("ring/filler.lock", fcntl.LOCK_EX, "being written"),
+        ("ring/reader.lock", fcntl.LOCK_EX, "being read"),
     ],
 )
 def test_what_is_locked_stays(copied: Path, tree: Tree, name: str, kind: int, state: str) -> None:
     shutil.copytree(copied, copied / "parts/01-sites")
+    as_ring(copied)
     descriptor = locked(copied / name, kind)
     before = tree(copied)
     found = survey(copied)
@@ -238,6 +248,16 @@ def test_an_unfinished_part_goes_and_the_base_stays(copied: Path, tree: Tree) ->
     remove(copied, DEFAULT, named=False)
     assert not part.exists()
     assert CacheReader.open(copied).verify() == []
+
+
+def test_a_ring_goes_like_a_finished_cache(copied: Path) -> None:
+    as_ring(copied)
+    for name in ("MANIFEST.json", "commits/train.1.json"):
+        (copied / name).unlink()
+    assert survey(copied).parts[0].state == "ring"
+    assert not remove(copied, DEFAULT, named=False).files
+    remove(copied, DEFAULT, named=True)
+    assert not copied.exists()
 
 
 def test_a_damaged_root_is_told_and_stays_until_it_is_named(copied: Path) -> None:

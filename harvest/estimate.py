@@ -1,0 +1,150 @@
+"""What a harvest would take: its rows counted or bounded, the model and the disk timed for a few seconds.
+
+Local text is tokenised and packed as the harvest does it, so the count is exact. Text on the hub is known only by its
+limit. The model is timed on passes like the harvest's own, and the disk where the cache is to lie.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numcodecs
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from thresher.cache.contracts import Site, UserError
+from thresher.cache.estimate import Rates, Workload, disk_rates
+from thresher.cache.layout import BLOSC, Contexts, Store, row_sizes
+from thresher.cache.publish import free_bytes
+from thresher.harvest.corpus import DataConfig, context_length, read_corpus
+from thresher.harvest.documents import local_path
+from thresher.harvest.fill import default_batch
+from thresher.harvest.passes import Job, Passes
+from thresher.harvest.settings import HarvestConfig
+from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
+
+ROUNDS = 3
+"""Timed passes of every worker, more while they take less than a second together."""
+LONGEST_SECONDS = 20.0
+"""One timed pass of every worker is enough when three would take longer."""
+COUNTED_TOKENS = 50_000_000
+"""Local text with a higher limit is not read: tokenising it would take minutes."""
+
+
+class Measured(NamedTuple):
+    """What `cache estimate` starts from."""
+
+    work: Workload
+    rates: Rates
+    device: str
+    basis: str
+    """Where the number of rows comes from."""
+
+
+def measure(
+    target: TargetConfig,
+    data: DataConfig,
+    config: HarvestConfig,
+    *,
+    folder: Path,
+    tokens: int | None,
+    console: Console,
+) -> Measured:
+    """Load the model, count the text, time both model and disk; `tokens` stands for the text when it is given.
+
+    Raises UserError for a dataset on the hub without data.max_tokens when `tokens` is not given, and all that harvest
+    would refuse.
+    """
+    bound = _bound(data, tokens)
+    with console.status("loading the model"):
+        model = load_target(target)
+        sites = model.sites(config.sites, config.layers)
+    context = context_length(data, model.n_ctx)
+    if bound is None:
+        splits = read_corpus(data, load_tokenizer(target), model.n_ctx, model.n_vocab, console).splits
+        work, sample, basis = counted(sites, splits, config.store), splits["train"].token_id, "counted in the text"
+    else:
+        work, sample, basis = bounded(sites, data, bound, context, config.store), None, "expected at most, from "
+        basis += "--tokens" if tokens is not None else "data.max_tokens"
+    with console.status("timing the model and the disk"):
+        batch = config.batch_contexts or default_batch(model, sites, context)
+        forward, acts = forward_rate(model, sites, batch, context, sample)
+        disk = disk_rates(folder)
+    rates = Rates(disk, free_bytes(folder), forward, shrinkage(acts, work))
+    return Measured(work, rates, str(model.device), basis)
+
+
+def counted(sites: tuple[Site, ...], splits: Mapping[str, Contexts], store: Store) -> Workload:
+    """The workload of packed text."""
+    rows = {split: int(contexts.stored(store).sum()) for split, contexts in splits.items()}
+    shapes = [contexts.token_id.shape for contexts in splits.values()]
+    return Workload(sites, rows, sum(m for m, _ in shapes), shapes[0][1], store)
+
+
+def bounded(sites: tuple[Site, ...], data: DataConfig, tokens: int, context: int, store: Store) -> Workload:
+    """The workload of so many tokens in full contexts, shared out as data says.
+
+    Position 0 of every context is special; special tokens elsewhere are not known and counted as rows.
+    """
+    contexts = max(1, tokens // (context - data.bos))
+    shares = {"test": data.test_fraction, "validation": data.validation_fraction}
+    by_split = {split: round(contexts * share) for split, share in shares.items() if share}
+    by_split = {"train": contexts - sum(by_split.values()), **by_split}
+    stored = context - (store == "kept")
+    return Workload(sites, {split: m * stored for split, m in by_split.items()}, contexts, context, store)
+
+
+def forward_rate(
+    model: TransformerTarget, sites: Sequence[Site], batch: int, context: int, sample: np.ndarray | None
+) -> tuple[float, dict[str, Tensor]]:
+    """Tokens per second through the body as in a harvest, and the activations of one pass by site.
+
+    `sample` [M, T] are tokens to run; without it they are random.
+    """
+    if sample is None or not len(sample):
+        sample = np.random.default_rng(0).integers(0, model.n_vocab, (batch, context))
+    rows = np.resize(np.arange(len(sample)), batch)
+    job = Job("train", 0, torch.from_numpy(sample[rows].astype(np.int64)), False, False)
+    with Passes(model, sites) as passes:
+        first, acts = _timed_round(model, passes, [job] * passes.workers)  # also warms up
+        rounds = max(ROUNDS, int(1 / first)) if first * ROUNDS < LONGEST_SECONDS else 1
+        seconds, _ = _timed_round(model, passes, [job] * passes.workers * rounds)
+    return job.tokens.numel() * passes.workers * rounds / seconds, acts
+
+
+def shrinkage(acts: Mapping[str, Tensor], work: Workload) -> float:
+    """How much smaller bf16-lz4 makes a chunk of every site, all sites together."""
+    chunk, _ = row_sizes([site.width for site in work.sites], work.rows["train"])
+    codec = numcodecs.Blosc(BLOSC["cname"], BLOSC["clevel"], numcodecs.Blosc.BITSHUFFLE)  # typesize from the array
+    plain = packed = 0
+    for acts_BTD in acts.values():
+        rows = acts_BTD.flatten(0, 1)[:chunk].to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy()
+        plain, packed = plain + rows.nbytes, packed + len(codec.encode(rows))
+    return plain / packed
+
+
+def _timed_round(model: TransformerTarget, passes: Passes, todo: Sequence[Job]) -> tuple[float, dict[str, Tensor]]:
+    began, acts = time.perf_counter(), {}
+    for done in passes.run(todo):
+        assert done is not None
+        acts = done[1]
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - began, acts
+
+
+def _bound(data: DataConfig, tokens: int | None) -> int | None:
+    """Tokens to reckon with, or None for text that is to be counted."""
+    if tokens is not None:
+        return tokens
+    if local_path(data.source) is None:
+        if data.max_tokens is None:
+            raise UserError(
+                f"how many tokens {data.source!r} on the hub has cannot be known before it is read. Give the number to "
+                "reckon with as --tokens N, or set data.max_tokens."
+            )
+        return data.max_tokens
+    return data.max_tokens if data.max_tokens is not None and data.max_tokens > COUNTED_TOKENS else None
