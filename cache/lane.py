@@ -1,58 +1,67 @@
-"""The rows of one class, kept or special, on their way through a shard: the block being filled, and an encoded one."""
+"""The rows of one class, kept or special, on their way through a shard, and how rows get to their stored places.
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+Two encoders do the same work: `cache/host.py` on rows where they lie in a CPU's memory, `cache/blocks.py` on blocks of
+rows where they lie on an accelerator. Both take the rows of a lane in their order, and neither the bytes nor the sums
+depend on how many of them come at a time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from thresher.cache import stats
-from thresher.cache.quality import Tally
+from thresher.cache.codec import Calibration
+from thresher.cache.contracts import Site
+from thresher.cache.stats import Sums
 
 
-@dataclass
 class Lane:
-    """Rows of one class (kept or special) of a shard: the block being filled and the sums so far."""
+    """Rows of one class (kept or special) of a shard, in stream order, and what was added up over them so far."""
 
-    rows: np.ndarray
-    """[K] indices into the shard's stream rows."""
-    done: int = 0
-    """How many of them left in blocks."""
-    fill: int = 0
-    """How many lie in the block."""
-    stage: dict[str, Tensor] = field(default_factory=dict)
-    """The block, by site."""
-    centre: dict[int, tuple[list[Tensor], np.ndarray, np.ndarray]] = field(default_factory=dict)
-    """By width: shift of each site on the device, then shift and scale [S, d] float64, as `stats.of_block` needs."""
-    tally: Tally = field(default_factory=Tally)
+    def __init__(self, rows: np.ndarray, at: np.ndarray, sites: Sequence[Site]) -> None:
+        self.rows = rows
+        """[K] indices into the shard's stream rows."""
+        self.at = at
+        """[K] stored place of each."""
+        self.done = 0
+        """How many of them were taken."""
+        self.sums = {site.name: Sums(site.width) for site in sites}
 
 
-class EncodedBlock(NamedTuple):
-    """An encoded block of all sites of one width, on its way into the shard's buffers."""
+Refuse = Callable[[str, Lane, int], NoReturn]
+"""Raises UserError for the activation of a site at the index of a lane that cannot be stored."""
 
-    code: int
-    start: int
-    width: int
-    codes: list[Tensor]
-    scale: Tensor | None
-    """[S, R] float16."""
-    norm: Tensor
-    """[S, R]."""
-    sums: Tensor
-    """[S, 3, d]."""
-    moments: stats.Moments | None
-    """Set for special rows, which are measured in float64."""
 
-    def to_host(self) -> "EncodedBlock":
-        """The same in pinned host memory, once the copies that this begins are done."""
+class Shelf(NamedTuple):
+    """Where the rows of a shard go."""
 
-        def copy(tensor: Tensor) -> Tensor:
-            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    sites: tuple[Site, ...]
+    buffers: Mapping[str, np.ndarray]
+    """By array name: [rows, d] int8 or uint16 (bit patterns of bfloat16), and [rows] float16 scales of int8z."""
+    calibrations: Mapping[str, Calibration]
+    """By site on the CPU; empty for bf16."""
+    device: torch.device
+    """Where the activations come from."""
+    refuse: Refuse
 
-        return self._replace(
-            codes=[copy(codes) for codes in self.codes],
-            scale=None if self.scale is None else copy(self.scale),
-            norm=copy(self.norm),
-            sums=copy(self.sums),
-        )
+
+class Encoder(Protocol):
+    """Encodes the rows of a shard's lanes into its buffers and adds up their sums."""
+
+    def add(self, lane: Lane, acts: Mapping[str, Tensor], picked: np.ndarray) -> None:
+        """Take the lane's next rows: those at `picked` [K] of the activations [R, width] by site."""
+        ...
+
+    def flush(self) -> None:
+        """Nothing more comes; called by the thread that adds."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until every row is in place; any thread may call it, after `flush`."""
+        ...
+
+    def close(self) -> None:
+        """Let threads go, whatever is left to be done."""
+        ...

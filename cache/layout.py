@@ -37,7 +37,7 @@ KEPT, SPECIAL = 1, 2
 PROVENANCE = ("token_id", "document_id", "source", "keep")
 CONTEXT_ARRAYS = ("token_id", "document_id", "keep")
 
-BLOSC = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 """How chunks of a compressed array are compressed, as Zarr's `blosc` codec states it."""
 
 _CHUNK_ROWS, _CHUNK_BYTES = 1024, 2 << 20

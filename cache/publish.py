@@ -2,11 +2,16 @@
 
 A file is written under a temporary name in its own directory, flushed to the disk, renamed, and its directory is
 flushed too: whoever sees the final name sees every byte, also after a crash. `exclusive` uses a hard link instead of a
-rename, which fails when the name exists: that is how a record is published once.
+rename, which fails when the name exists: that is how a record is published once. File systems without hard links have
+a rename that fails alike.
+
+`direct` writes large page-aligned pieces past the page cache (O_DIRECT). Buffered, the kernel copies every byte and
+keeps it, at the expense of whatever was kept before: 3.3 GB per CPU-second against 34.
 
 Zarr's own local store renames but never flushes, so a power cut may leave a valid name with missing bytes.
 """
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -23,23 +28,28 @@ from thresher.cache.contracts import UserError
 from thresher.cache.layout import crc32c
 from thresher.cache.records import canonical
 
+PAGE = 4096
+_DIRECT_BYTES = 1 << 20  # smaller pieces gain nothing
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def publish(path: Path, pieces: Iterable[bytes | np.ndarray], *, exclusive: bool = False) -> None:
+def publish(path: Path, pieces: Iterable[bytes | np.ndarray], *, exclusive: bool = False, direct: bool = False) -> None:
     """Write the pieces one after another to `path`, atomically and durably; parents are created.
 
-    Raises FileExistsError if `exclusive` and the path exists, UserError when the disk is full or not writable.
+    `direct` only asks: it is done where file system, address and size allow. Raises FileExistsError if `exclusive` and
+    the path exists, UserError when the disk is full or not writable.
     """
     views = [memoryview(_flat(piece)) for piece in pieces]
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         make_directory(path.parent)
-        _write(temporary, views)
+        _write(temporary, views, direct)
         try:
             if exclusive:
-                os.link(temporary, path)
+                _move_exclusively(temporary, path)
             else:
                 os.rename(temporary, path)
         finally:
@@ -56,20 +66,66 @@ def _flat(piece: bytes | np.ndarray) -> Any:
     return piece.reshape(-1).view(np.uint8).data if isinstance(piece, np.ndarray) else piece
 
 
-def _write(path: Path, views: Iterable[memoryview]) -> None:
+def _write(path: Path, views: Iterable[memoryview], direct: bool) -> None:
     """Create a file with the given bytes and flush it; on any failure it is removed again."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         try:
+            offset = 0
             for view in views:
+                if direct and offset % PAGE == 0 and len(view) >= _DIRECT_BYTES and _on_page(view):
+                    view = view[_write_directly(descriptor, view) :]
                 while view:
                     view = view[os.write(descriptor, view) :]
+                offset = os.lseek(descriptor, 0, os.SEEK_CUR)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def _on_page(view: memoryview) -> bool:
+    return np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0
+
+
+def _write_directly(descriptor: int, view: memoryview) -> int:
+    """Write whole pages past the page cache; the bytes written, few or none where the file system does not let us."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    done, whole = 0, len(view) // PAGE * PAGE
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        while done < whole and done % PAGE == 0:
+            done += os.write(descriptor, view[done:whole])
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    return done
+
+
+def _move_exclusively(temporary: Path, path: Path) -> None:
+    """Give a finished file its name. Raises FileExistsError when another has it."""
+    try:
+        os.link(temporary, path)
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = not hasattr(libc, "renameat2") or libc.renameat2(
+        _AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE
+    )
+    if not failed:
+        return
+    if ctypes.get_errno() == errno.EEXIST:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    raise UserError(
+        f"cannot write {path}: its file system has neither hard links nor a rename that spares an existing file, so a "
+        f"record cannot be kept from being written twice. Choose a place on another file system with --cache PATH."
+    )
 
 
 def make_directory(path: Path) -> None:
@@ -93,9 +149,11 @@ def flush_directory(path: Path) -> None:
 def explained(error: OSError, path: Path, needed: int) -> Exception:
     """The error in the user's terms where it is the user's to solve, else itself."""
     if error.errno in _NO_SPACE:
+        free = free_bytes(path)
+        missing = f": {needed - free:,} bytes are missing" if needed > free else ""
         return UserError(
-            f"cannot write {path}: {error.strerror}. It needs {needed:,} bytes and {free_bytes(path):,} are free "
-            f"there (a quota or a file-size limit may be lower). Everything committed before stays valid: make room, "
+            f"cannot write {path}: {error.strerror}. It needs {needed:,} bytes and {free:,} are free there{missing} (a "
+            f"quota or a file-size limit may be lower). Everything committed before stays valid: make room, "
             f"then run the same command again and it goes on from there."
         )
     if error.errno in _DENIED:

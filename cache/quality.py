@@ -4,18 +4,13 @@ The error of decoding is measured on every row while it is encoded, and a shard 
 harvest: a cache never holds rows worse than it says.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from thresher.cache import stats
-from thresher.cache.codec import LEVELS
-from thresher.cache.contracts import Site, UserError
-from thresher.cache.stats import Moments
-
-WidthGroups = Mapping[int, Sequence[Site]]
-"""Sites of equal width, which are added up side by side."""
+from thresher.cache.contracts import UserError
+from thresher.cache.stats import Sums
 
 
 class Quality(NamedTuple):
@@ -23,6 +18,8 @@ class Quality(NamedTuple):
 
     fvu: float
     """Fraction of the variance of kept rows that decoding does not give back."""
+    median: float
+    """The same of the median dimension."""
     worst: float
     """The same of the worst dimension; dimensions that hardly move are measured against the calibration's floor."""
     peak: float
@@ -31,11 +28,14 @@ class Quality(NamedTuple):
     """FVU of special rows, 0 when none are stored."""
 
 
-def unexplained(error_D: np.ndarray, m2_D: np.ndarray) -> tuple[float, float]:
-    """Squared error over squared deviation: in all, and of the worst dimension (floor: a millionth of the median)."""
-    tiny = float(np.finfo(np.float64).tiny)
-    floor_D = np.maximum(m2_D, max(1e-6 * float(np.median(m2_D)), tiny))
-    return float(error_D.sum() / max(m2_D.sum(), tiny)), float((error_D / floor_D).max())
+def _unexplained(sums: Sums, unit_D: np.ndarray | float) -> tuple[float, float, float]:
+    """Squared error over squared deviation in all, of the median and of the worst dimension; zeros without rows.
+
+    A dimension counts as moving at least by a millionth of what the median dimension does.
+    """
+    error_D, m2_D, tiny = sums.values[2] * np.square(unit_D), sums.moments().m2, float(np.finfo(np.float64).tiny)
+    share_D = error_D / np.maximum(m2_D, max(1e-6 * float(np.median(m2_D)), tiny))
+    return float(error_D.sum() / max(m2_D.sum(), tiny)), float(np.median(share_D)), float(share_D.max())
 
 
 def check_gate(codec: str, where: str, quality: Mapping[str, Quality], gate: float) -> None:
@@ -52,49 +52,8 @@ def check_gate(codec: str, where: str, quality: Mapping[str, Quality], gate: flo
     )
 
 
-class Tally:
-    """Moments, error and peak of the rows of one class (kept or special), by site width, all sites of one stacked."""
-
-    def __init__(self) -> None:
-        self._moments: dict[int, Moments] = {}
-        self._error_SD: dict[int, np.ndarray] = {}
-        self._peak_S: dict[int, np.ndarray] = {}
-
-    def add(self, width: int, moments: Moments, error_SD: np.ndarray, scale_SN: np.ndarray | None) -> None:
-        """Add a block: its moments, its squared errors by dimension, and the scales of its rows (int8z)."""
-        if width in self._moments:
-            moments = self._moments[width].merge(moments)
-            error_SD = self._error_SD[width] + error_SD
-        self._moments[width], self._error_SD[width] = moments, error_SD
-        if scale_SN is not None:
-            peak_S = scale_SN.max(axis=1) * LEVELS
-            self._peak_S[width] = np.maximum(self._peak_S.get(width, peak_S), peak_S)
-
-    def moments(self, groups: WidthGroups) -> dict[str, Moments]:
-        """By site; no rows where nothing was added."""
-        return {
-            site.name: self._moments[width].site(i) if width in self._moments else stats.empty(width)
-            for width, sites in groups.items()
-            for i, site in enumerate(sites)
-        }
-
-    def unexplained(self, width: int, index: int) -> tuple[float, float]:
-        """(FVU, worst dimension) of one site; (0, 0) without rows."""
-        if width not in self._moments:
-            return 0.0, 0.0
-        return unexplained(self._error_SD[width][index], self._moments[width].m2[index])
-
-    def peak(self, width: int, index: int) -> float:
-        """Largest |z| of one site, 0 without rows or scales."""
-        return float(self._peak_S[width][index]) if width in self._peak_S else 0.0
-
-
-def quality(kept: Tally, special: Tally, groups: WidthGroups) -> dict[str, Quality]:
-    """Quality of every site of a shard."""
-    out = {}
-    for width, sites in groups.items():
-        for i, site in enumerate(sites):
-            fvu, worst = kept.unexplained(width, i)
-            special_fvu, _ = special.unexplained(width, i)
-            out[site.name] = Quality(fvu, worst, max(kept.peak(width, i), special.peak(width, i)), special_fvu)
-    return out
+def quality(kept: Sums, special: Sums, unit_D: np.ndarray | float) -> Quality:
+    """Quality of one site of a shard; `unit_D` [d] is what errors were measured in (σ for int8z, 1 for bf16)."""
+    fvu, median, worst = _unexplained(kept, unit_D)
+    peak = float(max(kept.peak[0], special.peak[0]))
+    return Quality(fvu, median, worst, peak, _unexplained(special, unit_D)[0])

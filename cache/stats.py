@@ -1,10 +1,10 @@
 """Moments that merge: count, mean, squared deviations and norms of activations, in float64.
 
 Every shard stores its own moments, and the statistics of a cache are their merge in shard order, so neither kills nor
-the order in which shards were written change a bit. `of_rows` is the plain float64 definition. `of_block` builds the
-same from float32 sums of one block of standardised rows (at most 1024 on a CPU), which the encoder has at hand:
-standardised values have mean near 0, so nothing cancels, and the sums of a block are off by less than
-n · 2⁻²⁴ = 6e-5 of Σ|v| and Σv² in the worst case, a few 1e-7 in practice (PyTorch sums in a tree).
+the order in which shards were written change a bit. `of_rows` is the plain float64 definition. `Sums` are what an
+encoder adds up over the rows of a shard, in float64 and of the activations as they came: the statistics know neither
+codec nor calibration. Their rounding is off by a few 2⁻⁵³ of Σx² a row, so a mean of a thousand deviations still
+leaves nine digits of the variance.
 
 Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 """
@@ -36,17 +36,17 @@ class SiteStats(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Mergeable sums over some rows of one site, or of several sites of one width, stacked in front."""
+    """Mergeable sums over some rows of one site."""
 
     rows: int
     mean: np.ndarray
-    """[…, d] float64."""
+    """[d] float64."""
     m2: np.ndarray
-    """[…, d] float64: sum of squared deviations from the mean."""
+    """[d] float64: sum of squared deviations from the mean."""
     norm: np.ndarray
-    """[…] Σ‖x‖."""
+    """[] Σ‖x‖."""
     sq_norm: np.ndarray
-    """[…] Σ‖x‖²."""
+    """[] Σ‖x‖²."""
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of both sets of rows."""
@@ -63,16 +63,31 @@ class Moments(NamedTuple):
             self.sq_norm + other.sq_norm,
         )
 
-    def site(self, index: int) -> "Moments":
-        """One of the stacked sites."""
-        return Moments(self.rows, *(part[index] for part in self[1:]))
-
     def stats(self) -> SiteStats:
         """Means and variances of one site; zeros when there are no rows."""
         n = max(self.rows, 1)
         variance = self.m2 / n
         norm, sq_norm = float(self.norm) / n, float(self.sq_norm) / n
         return SiteStats(self.rows, self.mean, variance, norm, sq_norm, float(variance.sum()))
+
+
+class Sums:
+    """What an encoder adds up over the rows of one class (kept or special) of one site."""
+
+    def __init__(self, width: int) -> None:
+        self.rows = 0
+        self.values = np.zeros((3, width))
+        """[3, d] float64: Σx, Σx², and Σe² of the error of storing (of the standardised value for int8z)."""
+        self.norms = np.zeros(2)
+        """[2] float64: Σ‖x‖, Σ‖x‖²."""
+        self.peak = np.zeros(1, np.float32)
+        """[1] largest |z| (int8z)."""
+
+    def moments(self) -> Moments:
+        """The same as moments."""
+        mean = self.values[0] / max(self.rows, 1)
+        m2 = np.maximum(self.values[1] - self.values[0] * mean, 0.0)
+        return Moments(self.rows, mean, m2, self.norms[0], self.norms[1])
 
 
 def empty(width: int) -> Moments:
@@ -90,24 +105,9 @@ def of_rows(x_ND: np.ndarray) -> Moments:
     return Moments(len(x_ND), mean, np.square(x_ND - mean).sum(axis=0), np.sqrt(sq_norm_N).sum(), sq_norm_N.sum())
 
 
-def of_block(sums: np.ndarray, norm: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> Moments:
-    """Moments from Σv and Σv² (`sums` […, 2, d]) of v = (x − shift) / scale over a block, and the norms […, n]."""
-    rows = norm.shape[-1]
-    sum_D, square_D = np.moveaxis(sums.astype(np.float64, copy=False), -2, 0)
-    norm = norm.astype(np.float64)
-    mean_D = sum_D / rows
-    m2_D = np.maximum(square_D - sum_D * mean_D, 0.0) * np.square(scale)
-    return Moments(rows, shift + scale * mean_D, m2_D, norm.sum(axis=-1), np.square(norm).sum(axis=-1))
-
-
 def merged(moments: Iterable[Moments]) -> Moments:
     """Merge in the order given; at least one."""
     return functools.reduce(Moments.merge, moments)
-
-
-def stacked(moments: Sequence[Moments]) -> Moments:
-    """Moments of several sites over the same rows, side by side."""
-    return Moments(moments[0].rows, *(np.stack(parts) for parts in zip(*(m[1:] for m in moments), strict=True)))
 
 
 def pack(sites: Sequence[Site], by_site: Mapping[str, Moments]) -> np.ndarray:

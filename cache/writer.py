@@ -26,11 +26,11 @@ import numpy as np
 
 from thresher.cache import stats
 from thresher.cache.arrays import check_size, read_plain, write_plain, write_sharded
+from thresher.cache.buffers import Buffers
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import (
     MANIFEST,
     ROOT,
-    chunk_sums,
     commit_path,
     committed,
     publish_commit,
@@ -48,11 +48,12 @@ from thresher.cache.layout import (
     estimate_bytes,
     group_json,
     known_split,
-    shard_index,
     stats_array,
 )
 from thresher.cache.locks import CREATE, READ, Lock, excludes, hold, share, sole_writer, try_hold
+from thresher.cache.memory import available_memory
 from thresher.cache.order import Stream
+from thresher.cache.pieces import shard_file
 from thresher.cache.plan import Extends, Plan, context_array, make_plan
 from thresher.cache.publish import flush_directory, free_bytes, publish, write_json
 from thresher.cache.records import differences
@@ -89,6 +90,9 @@ class CacheWriter:
         self._sole: Lock | None = None
         self._alive: Lock | None = None  # between two shards, this alone tells that somebody is at work
         self._calibrations: dict[str, Calibration] = {}
+        self.buffers = Buffers()
+        self.direct = self.bytes_needed() > available_memory() // 4
+        """Whether shards go to the disk past the page cache: cheaper, but then training right after finds them cold."""
         self._background = ThreadPoolExecutor(1, thread_name_prefix="thresher-commit")
         self._files = ThreadPoolExecutor(8, thread_name_prefix="thresher-publish")
         self._publishing: Future[None] | None = None
@@ -185,9 +189,10 @@ class CacheWriter:
         """`claim` without waiting, of all shards or of some: None also when there is nothing to take at the moment."""
         self._raise_failure()
         ready = self._can_encode()
-        for shard in [
-            shard for shard in among or self._order if shard not in self._committed and shard not in self._held
-        ]:
+        if among is not None:  # of a ring, from which others evict
+            self._committed -= {shard for shard in among if not commit_path(self.path, *shard).exists()}
+        known = self._committed | self._held.keys()
+        for shard in [shard for shard in (self._order if among is None else among) if shard not in known]:
             if not (ready or shard == ("train", 0)) or self._is_committed(shard):
                 continue
             if self._lock(shard):
@@ -334,18 +339,22 @@ class CacheWriter:
 
     def _publish_held(self, split: str, index: int, finish: Callable[[], ShardData]) -> None:
         data, specs = finish(), self.plan.sharded_arrays(split)
+        there = self._is_committed((split, index))  # then these bytes are compared with the record and not written
 
         def one(name: str) -> tuple[str, dict[str, Any]]:
-            spec, rows = specs[name], data.arrays[name]
-            sums, tail = chunk_sums(spec, rows), shard_index(spec, len(rows))
-            publish(self.path / split / name / spec.file_name(index), [rows, tail])
-            return name, {"bytes": rows.nbytes + len(tail), "crc32c": sums}
+            spec = specs[name]
+            file = shard_file(spec, data.arrays[name])
+            if not there:
+                publish(self.path / split / name / spec.file_name(index), file.pieces, direct=self.direct)
+            return name, file.entry
 
         arrays = dict(self._files.map(one, specs))
         moments = self.plan.moments_array(split)
-        write_plain(self.path / split / "moments", moments, data.moments[None], index)
+        if not there:
+            write_plain(self.path / split / "moments", moments, data.moments[None], index)
         arrays["moments"] = {"bytes": data.moments.nbytes + 4, "crc32c": [f"{crc32c(data.moments):08x}"]}
         publish_commit(self.path, self.plan, split, index, arrays, data.quality, self._calibration_digest())
+        self.buffers.give(data.arrays.values())
         self._committed.add((split, index))
 
     def _to_come(self) -> list[Shard]:

@@ -41,9 +41,11 @@ def test_packing_is_undone_by_unpacking() -> None:
             assert np.array_equal(got, expected)
 
 
-def test_stacked_sites_are_the_sites() -> None:
-    parts = [stats.of_rows(np.random.default_rng(i).normal(size=(4, 3))) for i in range(2)]
-    both = stats.stacked(parts)
-    for i, part in enumerate(parts):
-        for got, expected in zip(both.site(i), part, strict=True):
-            assert np.array_equal(got, expected)
+def test_sums_are_the_moments_even_far_from_zero() -> None:
+    x = 1000.0 + np.random.default_rng(2).normal(size=(500, 4))
+    sums, plain = stats.Sums(4), stats.of_rows(x)
+    assert sums.moments().stats().total_variance == 0.0
+    sums.rows = 500
+    sums.values[:2] = x.sum(axis=0), np.square(x).sum(axis=0)
+    np.testing.assert_allclose(sums.moments().mean, plain.mean, rtol=1e-12)
+    np.testing.assert_allclose(sums.moments().m2, plain.m2, rtol=1e-7)

@@ -1,0 +1,266 @@
+"""Rows of activations into a shard on a CPU: one pass over each row while it lies in the core's first cache.
+
+A row is read once. It is checked, encoded, written to its stored place, and added to the float64 sums that statistics
+and quality follow from. PyTorch needs about ten passes over a block for the same, and each costs more than the
+arithmetic. The specification is `codec.encode_plain` and `stats.of_rows`; the codes here are the same bit for bit.
+
+Two things decide the speed. Stored places are random, so a plain store would first fetch the line that it is about to
+overwrite: rows of whole cache lines are written past the cache instead (non-temporal stores, twice as fast). And two
+rows are added together, so that each sum is loaded and stored half as often.
+
+Sums take the rows one by one in their order, in float64, where the square of a float32 is exact. So they do not depend
+on how the rows were cut into calls, nor on whether multiplication and addition are fused, and massive rows do not
+cancel the others. Only ‖x‖² of a row is summed in float32, in an order that the compiler chooses.
+
+All kernels take activations x [R, D] as float32, or bfloat16 as bit patterns (uint16), the rows to take [K] int64 and
+their stored places [K] int64, and give the index into these of the first row that cannot be stored, or -1.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from numba.np import arrayobj
+
+LINE_BYTES = 64
+
+_intrinsic: Any = intrinsic  # the type checker does not know that the first argument is not given in calls
+_JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+_INLINE = {**_JIT, "forceinline": True}  # a call would count references to the row, and each count drains the stores
+_ROUND = np.float32(1.5 * 2**23)  # x + this − this is x rounded to an integer, half to even, for |x| < 2²²
+_PER_LEVEL = np.float32(1 / 127)
+_SMALLEST = np.float32(2.0**-14)
+_SIGN, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+
+
+@_intrinsic
+def _float_of(typing_context, bits):  # type: ignore[no-untyped-def]
+    """The float32 with these 32 bits."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@_intrinsic
+def _bits_of(typing_context, value):  # type: ignore[no-untyped-def]
+    """The 32 bits of a float32."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@_intrinsic
+def _stream_row(typing_context, out, at, row):  # type: ignore[no-untyped-def]
+    """Write `row` to `out[at]`, both of whole cache lines and `out` aligned to them, past the cache.
+
+    Such stores become visible to other threads at the latest with the next locked instruction, and handing a shard to
+    another thread takes many of those.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        target = arrayobj.make_array(signature.args[0])(context, builder, arguments[0])
+        source = arrayobj.make_array(signature.args[2])(context, builder, arguments[2])
+        row_bytes = cgutils.unpack_tuple(builder, target.strides, 2)[0]
+        line = ir.VectorType(ir.IntType(32), LINE_BYTES // 4)
+        place = cgutils.pointer_add(builder, target.data, builder.mul(row_bytes, arguments[1]))
+        place, taken = (builder.bitcast(p, line.as_pointer()) for p in (place, source.data))
+        with cgutils.for_range(builder, builder.udiv(row_bytes, ir.Constant(row_bytes.type, LINE_BYTES))) as loop:
+            value = builder.load(builder.gep(taken, [loop.index]), align=2)
+            store = builder.store(value, builder.gep(place, [loop.index]), align=LINE_BYTES)
+            store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.none(out, types.int64, row), generate
+
+
+def _wide(value):  # type: ignore[no-untyped-def]
+    """An element of x as float32."""
+    raise NotImplementedError
+
+
+@overload(_wide, inline="always")
+def _wide_of(value):  # type: ignore[no-untyped-def]
+    if value == types.uint16:
+        return lambda value: _float_of(np.uint32(value) << np.uint32(16))
+    return lambda value: value
+
+
+@njit(**_INLINE)
+def _put(out, at, row, whole_lines):  # type: ignore[no-untyped-def]
+    """out[at] = row."""
+    if whole_lines:
+        _stream_row(out, at, row)
+    else:
+        for j in range(row.shape[0]):
+            out[at, j] = row[j]
+
+
+@njit(**_INLINE, fastmath={"reassoc", "nsz", "contract"})
+def _squares(row):  # type: ignore[no-untyped-def]
+    """Σx², not finite as soon as an element is not."""
+    total = np.float32(0)
+    for j in range(row.shape[0]):
+        x = _wide(row[j])
+        total += x * x
+    return total
+
+
+@njit(**_INLINE, fastmath={"contract"})
+def _add_pair(a, b, sum_D, square_D):  # type: ignore[no-untyped-def]
+    """Add x and x² of row a, then of row b."""
+    for j in range(a.shape[0]):
+        x, y = np.float64(_wide(a[j])), np.float64(_wide(b[j]))
+        sum_D[j] = (sum_D[j] + x) + y
+        square_D[j] = (square_D[j] + x * x) + y * y
+
+
+@njit(**_INLINE, fastmath={"contract"})
+def _add_errors(a, b, error_D):  # type: ignore[no-untyped-def]
+    """Add e² of row a, then of row b."""
+    for j in range(a.shape[0]):
+        x, y = np.float64(a[j]), np.float64(b[j])
+        error_D[j] = (error_D[j] + x * x) + y * y
+
+
+@njit(**_INLINE)
+def _measure(x, row, norms):  # type: ignore[no-untyped-def]
+    """Add ‖x‖ and ‖x‖² of a row; false when it is not finite."""
+    square = np.float64(_squares(x[row]))
+    norms[0] += np.sqrt(square)
+    norms[1] += square
+    return np.isfinite(square)
+
+
+@njit(**_JIT)
+def measure(x, sums, norms):  # type: ignore[no-untyped-def]
+    """Add all rows of x: Σx and Σx² [2, D] to `sums`, Σ‖x‖ and Σ‖x‖² [2] to `norms`."""
+    none = np.zeros(x.shape[1], x.dtype)
+    for k in range(0, x.shape[0], 2):
+        pair = k + 1 < x.shape[0]
+        for i in range(k, k + 1 + pair):
+            if not _measure(x, i, norms):
+                return i
+        _add_pair(x[k], x[k + 1] if pair else none, sums[0], sums[1])
+    return -1
+
+
+@njit(**_JIT)
+def copy_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-untyped-def]
+    """Store bit patterns as they are: out [S, D] uint16, sums [3, D] of which the third stays as it is, norms [2]."""
+    none = np.zeros(x.shape[1], x.dtype)
+    for k in range(0, rows.shape[0], 2):
+        pair = k + 1 < rows.shape[0]
+        for i in range(k, k + 1 + pair):
+            if not _measure(x, rows[i], norms):
+                return i
+            _put(out, at[i], x[rows[i]], whole_lines)
+        _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
+    return -1
+
+
+@njit(**_INLINE)
+def _round_bf16(row, codes, error):  # type: ignore[no-untyped-def]
+    """Round to the nearest bfloat16, half to even; `error` is what that changed."""
+    for j in range(row.shape[0]):
+        bits = _bits_of(row[j])
+        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        code = (bits + half) >> np.uint32(16)
+        codes[j] = code
+        error[j] = row[j] - _float_of(code << np.uint32(16))
+
+
+@njit(**_JIT)
+def round_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-untyped-def]
+    """Store float32 rows rounded to bfloat16: out [S, D] uint16, sums [3, D] Σx, Σx², Σe², norms [2]."""
+    codes, none = np.empty(x.shape[1], np.uint16), np.zeros(x.shape[1], x.dtype)
+    error = np.zeros((2, x.shape[1]), np.float32)
+    for k in range(0, rows.shape[0], 2):
+        pair = k + 1 < rows.shape[0]
+        error[1] = 0
+        for i in range(k, k + 1 + pair):
+            if not _measure(x, rows[i], norms):
+                return i
+            _round_bf16(x[rows[i]], codes, error[i - k])
+            _put(out, at[i], codes, whole_lines)
+        _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
+        _add_errors(error[0], error[1], sums[2])
+    return -1
+
+
+@njit(**_INLINE)
+def _standardise(row, mean, inverse, v):  # type: ignore[no-untyped-def]
+    """v = (x − μ) · (1/σ); gives the bits of max |v|, which order as integers, NaN above infinity above all."""
+    top = np.uint32(0)
+    for j in range(row.shape[0]):
+        z = (_wide(row[j]) - mean[j]) * inverse[j]
+        v[j] = z
+        top = max(top, _bits_of(z) & _SIGN)
+    return top
+
+
+@njit(**_INLINE)
+def _half_bits(value):  # type: ignore[no-untyped-def]
+    """The bits of a float32 ≥ 2⁻¹⁴ rounded to float16, half to even; 0x7C00 and more when it is too large."""
+    bits = _bits_of(value)
+    bits += np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    return (bits >> np.uint32(13)) - np.uint32(112 << 10)
+
+
+@njit(**_INLINE)
+def _quantise(v, scale, codes, error):  # type: ignore[no-untyped-def]
+    """Integers nearest to v / s, half to even, and what is lost of v.
+
+    The clip of the specification is left out: s ≥ max|v| / 127 · (1 − 2⁻¹¹), so |v / s| < 127.07 rounds to at most 127.
+    """
+    per_scale = np.float32(1) / scale
+    for j in range(v.shape[0]):
+        q = (v[j] * per_scale + _ROUND) - _ROUND
+        codes[j] = np.int8(np.int32(q))
+        error[j] = v[j] - q * scale
+
+
+@njit(**_JIT)
+def store_int8z(x, rows, at, mean, inverse, out, scales, whole_lines, sums, norms, peak):  # type: ignore[no-untyped-def]
+    """Store rows as int8z: out [S, D] int8, scales [S] bits of float16 (uint16).
+
+    `mean`, `inverse` [D] float32 are μ and 1/σ; sums [3, D] Σx, Σx² and Σe² of the error of v; `peak` [1] float32 is
+    raised to the largest |v|.
+    """
+    v, codes = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.int8)
+    error, none = np.zeros((2, x.shape[1]), np.float32), np.zeros(x.shape[1], x.dtype)
+    for k in range(0, rows.shape[0], 2):
+        pair = k + 1 < rows.shape[0]
+        error[1] = 0
+        for i in range(k, k + 1 + pair):
+            finite = _measure(x, rows[i], norms)
+            top = _standardise(x[rows[i]], mean, inverse, v)
+            largest = _float_of(min(top, _INFINITE))
+            half = _half_bits(max(largest * _PER_LEVEL, _SMALLEST))
+            if not finite or half >= np.uint32(0x7C00):
+                return i
+            scales[at[i]] = half
+            peak[0] = max(peak[0], largest)
+            _quantise(v, _float_of((half + np.uint32(112 << 10)) << np.uint32(13)), codes, error[i - k])
+            _put(out, at[i], codes, whole_lines)
+        _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
+        _add_errors(error[0], error[1], sums[2])
+    return -1
+
+
+@njit(**_JIT)
+def scatter(rows, at, out, whole_lines):  # type: ignore[no-untyped-def]
+    """out[at[k]] = rows[k]: encoded rows [K, D] to their stored places."""
+    for k in range(rows.shape[0]):
+        _put(out, at[k], rows[k], whole_lines)
+
+
+def whole_lines(out: np.ndarray) -> bool:
+    """Whether every row of `out` [S, D] consists of whole cache lines, so that it may be written past the cache."""
+    return bool(out.strides[0] % LINE_BYTES == 0 and out.ctypes.data % LINE_BYTES == 0)
