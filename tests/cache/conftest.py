@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 _FILL = Path(__file__).with_name("fill.py")
+_OWN_MOUNTS = ("unshare", "-Urm", "sh", "-c")
 
 
 @pytest.fixture(scope="session")
@@ -48,22 +49,55 @@ def copied(finished: Callable[..., Path], tmp_path: Path) -> Path:
     return path
 
 
+class Victims:
+    """Runs toy harvests in child processes. Called with a path and a command, it returns what the child said: "done",
+    a UserError's text, or "killed"."""
+
+    def __init__(self, *prefix: str) -> None:
+        self._server = subprocess.Popen(
+            [*prefix, sys.executable, str(_FILL)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, path: Path, **command: Any) -> str:
+        return self.together(path, command)[0]
+
+    def together(self, path: Path, *commands: dict[str, Any]) -> list[str]:
+        """Run several at once."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps([{"path": str(path), **command} for command in commands]) + "\n")
+        self._server.stdin.flush()
+        return [str(answer) for answer in json.loads(self._server.stdout.readline())]
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=10)
+
+
 @pytest.fixture(scope="session")
-def victim() -> Iterator[Callable[..., str]]:
-    """Run the toy harvest in a child process and return what it said; "killed" when it died."""
-    server = subprocess.Popen([sys.executable, str(_FILL)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def victim() -> Iterator[Victims]:
+    """Run the toy harvest in children that may be killed."""
+    victims = Victims()
+    yield victims
+    victims.close()
 
-    def run(path: Path, **command: Any) -> str:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(json.dumps({"path": str(path), **command}) + "\n")
-        server.stdin.flush()
-        return str(json.loads(server.stdout.readline()))
 
-    yield run
-    assert server.stdin is not None
-    server.stdin.close()
-    server.wait(timeout=10)
+@pytest.fixture(scope="session")
+def small_disk() -> Iterator[Callable[[Path, int], Victims]]:
+    """Children that see an empty file system of so many bytes at a path; skips where it cannot be mounted."""
+    opened: list[Victims] = []
+
+    def mounted(path: Path, size: int) -> Victims:
+        mount = f"mount -t tmpfs -o size={size} none '{path}'"
+        if not shutil.which("unshare") or subprocess.run([*_OWN_MOUNTS, mount], check=False).returncode:
+            pytest.skip("no small file system can be mounted here (unshare -Urm, tmpfs)")
+        opened.append(Victims(*_OWN_MOUNTS, f'{mount} && exec "$@"', "sh"))
+        return opened[-1]
+
+    yield mounted
+    for victims in opened:
+        victims.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,19 @@
 """A toy harvest: deterministic activations of made-up contexts, written into a cache.
 
-Imported by the tests, and run as a script by those that kill it: it then serves commands, one JSON object a line, and
-runs each in a forked child (so that Python and torch start once). A command may limit the size of files, or name the
-how-many-th system call that makes data durable the child shall not survive.
+Imported by the tests, and run as a script by those that kill it: it then serves commands, one JSON list a line, and
+runs each in a forked child (so that Python and torch start once). A command may limit the size of files, fill a small
+disk, or name the how-many-th system call that makes data durable the child shall not survive.
 """
 
+import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +61,22 @@ def open_writer(path: Path, **changes: object) -> CacheWriter:
 
 
 def fill(
-    path: Path, batch: int = 7, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: object
+    path: Path,
+    batch: int = 7,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    begin: Callable[[int], None] = lambda count: None,
+    **changes: object,
 ) -> None:
-    """Write, or go on writing, the whole toy cache with `batch` contexts a forward pass."""
+    """Write, or go on writing, the whole toy cache with `batch` contexts a forward pass.
+
+    `begin` is called with the number of shards claimed before, whenever one is.
+    """
     with open_writer(path, **changes) as writer:
+        count = 0
         while (claimed := writer.claim()) is not None:
+            begin(count)
+            count += 1
             shard = writer.shard(*claimed)
             for at in range(0, len(shard.contexts), batch):
                 acts = activations(shard.split, shard.contexts[at : at + batch], dtype)
@@ -70,14 +85,14 @@ def fill(
         writer.finalize()
 
 
-def _die_at(call: int) -> None:
-    """Let the process kill itself at the call-th fsync, rename, link or write from now."""
-    left = [call]
+def _counting(die_at: int) -> list[int]:
+    """Count the calls of fsync, rename, link and write from now; let the process kill itself at number `die_at`."""
+    calls = [0]
 
     def counted(original):  # type: ignore[no-untyped-def]
         def wrapper(*arguments, **named):  # type: ignore[no-untyped-def]
-            left[0] -= 1
-            if left[0] == 0:
+            calls[0] += 1
+            if calls[0] == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments, **named)
 
@@ -85,38 +100,73 @@ def _die_at(call: int) -> None:
 
     for name in ("write", "fsync", "rename", "link"):
         setattr(os, name, counted(getattr(os, name)))
+    return calls
+
+
+def _hog(path: Path, after: int) -> Callable[[int], None]:
+    """Take all that is left of a small disk once `after` shards were claimed before, but for 8 kB."""
+
+    def begin(count: int) -> None:
+        if count == after:
+            with (path.parent / "hog").open("wb", buffering=0) as file, suppress(OSError):
+                while shutil.disk_usage(path.parent).free > 8192:
+                    file.write(bytes(4096))
+
+    return begin
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over names and contents of a cache's files, without locks."""
+    total = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.suffix != ".lock":
+            total.update(f"{file.relative_to(path)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def _child(command: dict[str, object]) -> str:
-    """Run one command; the answer is "done", or the text of a UserError."""
-    if "die_at" in command:
-        _die_at(int(command.pop("die_at")))  # type: ignore[call-overload]
+    """Run one command; the answer is "done", the number of calls, a digest, or the text of a UserError."""
+    calls = _counting(int(command.pop("die_at", 0)))  # type: ignore[call-overload]
+    path, count = Path(str(command.pop("path"))), command.pop("count", False)
     if "file_bytes" in command:
         limit = int(command.pop("file_bytes"))  # type: ignore[call-overload]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if command.pop("unhog", False):
+        (path.parent / "hog").unlink()
+    if "hog_after" in command:
+        command["begin"] = _hog(path, int(command.pop("hog_after")))  # type: ignore[call-overload]
     try:
-        fill(Path(str(command.pop("path"))), **command)  # type: ignore[arg-type]
+        if command.pop("digest", False):
+            return digest(path)
+        fill(path, **command)  # type: ignore[arg-type]
     except UserError as error:
         return f"UserError: {error}"
-    return "done"
+    return str(calls[0]) if count else "done"
+
+
+def _forked(command: dict[str, object]) -> tuple[int, int]:
+    """(process, pipe) of a child that runs the command."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answer = _child(dict(command)).encode()
+        os.close(reader)
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(answer)
+        os._exit(0)
+    os.close(writer)
+    return child, reader
 
 
 def serve() -> None:
-    """Answer each line of stdin with one line: what the forked child said, or "killed"."""
+    """Answer each line of stdin, a list of commands that run at once, with the list of what the children said."""
     for line in sys.stdin:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            answer = _child(json.loads(line)).encode()
-            os.close(reader)
-            with os.fdopen(writer, "wb") as pipe:
-                pipe.write(answer)
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            answer = pipe.read()
-        os.waitpid(child, 0)
-        print(json.dumps(answer.decode() or "killed"), flush=True)
+        answers = []
+        for child, reader in [_forked(command) for command in json.loads(line)]:
+            with os.fdopen(reader, "rb") as pipe:
+                answers.append(pipe.read().decode() or "killed")
+            os.waitpid(child, 0)
+        print(json.dumps(answers), flush=True)
 
 
 if __name__ == "__main__":

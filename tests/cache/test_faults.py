@@ -4,20 +4,27 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+from thresher.cache import locks
 from thresher.cache import writer as writer_module
+from thresher.cache.codec import Calibration
 from thresher.cache.commit import MANIFEST
 from thresher.cache.contracts import UserError
 from thresher.cache.layout import VERSION
 from thresher.cache.locks import try_hold
 from thresher.cache.publish import publish
-from thresher.cache.reader import CacheReader, find_complete
+from thresher.cache.reader import CacheReader
 
 Tree = Callable[[Path], dict[str, bytes]]
 Victim = Callable[..., str]
@@ -59,25 +66,64 @@ def test_bytes_do_not_depend_on_the_number_of_threads(
         torch.set_num_threads(before)
 
 
-def test_a_killed_harvest_is_refused_and_resumes_to_identical_bytes(
-    toy: ModuleType, finished: Callable[..., Path], tmp_path: Path, victim: Victim, tree: Tree
-) -> None:
-    """Killed at random calls that make data durable, over plan, calibration, shards, statistics and manifest."""
-    whole = tree(finished())
-    generator, killed = random.Random(0), 0
-    moments = [1, 4, *generator.sample(range(10, 860), 5), 885, 904]  # 324 of 905 calls are the plan, 34 the end
+def strata(total: int, count: int, seed: int) -> list[int]:
+    """So many random moments of 1 … total, one from each of equal stretches."""
+    generator = random.Random(seed)
+    return [1 + int((i + generator.random()) * total / count) for i in range(count)]
+
+
+def kill_at(moments: list[int], codec: str, victim: Any, path: Path, whole: dict[str, bytes], tree: Tree) -> int:
+    """Kill a harvest at each moment: it is refused, and resumed to identical bytes. Returns how many died."""
+    killed = 0
     for moment in moments:
-        path = tmp_path / f"{moment}"
-        said = victim(path, die_at=moment)
-        if said == "killed":
-            killed += 1
-            assert find_complete(path, toy.IDENTITY) is None
+        said = victim(path / f"{moment}", die_at=moment, codec=codec)
+        killed += said == "killed"
+        if not (path / f"{moment}" / MANIFEST).exists():
             with pytest.raises(UserError, match=r"incomplete|no cache"):
-                CacheReader.open(path)
-            assert victim(path) == "done"
-        assert differing(tree(path), whole) == [], f"killed at call {moment}"
-        assert CacheReader.open(path).verify() == []
-    assert killed >= 8
+                CacheReader.open(path / f"{moment}")
+            assert victim(path / f"{moment}", codec=codec) == "done"
+        assert differing(tree(path / f"{moment}"), whole) == [], f"killed at call {moment}"
+        assert CacheReader.open(path / f"{moment}").verify() == []
+    return killed
+
+
+def kill_one_of_two(
+    moments: list[int], codec: str, victim: Any, path: Path, whole: dict[str, bytes], tree: Tree
+) -> int:
+    """Kill one of two writers at each moment: the other ends in identical bytes. Returns how many died."""
+    killed = 0
+    for moment in moments:
+        first, second = victim.together(path / f"{moment}", {"die_at": moment, "codec": codec}, {"codec": codec})
+        killed += first == "killed"
+        assert second == "done"
+        assert differing(tree(path / f"{moment}"), whole) == [], f"killed at call {moment}"
+        assert CacheReader.open(path / f"{moment}").verify() == []
+    return killed
+
+
+@pytest.mark.parametrize(
+    ("codec", "alone", "beside"),
+    [
+        ("int8z", 8, 2),
+        ("bf16", 4, 2),
+        ("bf16-lz4", 4, 0),
+        pytest.param("int8z", 60, 30, marks=pytest.mark.long),
+        pytest.param("bf16", 40, 20, marks=pytest.mark.long),
+        pytest.param("bf16-lz4", 40, 10, marks=pytest.mark.long),
+    ],
+)
+def test_killed_at_any_moment_a_harvest_is_refused_or_resumed_to_identical_bytes(
+    codec: str, alone: int, beside: int, finished: Callable[..., Path], tmp_path: Path, victim: Any, tree: Tree
+) -> None:
+    """Moments are calls that make data durable, over plan, calibration, shards, commits, statistics and manifest."""
+    whole = tree(finished(codec=codec))
+    total = int(victim(tmp_path / "counted", codec=codec, count=True))
+    assert total > 500
+    killed = kill_at(strata(total, alone, 1), codec, victim, tmp_path / "alone", whole, tree)
+    assert killed == alone
+    if beside:
+        killed = kill_one_of_two(strata(total // 2, beside, 2), codec, victim, tmp_path / "beside", whole, tree)
+        assert killed > 0
 
 
 def test_a_harvest_killed_again_and_again_ends_in_identical_bytes(
@@ -89,6 +135,114 @@ def test_a_harvest_killed_again_and_again_ends_in_identical_bytes(
         assert kills < 30, "no progress"
     assert kills >= 3
     assert differing(tree(tmp_path / "c"), tree(finished())) == []
+
+
+@pytest.mark.parametrize("codec", ["int8z", "bf16"])
+def test_three_racing_writers_end_in_identical_bytes(
+    codec: str, finished: Callable[..., Path], tmp_path: Path, victim: Any, tree: Tree
+) -> None:
+    said = victim.together(tmp_path / "c", *[{"codec": codec}] * 3)
+    assert said == ["done"] * 3
+    assert differing(tree(tmp_path / "c"), tree(finished(codec=codec))) == []
+
+
+def test_a_writer_with_other_bytes_is_told_and_changes_nothing(
+    toy: ModuleType, finished: Callable[..., Path], tmp_path: Path, tree: Tree
+) -> None:
+    path = tmp_path / "c"
+    toy.fill(path, codec="bf16")
+    for factor in (1.0, 1.5):
+        with toy.open_writer(path, codec="bf16") as late:
+            shard = late.shard("train", 1)
+            acts = toy.activations("train", shard.contexts)
+            shard.add({name: factor * x_BTD for name, x_BTD in acts.items()})
+            shard.commit()
+            if factor == 1.0:
+                late.settle()
+                continue
+            with pytest.raises(UserError, match=r"shard 1 of 'train' was already committed with different bytes"):
+                late.settle()
+    assert differing(tree(path), tree(finished(codec="bf16"))) == []
+
+
+def test_another_calibration_is_refused(toy: ModuleType, tmp_path: Path) -> None:
+    with toy.open_writer(tmp_path / "c") as first, toy.open_writer(tmp_path / "c") as second:
+        made = {site.name: Calibration(torch.zeros(site.width), torch.ones(site.width)) for site in toy.SITES}
+        first.calibrated(made)
+        second.calibrated(made)
+        made["L00.mlp_in"].mean[3] += 1
+        with pytest.raises(UserError, match=r"calibration of 'L00.mlp_in'.* differs"):
+            second.calibrated(made)
+
+
+def test_where_locks_do_not_exclude_one_writer_is_allowed(
+    toy: ModuleType, finished: Callable[..., Path], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks.fcntl, "flock", lambda descriptor, operation: None)
+    told: list[str] = []
+    with toy.open_writer(tmp_path / "c", notify=told.append):
+        assert "writes alone" in told[0]
+        with pytest.raises(
+            UserError, match=rf"another process is writing.*process {os.getpid()} on .*remove .*writer.lock"
+        ):
+            toy.open_writer(tmp_path / "c")
+    toy.fill(tmp_path / "c")
+    assert differing(tree(tmp_path / "c"), tree(finished())) == []
+
+
+def test_a_full_disk_stops_with_what_is_missing_and_goes_on_once_there_is_room(
+    small_disk: Callable[[Path, int], Any], tmp_path: Path, toy: ModuleType, finished: Callable[..., Path]
+) -> None:
+    disk = small_disk(tmp_path, 4 << 20)
+    said = disk(tmp_path / "c", hog_after=3)
+    assert said.startswith("UserError:")
+    assert re.search(r"[\d,]+ (bytes )?(more )?.*free.*stays valid", said), said
+    assert disk(tmp_path / "c", digest=True) != toy.digest(finished())
+    assert disk(tmp_path / "c", unhog=True) == "done"
+    assert disk(tmp_path / "c", digest=True) == toy.digest(finished())
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]).parent))
+import fill, torch
+from thresher.cache.batches import Batches
+from thresher.cache.contracts import UserError
+from thresher.cache.reader import CacheReader
+whole, begun = Path(sys.argv[2]), Path(sys.argv[3])
+reader = CacheReader.open(whole)
+assert reader.verify() == []
+batches = Batches(reader, sites=["L00.mlp_in"], batch_rows=64, seed=0)
+x = next(iter(batches)).acts["L00.mlp_in"]
+batches.close()
+w = torch.zeros(x.shape[1], requires_grad=True)
+(x @ w - 1).square().mean().backward()
+assert w.grad.abs().sum() > 0
+fill.activations = lambda *arguments: sys.exit("a forward pass was run")
+try:
+    fill.fill(begun)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_read_only_cache_opens_trains_and_verifies_and_is_not_harvested_into(
+    finished: Callable[..., Path], copied: Path
+) -> None:
+    (copied / "commits/train.1.json").unlink()
+    (copied / MANIFEST).unlink()
+    folders = [str(finished()), str(copied)]
+    mounts = " && ".join(f"mount --bind {p} {p} && mount -o remount,ro,bind {p}" for p in folders)
+    shell = ("unshare", "-Urm", "sh", "-c")
+    if not shutil.which("unshare") or subprocess.run([*shell, mounts], check=False).returncode:
+        pytest.skip("no read-only file system can be mounted here (unshare -Urm)")
+    program = [sys.executable, "-c", READ_ONLY, str(Path(__file__).with_name("fill.py")), *folders]
+    command = [*shell, f'{mounts} && exec "$@"', "sh", *program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Read-only file system" in done.stdout
+    assert "a forward pass" not in done.stderr
 
 
 def test_bytes_limit_stops_with_advice_and_leaves_no_temporary_file(
