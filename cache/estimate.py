@@ -184,7 +184,7 @@ def _times(passes: float) -> str:
     return f"{passes:.2g} times the rows" if passes < 1 else f"{passes:.1f} times the rows"
 
 
-def disk_rates(folder: Path, at_most: int = 1 << 30) -> DiskRates:
+def disk_rates(folder: Path, at_most: int) -> DiskRates:
     """Write up to `at_most` bytes to the file system of `folder` or its nearest parent, flush, read them back.
 
     The file has no name while it is in use, so nothing is left whatever happens. Raises UserError where this user may

@@ -30,6 +30,8 @@ ROUNDS = 3
 """Timed passes of every worker, more while they take less than a second together."""
 LONGEST_SECONDS = 20.0
 """One timed pass of every worker is enough when three would take longer."""
+SMALLEST_SAMPLE, LARGEST_SAMPLE = 64 << 20, 1 << 30
+"""Bytes written to time the disk: no more than the cache would, but enough to tell."""
 COUNTED_TOKENS = 50_000_000
 """Local text with a higher limit is not read: tokenising it would take minutes."""
 
@@ -72,7 +74,8 @@ def measure(
     with console.status("timing the model and the disk"):
         batch = config.batch_contexts or default_batch(model, sites, context)
         forward, acts = forward_rate(model, sites, batch, context, sample)
-        disk = disk_rates(folder)
+        bf16_bytes = sum(work.rows.values()) * 2 * sum(site.width for site in sites)
+        disk = disk_rates(folder, at_most=min(LARGEST_SAMPLE, max(SMALLEST_SAMPLE, bf16_bytes)))
     rates = Rates(disk, free_bytes(folder), forward, shrinkage(acts, work))
     return Measured(work, rates, str(model.device), basis)
 
