@@ -1,0 +1,126 @@
+"""`cache estimate` and `cache prune` as a user meets them."""
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from thresher import cli
+from thresher.cache.contracts import UserError
+
+SETS = ("data.max_tokens=24000", "data.context=128", "data.test_fraction=0.25", "data.validation_fraction=0.15")
+
+
+def thresher(folder: Path, *arguments: str, sets: tuple[str, ...] = ()) -> str:
+    """What `thresher ARGUMENTS --set …` prints in `folder`, in this process, where importing PyTorch costs nothing."""
+    extra = [part for item in sets for part in ("--set", item)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("THRESHER_CACHE", raising=False)
+        patch.setattr(cli, "out", Console(width=100, force_terminal=False))
+        done = CliRunner().invoke(cli.app, [*arguments, *extra], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished cache in `caches`."""
+    folder = tmp_path_factory.mktemp("house")
+    thresher(folder, "harvest", "books-demo", sets=SETS)
+    return folder
+
+
+@pytest.fixture
+def folder(house: Path, tmp_path: Path) -> Path:
+    shutil.copytree(house / "caches", tmp_path / "caches")
+    return tmp_path
+
+
+def the_cache(folder: Path) -> Path:
+    (cache,) = (folder / "caches").iterdir()
+    return cache
+
+
+def test_an_estimate_fits_the_screen_and_leaves_nothing(tmp_path: Path) -> None:
+    text = thresher(tmp_path, "cache", "estimate", "books-demo", sets=SETS)
+    assert max(map(len, text.splitlines())) <= 100
+    assert re.search(r"mlp_out, 128 wide, each of 4 +\d", text)
+    assert re.search(r"all, with tokens and statistics +\d", text)
+    assert "int8z (recipe's)" in text
+    assert "21 dictionaries from 1 stream of batches: 3." in text
+    assert "Caching pays: 3." in " ".join(text.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_pass_over_a_small_model_is_cheaper_live(tmp_path: Path) -> None:
+    sets = (*SETS, "train.epochs=1")
+    text = thresher(tmp_path, "cache", "estimate", "books-demo", "--tokens", "30000", sets=sets)
+    assert "Live activations are cheaper" in text
+    assert "from --tokens" in text
+
+
+def test_streams_that_differ_in_seed_are_passes_of_their_own(tmp_path: Path) -> None:
+    recipe = tmp_path / "seeds.toml"
+    recipe.write_text(
+        '[target]\nmodel = "bundled:books-128"\n[data]\nsource = "bundled:books"\ncontext = 128\ntest_fraction = 0.2\n'
+        '[dictionary]\nkind = "sae"\nfiring = "topk"\nk = 8\nexpansion = 2\n[train]\nbatch_rows = 1024\n'
+        "[[sweep]]\ntrain.seed = [0, 1, 2]\n[[sweep]]\nname = 'short'\ntrain.steps = [2]\n"
+    )
+    text = thresher(tmp_path, "cache", "estimate", "seeds.toml", "--tokens", "50000")
+    assert "16 dictionaries from 3 streams of batches: 3." in text
+
+
+def test_prune_tells_and_asks_before_it_removes(folder: Path) -> None:
+    cache = the_cache(folder)
+    (cache / "train" / "c.0.0.0123456789ab.tmp").write_bytes(b"dead")
+    (cache / "notes.txt").write_text("mine")
+    told = thresher(folder, "cache", "prune")
+    assert "complete" in told
+    assert "leftovers: 1 file" in told
+    assert f"not ours, left alone: caches/{cache.name}/notes.txt" in told
+    assert "4 bytes would be freed in caches. Add --yes" in told
+    assert (cache / "train" / "c.0.0.0123456789ab.tmp").exists()
+    assert "4 bytes freed in caches." in thresher(folder, "cache", "prune", "--yes")
+    assert not (cache / "train" / "c.0.0.0123456789ab.tmp").exists()
+    (cache / "notes.txt").unlink()
+    assert "is whole" in thresher(folder, "cache", "verify", str(cache))
+
+
+def test_prune_keeps_what_a_run_was_trained_from_until_told(folder: Path) -> None:
+    cache = the_cache(folder)
+    attributes = json.loads((cache / "zarr.json").read_text())["attributes"]["thresher"]
+    run = folder / "runs" / "recipe" / "a"
+    run.mkdir(parents=True)
+    config = {"format": "thresher-run", "version": 1, "name": "a", "training": {"finished": False}}
+    config["cache"] = {"path": str(cache), "fingerprint": attributes["fingerprint"]}
+    (run / "config.json").write_text(json.dumps(config))
+    kept = thresher(folder, "cache", "prune", str(cache), "--yes")
+    assert "1 run trained from it (--used)" in kept
+    assert cache.exists()
+    assert " freed in " in thresher(folder, "cache", "prune", str(cache), "--yes", "--used")
+    assert not cache.exists()
+
+
+def test_prune_removes_what_is_old(folder: Path) -> None:
+    cache = the_cache(folder)
+    then = time.time() - 40 * 86400
+    for file in cache.rglob("*"):
+        os.utime(file, (then, then))
+    assert "last used 40 days ago" in thresher(folder, "cache", "prune")
+    thresher(folder, "cache", "prune", "--older-than", "41", "--yes")
+    assert cache.exists()
+    thresher(folder, "cache", "prune", "--older-than", "39", "--yes")
+    assert not cache.exists()
+
+
+def test_prune_of_what_is_not_there(tmp_path: Path) -> None:
+    assert "0 bytes would be freed in caches." in thresher(tmp_path, "cache", "prune")
+    with pytest.raises(UserError, match="nowhere is no directory"):
+        thresher(tmp_path, "cache", "prune", "nowhere")
