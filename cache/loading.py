@@ -29,6 +29,14 @@ from thresher.cache.source import OnDisk, Source
 
 Tier = Literal["device", "mapped", "direct", "unpacked"]
 
+TIERS: dict[Tier, str] = {
+    "device": "from the device's memory",
+    "mapped": "through the page cache",
+    "direct": "past the page cache",
+    "unpacked": "and decompressing in threads",
+}
+"""Each tier in words."""
+
 _DEVICE_SHARE, _HOST_SHARE, _SLOT_SHARE = 0.85, 0.5, 0.125
 _THREADS: dict[Tier, int] = {"device": 1, "mapped": 4, "direct": 8, "unpacked": 8}
 
@@ -57,7 +65,7 @@ def choose(source: Source, split: str, sites: Sequence[str], device: torch.devic
         if needed <= _DEVICE_SHARE * free:
             return Choice("device", f"{decimal(needed)} of activations fit the {decimal(free)} free on {device}")
     if source.codec == "bf16-lz4":
-        return Choice("unpacked", f"{decimal(needed)} of activations are decompressed by threads")
+        return Choice("unpacked", f"{decimal(needed)} of activations compressed without loss")
     memory = available_memory()
     if needed <= _HOST_SHARE * memory:
         return Choice("mapped", f"{decimal(needed)} of activations fit the {decimal(memory)} of memory available")

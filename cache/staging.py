@@ -137,9 +137,11 @@ class Pool:
         except IndexError:
             size = max(1, int(np.prod(shape)) * dtype.itemsize)
             base = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned).numpy()
-        lent = (ctypes.c_ubyte * base.nbytes).from_buffer(base)  # an array's views would refer to `base`, past itself
+        lent = (ctypes.c_ubyte * base.nbytes).from_buffer(
+            base.data
+        )  # an array's views would refer to `base`, past itself
         weakref.finalize(lent, spare.append, base).atexit = False
-        return np.frombuffer(lent, dtype, int(np.prod(shape))).reshape(shape)
+        return np.frombuffer(memoryview(lent), dtype, int(np.prod(shape))).reshape(shape)
 
 
 class HostStager:

@@ -26,6 +26,7 @@ from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
 from thresher.cache.devices import resolve_device
 from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
+from thresher.cache.loading import TIERS, choose
 from thresher.cache.records import differences, to_dict
 from thresher.cache.source import Source
 from thresher.train.calibrate import HeldOut, calibrate, held_out
@@ -227,8 +228,19 @@ def _run_pass(
     if not any(job.active for job in jobs):
         return
     total = max(job.fit.total for job in jobs)
+    sites = sites_of([job.fit for job in jobs])
+    rows_left = batch_rows * max(job.fit.total - job.fit.done for job in jobs if job.active)
+    tier, why = choose(reader, "train", sites, device, rows_left)
+    console.print(f"Reading {TIERS[tier]}: {why}.", highlight=False)
     batches = Batches(
-        reader, sites=sites_of([job.fit for job in jobs]), batch_rows=batch_rows, seed=seed, start=start, device=device
+        reader,
+        sites=sites,
+        batch_rows=batch_rows,
+        seed=seed,
+        start=start,
+        end=start + rows_left,
+        device=device,
+        tier=tier,
     )
     began, rows = time.monotonic(), 0
     title = f"Training {len(jobs)} dictionaries on {device}, {batch_rows:,} rows per step"

@@ -1,0 +1,308 @@
+"""A cache of several parts reads as one: sites joined, segments of text in a row."""
+
+import fcntl
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from thresher.cache import bfloat16
+from thresher.cache.batches import Batches
+from thresher.cache.contracts import UserError
+from thresher.cache.layout import Contexts
+from thresher.cache.plan import Extends
+from thresher.cache.reader import CacheReader, find_complete
+from thresher.cache.verify import faults
+
+HARVEST = {"sites": ["mlp_in", "mlp_out"], "layers": [0], "taps": "t"}
+IDENTITY: dict[str, Any] = {"data": "one", "harvest": HARVEST}
+MORE: dict[str, Any] = {"data": "one", "harvest": {**HARVEST, "sites": ["mlp_in", "mlp_out", "blocks.1.x"]}}
+OTHER: dict[str, Any] = {"data": "two", "harvest": {**HARVEST, "sites": ["L00.mlp_in", "L00.mlp_out"], "layers": None}}
+CODECS = ["int8z", "bf16-lz4"]
+
+
+class Build:
+    """Caches of parts, made of the toy's sites and two texts."""
+
+    def __init__(self, toy: ModuleType, codec: str) -> None:
+        self.toy, self.codec = toy, codec
+        self.texts = {
+            "one": toy.CONTEXTS,
+            "two": {
+                "train": toy.toy_contexts(60, 7),
+                "test": toy.toy_contexts(15, 8),
+                "validation": toy.toy_contexts(3, 9),
+            },
+        }
+
+    def fill(self, path: Path, text: str, sites: slice, identity: Any, extends: Extends | None = None) -> str:
+        """Write one part; its fingerprint."""
+        toy, contexts = self.toy, self.texts[text]
+        before, toy.CONTEXTS = toy.CONTEXTS, contexts
+        try:
+            changes = {"sites": toy.SITES[sites], "contexts": contexts, "codec": self.codec, "store": "all"}
+            with toy.open_writer(path, identity=identity, extends=extends, **changes) as writer:
+                while (claimed := writer.claim()) is not None:
+                    shard = writer.shard(*claimed)
+                    acts = toy.activations(shard.split, shard.contexts)
+                    shard.add({site.name: acts[site.name] for site in toy.SITES[sites]})
+                    shard.commit()
+                writer.finalize()
+                return str(writer.plan.fingerprint)
+        finally:
+            toy.CONTEXTS = before
+
+    def original(self, reader: CacheReader, split: str, site: str) -> torch.Tensor:
+        """[N, d] activations that the rows of a joined cache were made from, by their provenance."""
+        p, first = reader.provenance(split), len(self.texts["one"][split].token_id)
+        out = torch.empty(len(p.context), reader.sites[site].width)
+        for text, shift in (("one", 0), ("two", first)):
+            mine = np.flatnonzero((p.context >= first) == (text == "two"))
+            before, self.toy.CONTEXTS = self.toy.CONTEXTS, self.texts[text]
+            acts = self.toy.activations(split, p.context[mine] - shift)[site]
+            self.toy.CONTEXTS = before
+            out[mine] = acts[torch.arange(len(mine)), torch.from_numpy(p.position[mine]).long()]
+        return out
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def built(
+    request: pytest.FixtureRequest, toy: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Build, Path]:
+    """Text one at two sites, a third site for it, then text two, and the third site for that."""
+    build, path = Build(toy, request.param), tmp_path_factory.mktemp("parts") / "c.zarr"
+    base = build.fill(path, "one", slice(2), IDENTITY)
+    build.fill(path / "parts" / "01-sites", "one", slice(2, 3), MORE, Extends("sites", base))
+    tokens = build.fill(path / "parts" / "02-tokens", "two", slice(2), OTHER, Extends("tokens", base))
+    build.fill(path / "parts" / "03-sites", "two", slice(2, 3), OTHER, Extends("sites", tokens))
+    return build, path
+
+
+@pytest.fixture
+def own(built: tuple[Build, Path], tmp_path: Path) -> Path:
+    shutil.copytree(built[1], tmp_path / "c.zarr")
+    return tmp_path / "c.zarr"
+
+
+def test_more_sites_are_as_if_they_had_been_there(built: tuple[Build, Path], own: Path, tmp_path: Path) -> None:
+    build, _ = built
+    for number in ("02-tokens", "03-sites"):
+        shutil.rmtree(own / "parts" / number)
+    build.fill(tmp_path / "whole", "one", slice(3), MORE)
+    joined, whole = CacheReader.open(own), CacheReader.open(tmp_path / "whole")
+    assert list(joined.sites) == list(whole.sites) == [site.name for site in build.toy.SITES]
+    settings: dict[str, Any] = {"sites": list(whole.sites), "batch_rows": 100, "seed": 1, "group_chunks": 5}
+    for a, b in zip(islice(Batches(joined, **settings), 40), islice(Batches(whole, **settings), 40), strict=True):
+        assert all(torch.equal(a.acts[name], b.acts[name]) for name in whole.sites)
+    for name in whole.sites:
+        assert all(np.array_equal(a, b) for a, b in zip(joined.statistics(name), whole.statistics(name), strict=True))
+    assert joined.fingerprint == CacheReader.open(own).segments[0].base.fingerprint
+
+
+def test_more_text_follows_in_one_order(built: tuple[Build, Path]) -> None:
+    build, path = built
+    reader = CacheReader.open(path)
+    assert list(reader.sites) == [site.name for site in build.toy.SITES]
+    for split in ("train", "test", "validation"):
+        parts = [segment.base.rows(split) for segment in reader.segments]
+        assert reader.rows(split) == sum(parts)
+        p, contexts = reader.provenance(split), reader.contexts(split)
+        places = p.context.astype(np.int64) * 32 + p.position
+        assert len(set(places.tolist())) == len(places) == reader.rows(split)
+        assert np.array_equal(p.token_id, contexts.token_id[p.context, p.position])
+        assert np.array_equal(p.document_id, contexts.document_id[p.context, p.position])
+        assert np.array_equal(p.keep, contexts.keep[p.context, p.position])
+        documents = [set(p.document_id[: parts[0]].tolist()), set(p.document_id[parts[0] :].tolist())]
+        assert not documents[0] & documents[1]
+        for site in build.toy.SITES:
+            x, back = build.original(reader, split, site.name), reader.gather(split, site.name, np.arange(sum(parts)))
+            if build.codec == "int8z" and len(x):
+                kept = p.keep == 1
+                error = (back - x)[kept].double().square().sum()
+                assert error < 2e-3 * (x[kept] - x[kept].mean(0)).double().square().sum()
+            else:
+                assert torch.equal(back, x.to(torch.bfloat16).float())
+
+
+def test_batches_run_through_all_segments(built: tuple[Build, Path]) -> None:
+    _, path = built
+    reader = CacheReader.open(path)
+    n = reader.rows("train")
+    batches = Batches(reader, sites=list(reader.sites), batch_rows=100, seed=1, group_chunks=8, special=True, end=n)
+    seen = []
+    for batch in batches:
+        rows = batches.order.rows(batch.start, 100)
+        seen.append(rows)
+        for name in reader.sites:
+            assert torch.equal(batch.acts[name], reader.gather("train", name, rows))
+    rows = np.concatenate(seen)
+    assert len(np.unique(rows)) == len(rows) == n // 100 * 100
+    first = reader.segments[0].base.rows("train")
+    assert abs((rows[:1000] < first).mean() - first / n) < 0.1, "segments are shuffled into one another"
+
+
+def test_statistics_are_those_of_all_kept_rows(built: tuple[Build, Path]) -> None:
+    build, path = built
+    reader = CacheReader.open(path)
+    kept = reader.provenance("train").keep == 1
+    for site in build.toy.SITES:
+        x, got = build.original(reader, "train", site.name)[kept].double(), reader.statistics(site.name)
+        assert got.count == len(x)
+        np.testing.assert_allclose(got.mean, x.mean(0), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(got.variance, x.var(0, unbiased=False), rtol=1e-5)
+        np.testing.assert_allclose(got.mean_norm, x.norm(dim=1).mean(), rtol=1e-6)
+        np.testing.assert_allclose(got.total_variance, got.variance.sum(), rtol=1e-12)
+
+
+def test_stock_zarr_and_tensorstore_read_every_part(built: tuple[Build, Path]) -> None:
+    tensorstore = pytest.importorskip("tensorstore")
+    bfloat16.register()
+    _, path = built
+    reader = CacheReader.open(path)
+    for part in reader.parts():
+        root: Any = zarr.open_group(str(part.path), mode="r")
+        for split in part.plan.splits:
+            for name in part.specs[split]:
+                chunks = [part.chunk(split, name, c) for c in range(part.rows(split) // part.plan.chunk_rows)]
+                ours = b"".join(chunk.tobytes() for chunk in chunks)
+                assert root[f"{split}/{name}"][:].tobytes() == ours
+                folder = {"driver": "file", "path": str(part.path / split / name)}
+                array = tensorstore.open({"driver": "zarr3", "kvstore": folder}, read=True).result()
+                assert array.read().result().tobytes() == ours
+
+
+def test_a_part_that_is_not_complete_does_not_count_and_is_named(own: Path) -> None:
+    (own / "parts" / "03-sites" / "MANIFEST.json").unlink()
+    (own / "parts" / "04-tokens").mkdir()
+    reader = CacheReader.open(own)
+    assert list(reader.sites) == ["L00.mlp_in", "L00.mlp_out"], "the third site is not there for all text"
+    assert len(reader.segments) == 2
+    assert reader.incomplete == ["parts/03-sites", "parts/04-tokens"]
+    (own / "parts" / "02-tokens" / "MANIFEST.json").unlink()
+    reader = CacheReader.open(own)
+    assert len(reader.sites) == 3
+    assert len(reader.segments) == 1
+    assert reader.summary()["incomplete"] == ["parts/02-tokens", "parts/03-sites", "parts/04-tokens"]
+    assert reader.verify() == []
+
+
+def test_a_part_of_another_cache_is_refused(own: Path, built: tuple[Build, Path], tmp_path: Path) -> None:
+    build, _ = built
+    build.fill(tmp_path / "other", "one", slice(2), {**IDENTITY, "data": "three"})
+    shutil.copytree(own / "parts" / "01-sites", tmp_path / "other" / "parts" / "01-sites")
+    with pytest.raises(UserError, match="01-sites extends another cache"):
+        CacheReader.open(tmp_path / "other")
+
+
+def test_the_cache_serves_every_recipe_that_asks_for_less(built: tuple[Build, Path]) -> None:
+    _, path = built
+    for served in (
+        IDENTITY,
+        MORE,
+        OTHER,
+        {**IDENTITY, "harvest": {**HARVEST, "sites": ["mlp_out"]}},
+        {**IDENTITY, "harvest": {**HARVEST, "sites": ["L00.mlp_out"], "layers": None}},
+        {**OTHER, "harvest": {**HARVEST, "sites": ["blocks.1.x"], "layers": None}},
+        CacheReader.open(path).identity,
+    ):
+        CacheReader.open(path, identity=served)
+        assert find_complete(path, served) is not None
+    for refused, why in (
+        ({**IDENTITY, "data": "three"}, "data: expected 'three', got 'one'"),
+        ({**IDENTITY, "harvest": {**HARVEST, "taps": "u"}}, r"harvest\.taps: expected 'u', got 't'"),
+        ({**IDENTITY, "harvest": {**HARVEST, "sites": ["resid_pre"]}}, r"'resid_pre' at layers \[0\] is not among"),
+        ({**IDENTITY, "harvest": {**HARVEST, "layers": [0, 1]}}, r"'mlp_in' at layers \[0, 1\] is not among"),
+        ({**IDENTITY, "harvest": {**HARVEST, "layers": None}}, "'mlp_in' is not among"),
+    ):
+        assert find_complete(path, refused) is None
+        with pytest.raises(UserError, match=why):
+            CacheReader.open(path, identity=refused)
+
+
+def test_identity_and_fingerprint_change_with_the_rows_alone(own: Path) -> None:
+    both = CacheReader.open(own)
+    assert both.identity["segments"] == [OTHER]
+    for number in ("02-tokens", "03-sites"):
+        shutil.rmtree(own / "parts" / number)
+    one = CacheReader.open(own)
+    assert one.identity == IDENTITY
+    shutil.rmtree(own / "parts" / "01-sites")
+    base = CacheReader.open(own)
+    assert base.fingerprint == one.fingerprint != both.fingerprint
+    with pytest.raises(UserError, match="segments"):
+        CacheReader.open(own, identity=both.identity)
+
+
+@pytest.mark.parametrize("name", ["parts/02-tokens/train/L00.mlp_in/c.0.0", "parts/01-sites/commits/test.0.json"])
+def test_verify_reads_all_parts(name: str, own: Path) -> None:
+    data = bytearray((own / name).read_bytes())
+    data[40] ^= 2
+    (own / name).write_bytes(data)
+    assert [line for line in faults(own) if line.startswith(name)]
+
+
+def test_the_summary_names_parts_and_sums_sites(built: tuple[Build, Path]) -> None:
+    build, path = built
+    summary = CacheReader.open(path).summary()
+    assert json.loads(json.dumps(summary)) == summary
+    assert [part["name"] for part in summary["parts"]] == [
+        "base",
+        "parts/01-sites",
+        "parts/02-tokens",
+        "parts/03-sites",
+    ]
+    for site in build.toy.SITES:
+        files = (f for f in path.rglob(f"{site.name}*/c.*") if "stats" not in f.parts and "calibration" not in f.parts)
+        assert summary["sites"][site.name]["bytes"] == sum(file.stat().st_size for file in files)
+    locks = sum(file.stat().st_size for file in path.rglob("*.lock"))
+    records = sum(file.stat().st_size for file in path.rglob("*.json") if file.parent.name == "commits")
+    manifests = sum(file.stat().st_size for file in path.rglob("MANIFEST.json"))
+    everything = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert summary["bytes"] == everything - locks - records - manifests
+
+
+def test_an_open_reader_is_seen_and_a_closed_one_is_not(finished: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    shutil.copytree(finished(), path)
+    (path / "read.lock").touch()
+    descriptor = os.open(path / "read.lock", os.O_RDONLY)
+
+    def free() -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        return True
+
+    with CacheReader.open(path), CacheReader.open(path):
+        assert not free()
+    assert free()
+    reader = CacheReader.open(path)
+    assert not free()
+    del reader
+    gc.collect()
+    assert free()
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="being pruned"):
+        CacheReader.open(path)
+    os.close(descriptor)
+    (path / "read.lock").unlink()
+    CacheReader.open(path).close()
+
+
+def test_documents_of_contexts_keep_their_padding(built: tuple[Build, Path]) -> None:
+    build, path = built
+    contexts: Contexts = CacheReader.open(path).contexts("train")
+    assert ((contexts.document_id == -1) == (contexts.keep == 0)).all()
+    assert len(contexts.keep) == sum(len(text["train"].keep) for text in build.texts.values())
