@@ -8,7 +8,7 @@ The state is one integer: `Batches(..., start=batch.start + batch.rows)` goes on
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,11 +59,13 @@ class Batches:
         world: int = 1,
         special: bool = False,
         tier: Tier | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         """`batch_rows` counts the whole batch; rank w of `world` gets its positions ≡ w. `special` adds special rows.
 
         Batches that would reach over position `end` do not come, and nothing is read for them. Left out,
         `group_chunks` follows from the batch, `tier` from the sizes (without `device`, which takes its time to fill).
+        Once `interrupted` says so while a batch is waited for, waiting ends, and so do the batches.
         Raises UserError for an empty split, a batch larger than the split or not divisible by `world`.
         """
         n_chunks = source.rows(split) // source.chunk_rows
@@ -88,7 +90,7 @@ class Batches:
             tier=tier or choose(source, split, names, place, rows=0).tier,
             end=end,
         )
-        self.start = start
+        self.start, self._interrupted = start, interrupted
         self.order = self.request.order()
         self._stop: threading.Event | None = None
 
@@ -104,6 +106,9 @@ class Batches:
                 try:
                     item = staged.get(timeout=0.1)
                 except queue.Empty:
+                    if self._interrupted():
+                        self.request.source.cancel()
+                        return
                     continue
                 if isinstance(item, BaseException):
                     raise item

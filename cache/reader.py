@@ -225,6 +225,9 @@ class CacheReader:
         part, inner = self._place(split, name, index)
         part.read(split, name, inner, out, direct=direct)
 
+    def cancel(self) -> None:
+        """Nothing: every chunk is there."""
+
     def sample(self, split: str, count: int) -> np.ndarray:
         """Up to `count` kept rows, ascending, from a few chunks spread evenly: a chunk is a sample of its shard."""
         chunks = _spread(self.rows(split) // self.chunk_rows, _SAMPLED_CHUNKS)
@@ -286,11 +289,12 @@ class CacheReader:
             s, rows = self.statistics(name), quality[name]
             sites[name] = {
                 "layer": site.layer,
+                "tap": site.tap,
                 "width": site.width,
                 "bytes": site_bytes[name],
                 "fvu": float(np.median([q["fvu"] for q in rows])),
                 "fvu_worst_shard": max(q["fvu"] for q in rows),
-                "fvu_median_dimension": float(np.median([q.get("median", 0) for q in rows])),
+                "fvu_median_dimension": float(np.median([q["median"] for q in rows])),
                 "fvu_worst_dimension": max(q["worst"] for q in rows),
                 "mean_norm": s.mean_norm,
                 "mean_sq_norm": s.mean_sq_norm,

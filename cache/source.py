@@ -88,6 +88,10 @@ class Source(Protocol):
         """
         ...
 
+    def cancel(self) -> None:
+        """Let everything that waits for a chunk raise Interrupted; nothing where no chunk is ever waited for."""
+        ...
+
     def sample(self, split: str, count: int) -> np.ndarray:
         """Up to `count` row numbers, spread evenly over the kept rows that are cheap to reach; always the same ones."""
         ...

@@ -1,0 +1,220 @@
+"""Rolling mode: a bounded ring of train shards on disk, refilled by harvest while training reads it.
+
+    zarr.json …       as in a cache, with a plan that has windows; held-out splits are stored whole
+    RING.json         written once the first window and the held-out splits are there: from then on one may train
+    ring/cursor.json  the window that training is in, and whether training is over
+    ring/filler.lock  held by harvest while it refills; ring/reader.lock held by the one training that reads
+
+Harvest keeps the window that the cursor names, its two neighbours, and nothing else. A shard that is evicted loses its
+commit record first, so what is left of it never counts; asked for again, it is made again, with the same bytes. So
+either side may be killed at any moment and started again, and training may resume from a checkpoint of long ago.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from thresher.cache.commit import commit_path, side_digests
+from thresher.cache.contracts import UserError
+from thresher.cache.interrupts import Interrupted
+from thresher.cache.layout import FORMAT, VERSION
+from thresher.cache.locks import share, try_hold
+from thresher.cache.part import Part
+from thresher.cache.plan import Plan
+from thresher.cache.publish import publish, read_sealed, sealed
+from thresher.cache.records import canonical
+from thresher.cache.stored import read_root
+from thresher.cache.windows import Shard, WindowedSource, Windows
+from thresher.cache.writer import CacheWriter
+
+READY = "RING.json"
+FOLDER = "ring"
+CURSOR, FILLER, READER = (f"{FOLDER}/{name}" for name in ("cursor.json", "filler.lock", "reader.lock"))
+_POLL_SECONDS = 0.1
+_PATIENCE_SECONDS = 2.0
+
+
+class Cursor(NamedTuple):
+    """Where training is."""
+
+    window: int
+    done: bool
+    """Training is over and asks for nothing more."""
+
+
+def read_cursor(path: Path) -> Cursor:
+    """What the ring's reader last said; the first window when nobody reads yet."""
+    file = path / CURSOR
+    return Cursor(**json.loads(file.read_bytes())) if file.exists() else Cursor(0, False)
+
+
+def write_cursor(path: Path, cursor: Cursor) -> None:
+    """Say where training is."""
+    publish(path / CURSOR, [json.dumps(cursor._asdict()).encode()])
+
+
+class RingKeeper:
+    """The filling side: which shards to make next, and which to evict. Any number of processes may fill one ring."""
+
+    def __init__(self, writer: CacheWriter) -> None:
+        self._writer, self.path, self.plan = writer, writer.path, writer.plan
+        self.windows = Windows.of(writer.plan)
+        (self.path / FOLDER).mkdir(exist_ok=True)
+        (self.path / FILLER).touch()
+        self._alive = share(self.path / FILLER)
+        if self.cursor().done:  # of an earlier training
+            write_cursor(self.path, Cursor(self.cursor().window, False))
+
+    def close(self) -> None:
+        """No longer fill."""
+        if self._alive is not None:
+            self._alive.release()
+            self._alive = None
+
+    def cursor(self) -> Cursor:
+        """Where training is."""
+        return read_cursor(self.path)
+
+    def wanted(self) -> list[Shard]:
+        """The shards that should exist now, the most urgent first: what training waits for, the rest, the next window.
+
+        Shards that are behind are evicted first, so that the ring never outgrows its bound.
+        """
+        window = self.cursor().window
+        kept = self.windows.kept(window)
+        for index in range(self.windows.shards):
+            if self.windows.holding(index) not in kept and commit_path(self.path, "train", index).exists():
+                self._writer.evict("train", index)
+        held_out = [(s, i) for s, sizes in self.plan.splits.items() if s != "train" for i in range(sizes.shards)]
+        train = [("train", index) for index in self.windows.wanted(window)]
+        current = len(self.windows.shards_in(window))
+        return train[:current] + held_out + train[current:]
+
+    def publish_ready(self) -> None:
+        """Write statistics and RING.json once the first window and the held-out splits are there."""
+        first = self.windows.shards_in(0)
+        needed = [("train", index) for index in first]
+        needed += [(s, i) for s, sizes in self.plan.splits.items() if s != "train" for i in range(sizes.shards)]
+        if (self.path / READY).exists() or not all(commit_path(self.path, *shard).exists() for shard in needed):
+            return
+        self._writer.write_statistics(first)
+        record = {
+            "format": f"{FORMAT}-ring",
+            "version": VERSION,
+            "fingerprint": self.plan.fingerprint,
+            "files": side_digests(self.path, self.plan),
+        }
+        publish(self.path / READY, [canonical(sealed(record))])
+
+
+class RingShards:
+    """The reading side: chunks of shards that come and go."""
+
+    def __init__(self, path: Path, plan: Plan, make: Callable[[], Part], notify: Callable[[str], None]) -> None:
+        """`make` opens the directory anew: with nothing mapped, nothing remembered."""
+        lock = try_hold(path / READER)
+        if lock is None:
+            raise UserError(
+                f"another training reads the ring {path}, and a ring follows one training only. Wait for it to end, "
+                f"train all dictionaries of a sweep in one run, or harvest a second ring with --cache PATH."
+            )
+        self._path, self._plan, self._make, self._notify, self._reading = path, plan, make, notify, lock
+        self._windows, self._window = Windows.of(plan), read_cursor(path).window
+        write_cursor(path, Cursor(self._window, False))
+        self._held_out, self._parts = make(), dict[int, Part]()
+        self._cancelled, self._turning = threading.Event(), threading.Lock()
+
+    def chunk(self, split: str, name: str, shard: int, inner: int) -> np.ndarray:
+        """[C, …] chunk of a shard, once harvest has made it."""
+        index = shard * (self._plan.shard_rows // self._plan.chunk_rows) + inner
+        while True:
+            part = self._part(shard) if split == "train" else self._held_out
+            self._wait_for(split, shard)
+            try:
+                return part.chunk(split, name, index)
+            except UserError:
+                if commit_path(self._path, split, shard).exists():
+                    raise
+                with self._turning:  # evicted while it was being opened
+                    self._parts.pop(self._windows.holding(shard), None)
+
+    def cancel(self) -> None:
+        """Let everything that waits raise Interrupted."""
+        self._cancelled.set()
+
+    def finish(self) -> None:
+        """Tell harvest that nothing more is wanted."""
+        write_cursor(self._path, Cursor(self._window, True))
+
+    def close(self) -> None:
+        """Let others read the ring."""
+        self._cancelled.set()
+        self._parts = {}
+        self._reading.release()
+
+    def _part(self, shard: int) -> Part:
+        """The directory as seen in a window; what was mapped of windows behind is let go, or it would fill the disk."""
+        with self._turning:
+            asked = self._windows.holding(shard)
+            window = self._windows.turned(self._window, asked)
+            if window != self._window:
+                self._window = window
+                write_cursor(self._path, Cursor(window, False))
+                kept = self._windows.kept(window)
+                self._parts = {each: part for each, part in self._parts.items() if each in kept}
+            if asked not in self._parts:
+                self._parts[asked] = self._make()
+            return self._parts[asked]
+
+    def _wait_for(self, split: str, shard: int) -> None:
+        waited = 0.0
+        while not commit_path(self._path, split, shard).exists():
+            if self._cancelled.wait(_POLL_SECONDS):
+                raise Interrupted("Stopped while waiting for the ring.")
+            told, waited = waited >= _PATIENCE_SECONDS, waited + _POLL_SECONDS
+            if waited >= _PATIENCE_SECONDS and not told:
+                self._notify(f"waiting for shard {shard} of {split}: {_state(self._path)}")
+
+
+def open_ring(path: Path, notify: Callable[[str], None], cancelled: Callable[[], bool]) -> WindowedSource:
+    """The ring at `path` as a source, once its first window is there; waits for that.
+
+    Raises UserError when the directory is no ring or another training reads it, Interrupted when `cancelled` says so.
+    """
+    told, pause = False, threading.Event()
+    while not (path / READY).exists():
+        if (path / "zarr.json").exists() and read_root(path).plan.window_shards is None:
+            raise UserError(
+                f"{path} holds a cache that keeps all its shards, and the recipe has harvest.window_gb. Leave that "
+                f"out, or choose another place with --cache PATH."
+            )
+        if not told:
+            notify(f"waiting for the first window of {path}: {_state(path)}")
+            told = True
+        if cancelled():
+            raise Interrupted("Stopped while waiting for the ring; nothing was begun.")
+        pause.wait(_POLL_SECONDS)
+    plan, facts = read_root(path)
+    manifest = read_sealed(path / READY)
+
+    def make() -> Part:
+        return Part(path, plan, facts, manifest)
+
+    held = make()
+    calibrations = {name: c for name in held.sites if (c := held.calibration(name)) is not None}
+    statistics = {name: held.statistics(name) for name in held.sites}
+    return WindowedSource(path, plan, RingShards(path, plan, make, notify), held.contexts, calibrations, statistics)
+
+
+def _state(path: Path) -> str:
+    """Whether anybody fills the ring."""
+    if (path / FILLER).exists():
+        lock = try_hold(path / FILLER)
+        if lock is None:
+            return "harvest is making it"
+        lock.release()
+    return "no harvest is running; start `thresher harvest` with the same recipe beside this"

@@ -1,0 +1,360 @@
+"""Training when not all of the corpus is stored at once: a window of shards at a time.
+
+The train shards of a plan are cut into windows of equal size, and the order of reading keeps to them: all rows of a
+window come, shuffled, before any of the next. So only the window in use and its two neighbours have to exist. Every
+shard is a pure function of the plan, so whoever fills a window may be killed, and a reader that steps back gets the
+same bytes made again.
+
+Two stores keep the shards: a ring of files that another process refills (`ring`), or memory that a thread fills
+(`MemoryShards`, live mode). `WindowedSource` reads from either, behind the same protocol as a finished cache.
+
+The price is shuffling: rows of one context share a window, so batches are as good as a perfect shuffle of a window,
+not of the corpus. The larger the window, the less that matters.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thresher.cache import stats
+from thresher.cache.buffers import Buffers
+from thresher.cache.codec import Calibration, decode
+from thresher.cache.contracts import Site, UserError
+from thresher.cache.interrupts import Interrupted
+from thresher.cache.layout import KEPT, ArraySpec, Codec, Contexts, Store, known_split, raw_dtype
+from thresher.cache.order import ReadOrder, Stream
+from thresher.cache.plan import Plan
+from thresher.cache.reader import as_codes
+from thresher.cache.records import nearest
+from thresher.cache.shard import ShardData, ShardWriter
+from thresher.cache.stats import SiteStats
+
+Shard = tuple[str, int]
+"""(split, index)."""
+
+_SAMPLED_CHUNKS = 64
+
+
+class Windows(NamedTuple):
+    """The train shards of a plan, cut into windows; the last one may be short."""
+
+    shards: int
+    size: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Windows":
+        assert plan.window_shards is not None, "the plan keeps all shards"
+        return cls(plan.splits["train"].shards, plan.window_shards)
+
+    @property
+    def number(self) -> int:
+        """Number of windows."""
+        return -(-self.shards // self.size)
+
+    def holding(self, shard: int) -> int:
+        """The window of a shard."""
+        return shard // self.size
+
+    def shards_in(self, window: int) -> range:
+        """The shards of a window."""
+        return range(window * self.size, min((window + 1) * self.size, self.shards))
+
+    def after(self, window: int) -> int:
+        """The window that is read next; after the last one an epoch begins anew."""
+        return (window + 1) % self.number
+
+    def kept(self, window: int) -> frozenset[int]:
+        """The windows that exist while one is read: it, the next, and the one before, which threads may still read."""
+        return frozenset({window, self.after(window), (window - 1) % self.number})
+
+    def wanted(self, window: int) -> Iterator[int]:
+        """The shards that have to be made while a window is read, the most urgent first."""
+        for each in dict.fromkeys((window, self.after(window))):
+            yield from self.shards_in(each)
+
+    def turned(self, current: int, asked: int) -> int:
+        """The window to be read, given the one so far and the one that a chunk was asked from.
+
+        Threads read ahead, so one that lags behind may ask from the window before; that moves nothing.
+        """
+        behind = asked == (current - 1) % self.number and asked != self.after(current)
+        return current if behind else asked
+
+
+class Shards(Protocol):
+    """Where the shards of a windowed source come from."""
+
+    def chunk(self, split: str, name: str, shard: int, inner: int) -> np.ndarray:
+        """[C, …] chunk of a shard in stored form; waits until the shard is there."""
+        ...
+
+    def cancel(self) -> None:
+        """Let everything that waits raise Interrupted, now and later."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing more is wanted, ever."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads, locks and memory."""
+        ...
+
+
+class WindowedSource:
+    """A `Source` of which one window of shards exists at a time."""
+
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        shards: Shards,
+        contexts: Callable[[str], Contexts],
+        calibrations: Mapping[str, Calibration],
+        statistics: Mapping[str, SiteStats],
+    ) -> None:
+        """`statistics` are those of the first window: the rest of the corpus is not there yet."""
+        self.path, self.plan, self._shards = path, plan, shards
+        self.identity: dict[str, Any] = plan.identity
+        self.fingerprint: str = plan.fingerprint
+        self.codec: Codec = plan.codec
+        self.store: Store = plan.store
+        self.chunk_rows: int = plan.chunk_rows
+        self.sites: dict[str, Site] = {site.name: site for site in plan.sites}
+        self.contexts, self._calibrations, self._statistics = contexts, calibrations, statistics
+        self.windows = Windows.of(plan)
+
+    def __enter__(self) -> "WindowedSource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of threads, locks and memory."""
+        self._shards.close()
+
+    def cancel(self) -> None:
+        """Let everything that waits for a shard raise Interrupted."""
+        self._shards.cancel()
+
+    def finish(self) -> None:
+        """Training is over: whoever fills the windows may stop."""
+        self._shards.finish()
+
+    def site(self, name: str) -> Site:
+        """A stored site by name, or UserError with near misses."""
+        if name not in self.sites:
+            raise UserError(
+                f"{self.path} does not hold site {name!r}.{nearest(name, self.sites)} It holds "
+                f"{', '.join(self.sites)}. Choose one of them, or harvest that site too."
+            )
+        return self.sites[name]
+
+    def rows(self, split: str) -> int:
+        """Rows of a split in all windows together."""
+        return self.plan.splits[known_split(split, self.plan.splits)].rows
+
+    def arrays(self, split: str) -> Mapping[str, ArraySpec]:
+        """Every array with one entry per row, by name."""
+        return self._specs[known_split(split, self.plan.splits)]
+
+    def statistics(self, site: str) -> SiteStats:
+        """Statistics of a site over the kept rows of the first window."""
+        return self._statistics[self.site(site).name]
+
+    def calibration(self, site: str) -> Calibration | None:
+        """μ and σ of an int8z site; None for the other codecs."""
+        return self._calibrations.get(self.site(site).name)
+
+    def order(self, split: str, seed: int, group_chunks: int) -> ReadOrder:
+        """The order in which the rows of a split are visited: window by window in train."""
+        window = self.windows.size * self._chunks_per_shard if split == "train" else None
+        return ReadOrder(self.rows(split) // self.chunk_rows, self.chunk_rows, seed, split, group_chunks, window)
+
+    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+        """[C, …] read-only rows of an array in stored form; waits for the shard."""
+        return self._shards.chunk(split, name, *divmod(index, self._chunks_per_shard))
+
+    def sample(self, split: str, count: int) -> np.ndarray:
+        """Up to `count` kept rows, spread evenly over the first window (or over another split)."""
+        shards = self.windows.shards_in(0) if split == "train" else range(self.plan.splits[split].shards)
+        rows = sum(self.plan.shard_rows_of(split, shard) for shard in shards)
+        n_chunks = rows // self.chunk_rows
+        chunks = np.unique(np.linspace(0, n_chunks - 1, min(_SAMPLED_CHUNKS, n_chunks)).astype(np.int64))
+        shares = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
+        out = []
+        for chunk, wanted in zip(chunks, shares, strict=True):
+            kept = np.flatnonzero(self.chunk(split, "keep", int(chunk)) == KEPT)
+            places = np.unique(np.linspace(0, len(kept) - 1, min(int(wanted), len(kept))).astype(np.int64))
+            out.append(chunk * self.chunk_rows + kept[places])
+        return np.concatenate(out) if out else np.empty(0, np.int64)
+
+    def gather(self, split: str, site: str, rows: np.ndarray) -> Tensor:
+        """[n, d] float32: given rows of a site, decoded, by the plain path."""
+        specs, rows = self.arrays(split), np.asarray(rows, np.int64)
+        raw = {
+            name: np.empty((len(rows), *specs[name].shape[1:]), raw_dtype(specs[name].dtype))
+            for name in (self.site(site).name, f"{site}.scale")
+            if name in specs
+        }
+        for chunk in np.unique(rows // self.chunk_rows):
+            here = np.flatnonzero(rows // self.chunk_rows == chunk)
+            for name, out in raw.items():
+                out[here] = self.chunk(split, name, int(chunk))[rows[here] % self.chunk_rows]
+        scale = torch.from_numpy(raw[f"{site}.scale"]) if f"{site}.scale" in raw else None
+        return decode(as_codes(raw[site]), scale, self.calibration(site), torch.float32)
+
+    @property
+    def _chunks_per_shard(self) -> int:
+        return self.plan.shard_rows // self.plan.chunk_rows
+
+    @cached_property
+    def _specs(self) -> dict[str, dict[str, ArraySpec]]:
+        return {split: self.plan.sharded_arrays(split) for split in self.plan.splits}
+
+
+class MemoryShards:
+    """Shards made on demand by a thread and kept in memory: the store of live mode.
+
+    The thread makes what is asked for first, then the window in use, then the next one.
+    """
+
+    def __init__(self, plan: Plan, produce: Callable[[str, int], ShardData]) -> None:
+        """`produce` makes a shard; it is called in one thread only, train shard 0 first."""
+        self._plan, self._produce = plan, produce
+        self._windows = Windows.of(plan)
+        self._window = 0
+        self._made: dict[Shard, ShardData] = {}
+        self._asked: list[Shard] = []
+        self._failure: BaseException | None = None
+        self._cancelled = self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="thresher-live", daemon=True)
+        self._thread.start()
+
+    def shard(self, split: str, index: int) -> ShardData:
+        """A shard, once it is made. Raises what went wrong in making it, and Interrupted after `cancel`."""
+        with self._changed:
+            if split == "train":
+                self._window = self._windows.turned(self._window, self._windows.holding(index))
+            if (split, index) not in self._made and (split, index) not in self._asked:
+                self._asked.append((split, index))
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: (split, index) in self._made or self._failure or self._cancelled or self._closed
+            )
+            if (split, index) in self._made:
+                return self._made[split, index]
+            if self._failure is not None:
+                raise self._failure
+            raise Interrupted("Stopped while waiting for activations.")
+
+    def chunk(self, split: str, name: str, shard: int, inner: int) -> np.ndarray:
+        """[C, …] view of a shard in memory."""
+        rows = self._plan.chunk_rows
+        view = self.shard(split, shard).arrays[name][inner * rows : (inner + 1) * rows]
+        view.flags.writeable = False
+        return view
+
+    def cancel(self) -> None:
+        """Let everything that waits raise Interrupted."""
+        with self._changed:
+            self._cancelled = True
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Nothing to tell anybody: the thread ends with `close`."""
+
+    def close(self) -> None:
+        """Stop the thread after the shard that it is making."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._made = {}
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._next() is not None)
+                shard = self._next()
+                if self._closed or shard is None:
+                    return
+                self._evict()
+            try:
+                made = self._produce(*shard)
+            except BaseException as error:
+                with self._changed:
+                    self._failure = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._made[shard] = made
+                self._asked = [asked for asked in self._asked if asked != shard]
+                self._changed.notify_all()
+
+    def _next(self) -> Shard | None:
+        """What to make now: train shard 0 first, which calibrates."""
+        wanted = [("train", index) for index in self._windows.wanted(self._window)]
+        first = [] if self._made else [("train", 0)]
+        return next((shard for shard in [*first, *self._asked, *wanted] if shard not in self._made), None)
+
+    def _evict(self) -> None:
+        """Forget windows that are behind; who still reads them keeps them alive. Held-out splits are small and stay."""
+        kept = self._windows.kept(self._window)
+        for split, index in list(self._made):
+            if split == "train" and self._windows.holding(index) not in kept:
+                del self._made[split, index]
+
+
+class MemoryWriter:
+    """Makes shards of a plan without a disk: what `CacheWriter` is to a cache."""
+
+    def __init__(self, plan: Plan, contexts: Mapping[str, Contexts], fvu_gate: float = 1e-3) -> None:
+        self.plan, self.fvu_gate, self.buffers = plan, fvu_gate, Buffers()
+        self.calibrations: dict[str, Calibration] = {}
+        """μ and σ by site (int8z), once train shard 0 has fixed them."""
+        self._contexts = contexts
+        self._streams = {
+            split: Stream(contexts[split].stored(plan.store), plan.seed, split, sizes.rows)
+            for split, sizes in plan.splits.items()
+        }
+        self._made: ShardData | None = None
+
+    def shard(self, split: str, index: int) -> ShardWriter:
+        """Begin a shard; with codec int8z train shard 0 comes first."""
+        source = self._streams[split].shard(index, self.plan.shard_rows)
+        return ShardWriter(self, split, index, source, self._contexts[split])
+
+    def made(self) -> ShardData:
+        """The shard that was committed last."""
+        assert self._made is not None
+        made, self._made = self._made, None
+        return made
+
+    # What a shard asks of its owner.
+
+    def calibration(self, site: str) -> Calibration | None:
+        """μ and σ of a site once they are fixed."""
+        return self.calibrations.get(site)
+
+    def calibrated(self, by_site: Mapping[str, Calibration]) -> None:
+        """Fix μ and σ for good."""
+        self.calibrations.update(by_site)
+
+    def publish_shard(self, split: str, index: int, finish: Callable[[], ShardData]) -> None:
+        """Keep the shard for `made`."""
+        self._made = finish()
+
+
+def merged_statistics(plan: Plan, moments: Mapping[int, np.ndarray]) -> dict[str, SiteStats]:
+    """Statistics of every site over the kept rows of some shards, from their moments [2, P], in order of the shards."""
+    by_shard = [stats.unpack(plan.sites, moments[index][0]) for index in sorted(moments)]
+    return {site.name: stats.merged(m[site.name] for m in by_shard).stats() for site in plan.sites}
