@@ -27,8 +27,8 @@ from thresher.cache.order import SPLITS
 
 FORMAT = "thresher-cache"
 VERSION = 2
-CODECS = ("int8z", "bf16", "bf16-lz4")
 Codec = Literal["int8z", "bf16", "bf16-lz4"]
+CODECS: tuple[Codec, ...] = ("int8z", "bf16", "bf16-lz4")
 CODEC_IDS = {"int8z": "int8z-1", "bf16": "bf16-1", "bf16-lz4": "bf16-lz4-1"}
 """Name of each codec's definition: other numbers from the same activations would need another name."""
 Store = Literal["kept", "all"]
