@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from thresher.cache.commit import MANIFEST, ROOT
 from thresher.cache.contracts import UserError
 from thresher.cache.layout import FORMAT
-from thresher.cache.locks import CREATE, READ, SOLE, excludes, try_hold
+from thresher.cache.locks import CREATE, READ, SOLE, Lock, excludes, try_hold
 from thresher.cache.order import SPLITS
 from thresher.cache.publish import explained, flush_directory
 
@@ -315,6 +315,7 @@ def _locked(found: Found) -> Iterator[str]:
     Who plans or finishes a part holds the first lock, every living reader and writer shares the second.
     """
     with ExitStack() as stack:
+        held: list[Lock] = []
         for part in found.parts:
             for name in (CREATE, READ, *(("ring/filler.lock", "ring/reader.lock") if part.ring else ())):
                 lock = try_hold(found.path / part.prefix / name)
@@ -322,7 +323,8 @@ def _locked(found: Found) -> Iterator[str]:
                     yield "being written" if name == CREATE else "in use"
                     return
                 stack.callback(lock.release)
-        yield "" if excludes(lock) else "its file system has no locks, so nobody can tell who uses it"
+                held.append(lock)
+        yield "" if all(map(excludes, held)) else "its file system has no locks, so nobody can tell who uses it"
 
 
 def _delete(path: Path, files: Iterable[File]) -> None:
