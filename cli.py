@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from rich.bar import Bar
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
@@ -22,12 +23,13 @@ from thresher.cache.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from thresher.cache.contracts import Site
-    from thresher.cache.estimate import Outlook, Rates, Training, Workload
+    from thresher.cache.estimate import Outlook, Training
     from thresher.cache.layout import Contexts
     from thresher.cache.prune import Run
     from thresher.cache.reader import CacheReader
     from thresher.evaluate.results import Results
     from thresher.evaluate.run import EvaluateConfig, Replacement
+    from thresher.harvest.estimate import Measured
     from thresher.harvest.run import HarvestResult
     from thresher.harvest.target import TransformerTarget
     from thresher.recipes.reading import Recipe
@@ -173,13 +175,26 @@ def cache_info(path: Annotated[Path, typer.Argument(help="A cache directory.")])
     """What a cache holds, how large it is and how exact."""
     from thresher.cache.reader import CacheReader
 
-    summary = CacheReader.open(path).summary()
-    sites, splits, facts = (summary.pop(key) for key in ("sites", "splits", "facts"))
-    for key, value in summary.items():
-        shown = decimal(value) if key == "bytes" else _one_line(value)
-        out.print(f"[bold]{key.replace('_', ' ')}[/] {shown}", highlight=False, soft_wrap=True)
-    out.print(f"[bold]made with[/] {_one_line(facts.get('versions', {}))}", highlight=False, soft_wrap=True)
-    out.print(_facts_table("split", splits), _facts_table("site", sites), sep="\n")
+    with CacheReader.open(path) as reader:
+        summary = reader.summary()
+    for key, value in {
+        "path": summary["path"],
+        "fingerprint": summary["fingerprint"],
+        "stored": f"{decimal(summary['bytes'])}, {summary['codec']}, "
+        + ("kept rows only" if summary["store"] == "kept" else "all rows, special ones marked")
+        + f", in chunks of {summary['chunk_rows']:,} and shards of {summary['shard_rows']:,} rows",
+        "made with": _one_line(summary["facts"].get("versions", {})),
+        "not complete": ", ".join(summary["incomplete"]),
+    }.items():
+        if value:
+            out.print(f"[bold]{key}[/] {value}", highlight=False, soft_wrap=True)
+    out.print(_facts_table("split", summary["splits"]), sep="\n")
+    if len(summary["parts"]) > 1:
+        parts = {p["name"]: {**p, "bytes": decimal(p["bytes"])} for p in summary["parts"]}
+        out.print(
+            _facts_table("part", {name: {k: v for k, v in p.items() if k != "name"} for name, p in parts.items()})
+        )
+    out.print(_sites_table(summary["sites"]))
 
 
 def _facts_table(name: str, rows: Mapping[str, Mapping[str, object]]) -> Table:
@@ -193,16 +208,38 @@ def _facts_table(name: str, rows: Mapping[str, Mapping[str, object]]) -> Table:
     return table
 
 
+def _sites_table(sites: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One line a site, tap by tap in layers, with its mean norm as a bar."""
+    taps = list(dict.fromkeys(site["tap"] for site in sites.values()))
+    largest = max(site["mean_norm"] for site in sites.values())
+    table = Table(box=None, header_style="bold", caption="FVU: share of the variance that decoding does not give back.")
+    table.caption_justify = "left"
+    table.add_column("site", no_wrap=True)
+    for column in ("width", "stored", "FVU", "median\ndimension", "worst\ndimension", "mean ‖x‖"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for name, site in sorted(sites.items(), key=lambda item: (taps.index(item[1]["tap"]), item[1]["layer"])):
+        fvu = (f"{site[key]:.1e}" for key in ("fvu", "fvu_median_dimension", "fvu_worst_dimension"))
+        bar = Bar(largest or 1.0, 0.0, site["mean_norm"], width=20)
+        table.add_row(name, str(site["width"]), decimal(site["bytes"]), *fvu, f"{site['mean_norm']:.3g}", bar)
+    return table
+
+
 @cache_app.command("verify")
 def cache_verify(path: Annotated[Path, typer.Argument(help="A cache directory.")]) -> None:
     """Read every byte, check every checksum, name every fault; exits with 1 if there is one."""
-    from thresher.cache.reader import CacheReader
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    faults = CacheReader.open(path).verify()
-    for fault in faults:
-        out.print(fault, markup=False, highlight=False)
-    out.print(f"{len(faults)} faults in {path}" if faults else f"{path} is whole: every checksum holds.")
-    if faults:
+    from thresher.cache.verify import faults, total_bytes
+
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as progress:
+        task = progress.add_task("", total=total_bytes(path))
+        found = faults(path, lambda count: progress.advance(task, count))
+    for fault in found:
+        out.print(fault, markup=False, highlight=False, soft_wrap=True)
+    out.print(f"{len(found)} faults in {path}" if found else f"{path} is whole: every checksum holds.", soft_wrap=True)
+    if found:
         raise typer.Exit(1)
 
 
@@ -227,11 +264,12 @@ def cache_estimate(
     outlooks = {codec: outlook(found.work, found.rates, codec) for codec in CODECS}
     training = _training(_plans(recipe, {site.name: site for site in found.work.sites}), found.work.rows["train"])
     rows = " + ".join(f"{count:,} {split}" for split, count in found.work.rows.items())
+    contexts = sum(found.work.contexts.values())
     out.print(
-        f"{rows} rows from {found.work.contexts:,} contexts of {found.work.context} tokens ({found.basis}), at "
+        f"{rows} rows from {contexts:,} contexts of {found.work.context} tokens ({found.basis}), at "
         f"{len(found.work.sites)} sites of {target.model} on {found.device}."
     )
-    out.print(_estimate_table(list(outlooks.values()), found.work, found.rates, settings.codec))
+    out.print(_estimate_table(list(outlooks.values()), found, settings.codec))
     out.print(
         f"The recipe trains {_many(training.dictionaries, 'dictionary', 'dictionaries')} from "
         f"{_many(training.streams, 'stream', 'streams')} of batches: {training.passes:.2f} passes over the rows."
@@ -239,16 +277,18 @@ def cache_estimate(
     out.print(verdict(outlooks[settings.codec], list(outlooks.values()), found.rates, training))
 
 
-def _estimate_table(outlooks: "Sequence[Outlook]", work: "Workload", rates: "Rates", chosen: str) -> Table:
+def _estimate_table(outlooks: "Sequence[Outlook]", found: "Measured", chosen: str) -> Table:
     """One column a codec; sites of one tap and width share a row, since they are equally large."""
     from thresher.cache.estimate import duration
+    from thresher.cache.memory import available_memory
 
+    rates = found.rates
     table = Table(box=None, header_style="bold")
     table.add_column("")
     for each in outlooks:
         table.add_column(f"{each.codec} (recipe's)" if each.codec == chosen else each.codec, justify="right")
     alike: dict[tuple[str, int], list[str]] = {}
-    for site in work.sites:
+    for site in found.work.sites:
         alike.setdefault((site.tap, site.width), []).append(site.name)
     for (tap, width), names in alike.items():
         each_of = f", each of {len(names)}" if len(names) > 1 else ""
@@ -256,6 +296,8 @@ def _estimate_table(outlooks: "Sequence[Outlook]", work: "Workload", rates: "Rat
     table.add_row("all, with tokens and statistics", *(decimal(each.bytes) for each in outlooks), style="bold")
     fits = [("fits" if each.needed <= rates.free else "[red]too large[/]") for each in outlooks]
     table.add_row(f"{decimal(rates.free)} are free there", *fits)
+    memory = (decimal(found.memory[each.codec]) for each in outlooks)
+    table.add_row(f"memory of the harvest (free: {decimal(available_memory())})", *memory)
     table.add_row("")
     lines: list[tuple[str, Callable[[Outlook], str]]] = [
         (f"writing at {decimal(int(rates.disk.write))}/s", lambda each: duration(each.write_s)),

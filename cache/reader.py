@@ -318,11 +318,11 @@ class CacheReader:
     def _splits(self) -> dict[str, dict[str, int]]:
         """Contexts, rows, shards and dropped rows of every split, over all segments."""
         out: dict[str, dict[str, int]] = {}
-        for segment in self.segments:
-            for split, sizes in segment.base.plan.splits.items():
-                mine = out.setdefault(split, {"contexts": 0, "tokens": sizes.tokens})
-                for key in ("contexts", "rows", "shards", "dropped"):
-                    mine[key] = mine.get(key, 0) + getattr(sizes, key)
+        for split in SPLITS:
+            held = [s.base.plan.splits[split] for s in self.segments if split in s.base.plan.splits]
+            if held:
+                summed = ("contexts", "rows", "shards", "dropped")
+                out[split] = {"tokens": held[0].tokens} | {k: sum(getattr(h, k) for h in held) for k in summed}
         return out
 
     def _first(self, split: str) -> dict[str, Part]:

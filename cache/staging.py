@@ -1,8 +1,8 @@
 """From the chunks of a group to the rows of a batch, in the order of positions.
 
 `HostStager` gathers from chunks in host memory. Bound for the CPU in float32, rows are decoded on the way, straight to
-their places in the batch; bound for another device or dtype, stored bytes are gathered (pinned, and copied on a stream of
-their own, for a GPU) and decoded there. `DeviceStager` gathers from whole arrays in the device's memory.
+their places in the batch; bound for another device or dtype, stored bytes are gathered (pinned, and copied on a stream
+of their own, for a GPU) and decoded there. `DeviceStager` gathers from whole arrays in the device's memory.
 
 Rows that a mask leaves out are left out here already, so nothing later depends on how many there are.
 """
