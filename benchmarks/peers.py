@@ -94,25 +94,26 @@ class Peer:
 
 
 class Hdf5(Peer):
-    """One data set that grows piece by piece; with `flush`, flushed after each."""
+    """One data set that grows piece by piece; with `care`, flushed after each and with checksums."""
 
     needs = "h5py"
 
-    def __init__(self, flush: bool) -> None:
-        self.flush, self.name = flush, "HDF5, flush per piece" if flush else "HDF5"
+    def __init__(self, care: bool) -> None:
+        self.care, self.name = care, "HDF5, flush and fletcher32" if care else "HDF5"
 
     def write(self, folder: Path, rows: np.ndarray, model: int, done: Callable[[], None]) -> None:
         import h5py
 
         with h5py.File(folder / "acts.h5", "a") as file:
             if "acts" not in file:
-                file.create_dataset("acts", (0, WIDTH), "f2", maxshape=(None, WIDTH), chunks=(1024, WIDTH))
+                kinds = {"maxshape": (None, WIDTH), "chunks": (1024, WIDTH), "fletcher32": self.care}
+                file.create_dataset("acts", (0, WIDTH), "f2", **kinds)
             data = file["acts"]
             for i in range(len(data) // ROWS, PIECES):
                 time.sleep(PAUSE)
                 data.resize((i + 1) * ROWS, axis=0)
                 data[i * ROWS :] = rows[i * ROWS : (i + 1) * ROWS]
-                if self.flush:
+                if self.care:
                     file.flush()
                 done()
 
@@ -267,8 +268,8 @@ def _identity(model: int) -> dict[str, Any]:
 
 
 STORES: tuple[Store, ...] = (
-    Hdf5(flush=False),
-    Hdf5(flush=True),
+    Hdf5(care=False),
+    Hdf5(care=True),
     Safetensors(),
     Memmap(),
     Zarr(checksum=False),
