@@ -26,6 +26,7 @@ from rich.filesize import decimal
 
 from thresher.cache.contracts import Site
 from thresher.cache.layout import Codec, Store, estimate_bytes, row_sizes
+from thresher.cache.plan import Plan, SplitPlan
 from thresher.cache.publish import explained
 
 SLACK = 1.02
@@ -45,16 +46,16 @@ class Workload(NamedTuple):
     sites: tuple[Site, ...]
     rows: dict[str, int]
     """By split."""
-    contexts: int
-    """Of all splits."""
+    contexts: dict[str, int]
+    """By split."""
     context: int
     """T."""
     store: Store
 
     @property
     def tokens(self) -> int:
-        """That go through the model once."""
-        return self.contexts * self.context
+        """Packed, each of which goes through the model once."""
+        return sum(self.contexts.values()) * self.context
 
 
 class DiskRates(NamedTuple):
@@ -116,24 +117,44 @@ class Outlook(NamedTuple):
         return self.harvest_s / self.forward_s if self.read_s < self.forward_s else float("inf")
 
 
+def sketched(work: Workload, codec: Codec) -> Plan:
+    """The plan of such a cache as far as sizes go: without identity, seed and digests."""
+    chunk, shard = row_sizes([site.width for site in work.sites], work.rows["train"])
+    splits = {}
+    for split, stored in work.rows.items():
+        rows = stored // chunk * chunk
+        splits[split] = SplitPlan(work.contexts[split], work.context, rows, -(-rows // shard), stored - rows, {})
+    return Plan(
+        identity={},
+        sites=work.sites,
+        codec=codec,
+        store=work.store,
+        seed=0,
+        chunk_rows=chunk,
+        shard_rows=shard,
+        splits=splits,
+    )
+
+
 def outlook(work: Workload, rates: Rates, codec: Codec) -> Outlook:
     """Sizes and times of a cache in one codec."""
-    chunk, shard = row_sizes([site.width for site in work.sites], work.rows["train"])
-    rows = {split: count // chunk * chunk for split, count in work.rows.items()}
-    total, shards = sum(rows.values()), sum(-(-count // shard) for count in rows.values())
+    plan = sketched(work, codec)
+    rows = sum(sizes.rows for sizes in plan.splits.values())
+    shards = sum(sizes.shards for sizes in plan.splits.values())
     shrink = rates.lz4 if codec == "bf16-lz4" else 1.0
     row_bytes = {site.name: site.width + 2 if codec == "int8z" else 2 * site.width / shrink for site in work.sites}
-    per_row = sum(row_bytes.values())
-    uncompressed = sum(site.width + 2 if codec == "int8z" else 2 * site.width for site in work.sites)
-    size = estimate_bytes(work.sites, codec, total, work.tokens, shards) - int(total * (uncompressed - per_row))
+    per_row, plain = sum(row_bytes.values()), sum(2 * site.width for site in work.sites)
+    size = estimate_bytes(work.sites, codec, rows, work.tokens, shards)
+    if codec == "bf16-lz4":  # counted as if it did not compress
+        size -= int(rows * (plain - per_row))
     return Outlook(
         codec,
-        {name: int(total * each) for name, each in row_bytes.items()},
+        {name: int(rows * each) for name, each in row_bytes.items()},
         size,
-        int(SLACK * size + min(shard, total) * per_row),
+        int(SLACK * size + min(plan.shard_rows, rows) * per_row),
         size / rates.disk.write,
         work.tokens / rates.forward,
-        rows["train"] * per_row / rates.disk.read,
+        plan.splits["train"].rows * per_row / rates.disk.read,
         rates.disk.read / per_row,
     )
 

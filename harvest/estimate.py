@@ -4,32 +4,26 @@ Local text is tokenised and packed as the harvest does it, so the count is exact
 limit. The model is timed on passes like the harvest's own, and the disk where the cache is to lie.
 """
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numcodecs
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from thresher.cache.contracts import Site, UserError
-from thresher.cache.estimate import Rates, Workload, disk_rates
-from thresher.cache.layout import BLOSC, Contexts, Store, row_sizes
+from thresher.cache.estimate import Rates, Workload, disk_rates, sketched
+from thresher.cache.layout import BLOSC, CODECS, Codec, Contexts, Store, row_sizes
 from thresher.cache.publish import free_bytes
 from thresher.harvest.corpus import DataConfig, context_length, read_corpus
 from thresher.harvest.documents import local_path
-from thresher.harvest.fill import default_batch
-from thresher.harvest.passes import Job, Passes
+from thresher.harvest.fill import default_batch, memory_needed
 from thresher.harvest.settings import HarvestConfig
-from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
+from thresher.harvest.target import TargetConfig, load_target, load_tokenizer
+from thresher.harvest.timing import forward_rate
 
-ROUNDS = 3
-"""Timed passes of every worker, more while they take less than a second together."""
-LONGEST_SECONDS = 20.0
-"""One timed pass of every worker is enough when three would take longer."""
 SMALLEST_SAMPLE, LARGEST_SAMPLE = 64 << 20, 1 << 30
 """Bytes written to time the disk: no more than the cache would, but enough to tell."""
 COUNTED_TOKENS = 50_000_000
@@ -42,6 +36,8 @@ class Measured(NamedTuple):
     work: Workload
     rates: Rates
     device: str
+    memory: dict[Codec, int]
+    """By codec: bytes of host memory that the harvest takes beside the model."""
     basis: str
     """Where the number of rows comes from."""
 
@@ -77,14 +73,15 @@ def measure(
         bf16_bytes = sum(work.rows.values()) * 2 * sum(site.width for site in sites)
         disk = disk_rates(folder, at_most=min(LARGEST_SAMPLE, max(SMALLEST_SAMPLE, bf16_bytes)))
     rates = Rates(disk, free_bytes(folder), forward, shrinkage(acts, work))
-    return Measured(work, rates, str(model.device), basis)
+    memory = {codec: memory_needed(sketched(work, codec), model, batch) for codec in CODECS}
+    return Measured(work, rates, str(model.device), memory, basis)
 
 
 def counted(sites: tuple[Site, ...], splits: Mapping[str, Contexts], store: Store) -> Workload:
     """The workload of packed text."""
-    rows = {split: int(contexts.stored(store).sum()) for split, contexts in splits.items()}
-    shapes = [contexts.token_id.shape for contexts in splits.values()]
-    return Workload(sites, rows, sum(m for m, _ in shapes), shapes[0][1], store)
+    rows = {split: int(packed.stored(store).sum()) for split, packed in splits.items()}
+    contexts = {split: len(packed.token_id) for split, packed in splits.items()}
+    return Workload(sites, rows, contexts, splits["train"].token_id.shape[1], store)
 
 
 def bounded(sites: tuple[Site, ...], data: DataConfig, tokens: int, context: int, store: Store) -> Workload:
@@ -97,25 +94,7 @@ def bounded(sites: tuple[Site, ...], data: DataConfig, tokens: int, context: int
     by_split = {split: round(contexts * share) for split, share in shares.items() if share}
     by_split = {"train": contexts - sum(by_split.values()), **by_split}
     stored = context - (store == "kept")
-    return Workload(sites, {split: m * stored for split, m in by_split.items()}, contexts, context, store)
-
-
-def forward_rate(
-    model: TransformerTarget, sites: Sequence[Site], batch: int, context: int, sample: np.ndarray | None
-) -> tuple[float, dict[str, Tensor]]:
-    """Tokens per second through the body as in a harvest, and the activations of one pass by site.
-
-    `sample` [M, T] are tokens to run; without it they are random.
-    """
-    if sample is None or not len(sample):
-        sample = np.random.default_rng(0).integers(0, model.n_vocab, (batch, context))
-    rows = np.resize(np.arange(len(sample)), batch)
-    job = Job("train", 0, torch.from_numpy(sample[rows].astype(np.int64)), False, False)
-    with Passes(model, sites) as passes:
-        first, acts = _timed_round(model, passes, [job] * passes.workers)  # also warms up
-        rounds = max(ROUNDS, int(1 / first)) if first * ROUNDS < LONGEST_SECONDS else 1
-        seconds, _ = _timed_round(model, passes, [job] * passes.workers * rounds)
-    return job.tokens.numel() * passes.workers * rounds / seconds, acts
+    return Workload(sites, {split: m * stored for split, m in by_split.items()}, by_split, context, store)
 
 
 def shrinkage(acts: Mapping[str, Tensor], work: Workload) -> float:
@@ -127,16 +106,6 @@ def shrinkage(acts: Mapping[str, Tensor], work: Workload) -> float:
         rows = acts_BTD.flatten(0, 1)[:chunk].to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy()
         plain, packed = plain + rows.nbytes, packed + len(codec.encode(rows))
     return plain / packed
-
-
-def _timed_round(model: TransformerTarget, passes: Passes, todo: Sequence[Job]) -> tuple[float, dict[str, Tensor]]:
-    began, acts = time.perf_counter(), {}
-    for done in passes.run(todo):
-        assert done is not None
-        acts = done[1]
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - began, acts
 
 
 def _bound(data: DataConfig, tokens: int | None) -> int | None:

@@ -11,7 +11,7 @@ ROWS = 3815 * 262144  # a billion, in whole shards
 
 
 def billion(store: str = "kept") -> Workload:
-    return Workload(PAIR, {"train": ROWS}, ROWS // 1023, 1024, store)  # type: ignore[arg-type]
+    return Workload(PAIR, {"train": ROWS}, {"train": ROWS // 1023}, 1024, store)  # type: ignore[arg-type]
 
 
 def rates(write: float = 5e9, read: float = 7e9, forward: float = 1e6, free: int = 10**13) -> Rates:

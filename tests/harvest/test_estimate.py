@@ -10,10 +10,11 @@ from rich.console import Console
 from thresher.cache.contracts import UserError
 from thresher.cache.estimate import outlook
 from thresher.harvest.corpus import DataConfig
-from thresher.harvest.estimate import bounded, forward_rate, measure
+from thresher.harvest.estimate import bounded, measure
 from thresher.harvest.run import harvest
 from thresher.harvest.settings import HarvestConfig
 from thresher.harvest.target import TargetConfig, TransformerTarget
+from thresher.harvest.timing import foreseen, forward_rate
 
 TARGET = TargetConfig(device="cpu")
 DATA = DataConfig(max_tokens=40_000, context=128, test_fraction=0.25)
@@ -38,7 +39,7 @@ def test_a_limit_bounds_what_is_not_read(books: TransformerTarget, console: Cons
     sites = books.sites(["mlp_out"])
     data = DataConfig(test_fraction=0.1, validation_fraction=0.05)
     work = bounded(sites, data, 1_000_000, 128, "kept")
-    assert work.contexts == 1_000_000 // 127
+    assert sum(work.contexts.values()) == 1_000_000 // 127
     assert work.rows == {"train": 6693 * 127, "test": 787 * 127, "validation": 394 * 127}
     assert bounded(sites, data, 1_000_000, 128, "all").rows["train"] == 6693 * 128
 
@@ -59,3 +60,13 @@ def test_the_timed_passes_are_those_of_the_harvest(books: TransformerTarget) -> 
     assert rate > 0
     expected = books.record(torch.from_numpy(np.resize(sample, (4, 32)).astype(np.int64)), sites)
     torch.testing.assert_close(acts, expected)
+
+
+def test_a_long_harvest_is_foreseen_in_a_line_and_a_short_one_not(books: TransformerTarget, tmp_path: Path) -> None:
+    sites = books.sites(["mlp_in"])
+    assert foreseen(books, sites, 4, 32, tokens=4 * 32 * 8, size=10**6, path=tmp_path / "new") is None
+    line = foreseen(books, sites, 4, 32, tokens=10**9, size=10**6, path=tmp_path / "new")
+    assert line is not None
+    assert "tokens/s" in line
+    assert "pays from 1.00 passes of training on" in line
+    assert list(tmp_path.iterdir()) == []
