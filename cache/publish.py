@@ -114,14 +114,15 @@ def _move_exclusively(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-    libc = ctypes.CDLL(None, use_errno=True)
-    failed = not hasattr(libc, "renameat2") or libc.renameat2(
-        _AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE
-    )
-    if not failed:
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    code = errno.ENOSYS
+    if rename is not None:
+        names = _AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path)
+        code = ctypes.get_errno() if rename(*names, _RENAME_NOREPLACE) else 0
+    if code == 0:
         return
-    if ctypes.get_errno() == errno.EEXIST:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    if code not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(code, os.strerror(code), str(path))
     raise UserError(
         f"cannot write {path}: its file system has neither hard links nor a rename that spares an existing file, so a "
         f"record cannot be kept from being written twice. Choose a place on another file system with --cache PATH."

@@ -1,5 +1,6 @@
 """What the writer refuses, and what it does with other dtypes and odd contents."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -7,9 +8,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import zarr
+from numcodecs import blosc
 
+from thresher.cache import bfloat16, shard, stats
+from thresher.cache.blocks import BlockEncoder
+from thresher.cache.codec import calibrate
 from thresher.cache.contracts import Site, UserError
-from thresher.cache.layout import Contexts
+from thresher.cache.layout import ArraySpec, Contexts, crc32c
+from thresher.cache.pieces import shard_file
 from thresher.cache.reader import CacheReader
 
 
@@ -123,3 +130,102 @@ def test_inference_tensors_are_taken(toy: ModuleType, finished: Callable[..., Pa
         writer.settle()
     name = "train/L00.mlp_in/c.0.0"
     assert (tmp_path / "c" / name).read_bytes() == (finished() / name).read_bytes()
+
+
+def stored(path: Path) -> dict[str, bytes]:
+    """Every shard file of activations."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.glob("t*/[Lb]*/c.*")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("codec", ["int8z", "bf16"])
+def test_blocks_of_a_device_are_stored_as_rows_of_a_cpu_are(
+    codec: str, dtype: torch.dtype, toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy.fill(tmp_path / "rows", codec=codec, dtype=dtype, store="all")
+    for elements, batch in ((24 * 64, 7), (1 << 20, 3), (24 * 64, 3)):
+        blocks = tmp_path / f"blocks-{elements}-{batch}"
+        monkeypatch.setitem(shard.ENCODERS, "cpu", lambda shelf, elements=elements: BlockEncoder(shelf, elements))
+        toy.fill(blocks, codec=codec, dtype=dtype, store="all", batch=batch)
+        assert stored(blocks) == stored(tmp_path / "rows")
+    mine, theirs = (CacheReader.open(path) for path in (tmp_path / "rows", blocks))
+    for site in toy.SITES:
+        for a, b in zip(mine.statistics(site.name), theirs.statistics(site.name), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        ours, other = (reader.summary()["sites"][site.name] for reader in (mine, theirs))
+        for key in (key for key in ours if key.startswith("fvu")):
+            np.testing.assert_allclose(ours[key], other[key], rtol=1e-3)
+    bytes_of = [(path / "train/moments/c.0.0.0").read_bytes() for path in tmp_path.glob("blocks-1536-*")]
+    assert bytes_of[0] == bytes_of[1], "moments of blocks depend on how the shard was fed"
+
+
+def test_calibration_takes_the_first_kept_rows_and_no_more(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard, "CALIBRATION_ROWS", 100)
+    made = []
+    for batch in (1, 7, 100):
+        toy.fill(tmp_path / f"{batch}", batch=batch)
+        made.append(CacheReader.open(tmp_path / f"{batch}"))
+        assert stored(tmp_path / f"{batch}") == stored(tmp_path / "1")
+    with toy.open_writer(tmp_path / "other") as writer:
+        first = writer.contexts_of("train", 0)[:5]
+    keep = toy.CONTEXTS["train"].keep[first] == 1
+    for site in toy.SITES:
+        x = toy.activations("train", first)[site.name].numpy()[keep][:100]
+        moments = stats.of_rows(x)
+        expected = calibrate(moments.mean, moments.m2 / 100)
+        for reader in made:
+            got = reader.calibration(site.name)
+            assert got is not None
+            assert np.array_equal(got.as_array(), expected.as_array())
+
+
+def test_memory_of_a_shard_is_used_again(toy: ModuleType, tmp_path: Path) -> None:
+    with toy.open_writer(tmp_path / "c") as writer:
+        places: list[set[int]] = []
+        for split, index in writer.pending():
+            part = writer.shard(split, index)
+            places.append({array.ctypes.data for array in part._buffers.values()})
+            part.add(toy.activations(split, part.contexts))
+            part.commit()
+            writer.settle()
+        assert len(places) > 3
+        assert all(each <= places[0] for each in places)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_compressed_chunks_are_packed_in_place(noise: bool) -> None:
+    spec = ArraySpec((96, 40), "bfloat16", (16, 40), (128, 40), "NaN", compressed=True)
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, 1 << 16 if noise else 2, (96, 40)).astype(np.uint16)
+    original = rows.copy()
+    file = shard_file(spec, rows)
+    data, lengths = b"".join(bytes(piece) for piece in file.pieces), file.entry["lengths"]
+    assert len(data) == file.entry["bytes"]
+    assert (sum(lengths) > original.nbytes) == noise
+    ends = np.cumsum(lengths)
+    assert np.array_equal(np.frombuffer(data[ends[-1] : ends[-1] + 96], "<u8").reshape(6, 2)[:, 1], lengths)
+    for i, (start, end) in enumerate(zip(ends - lengths, ends, strict=True)):
+        assert f"{crc32c(data[start:end]):08x}" == file.entry["crc32c"][i]
+        assert blosc.decompress(data[start:end]) == original[16 * i : 16 * i + 16].tobytes()
+
+
+def test_stock_readers_decompress_to_the_bits_of_plain_rows(toy: ModuleType, finished: Callable[..., Path]) -> None:
+    bfloat16.register()
+    plain, packed = finished(codec="bf16"), finished(codec="bf16-lz4")
+    assert sum(map(len, stored(packed).values())) < sum(map(len, stored(plain).values()))
+    stores = ["zarr"] + (["tensorstore"] if importlib.util.find_spec("tensorstore") else [])
+    for site in toy.SITES:
+        rows = np.asarray(zarr.open_array(str(plain / "train" / site.name), mode="r")[:]).view(np.uint16)
+        for store in stores:
+            assert np.array_equal(stock(store, packed / "train" / site.name), rows), store
+
+
+def stock(store: str, path: Path) -> np.ndarray:
+    """An array of bfloat16 as another program reads it, as bit patterns."""
+    if store == "zarr":
+        return np.asarray(zarr.open_array(str(path), mode="r")[:]).view(np.uint16)
+    tensorstore = importlib.import_module("tensorstore")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    return np.asarray(tensorstore.open(spec, read=True).result().read().result()).view(np.uint16)
