@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from thresher.cache.layout import Contexts
     from thresher.cache.prune import Run
     from thresher.cache.reader import CacheReader
+    from thresher.cache.source import Source
+    from thresher.cache.windows import WindowedSource
     from thresher.evaluate.results import Results
     from thresher.evaluate.run import EvaluateConfig, Replacement
     from thresher.harvest.estimate import Measured
@@ -126,11 +128,14 @@ def train(
     cache: CachePath = None,
     runs: RunsPath = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoints.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="No cache: the target runs beside the training, activations stay in memory.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     wandb: Wandb = "disabled",
 ) -> None:
     """Train every dictionary of the recipe's sweep from one pass over the cache."""
-    results = train_recipe(_read(name, assignments), cache, runs, resume=resume, device=device, wandb=wandb)
+    results = train_recipe(_read(name, assignments), cache, runs, resume=resume, live=live, device=device, wandb=wandb)
     if any(result.status == "failed" for result in results):
         raise typer.Exit(1)
 
@@ -162,10 +167,14 @@ def demo(
     """Harvest, train and evaluate on the bundled model, on a CPU, in minutes."""
     recipe = _read(name, assignments)
     cache, runs = folder / "cache.zarr", folder / "runs"
+    live = recipe.tables["harvest"].window_gb is not None  # nobody could refill a ring meanwhile
     out.rule("1/3 harvest", align="left")
-    harvest_recipe(recipe, cache)
+    if live:
+        out.print("harvest.window_gb is set: the target runs beside the training.")
+    else:
+        harvest_recipe(recipe, cache)
     out.rule("2/3 train", align="left")
-    train_recipe(recipe, cache, runs, resume=True, device="auto", wandb="disabled")
+    train_recipe(recipe, cache, runs, resume=True, live=live, device="auto", wandb="disabled")
     out.rule("3/3 evaluate", align="left")
     evaluate_recipe(recipe, cache, runs, folder / "report")
 
@@ -451,12 +460,27 @@ def harvest_recipe(recipe: "Recipe", cache: Path | None, *, extend: bool = False
 
 
 def train_recipe(
-    recipe: "Recipe", cache: Path | None, runs: Path | None, *, resume: bool, device: str, wandb: WandbMode
+    recipe: "Recipe",
+    cache: Path | None,
+    runs: Path | None,
+    *,
+    resume: bool,
+    live: bool = False,
+    device: str,
+    wandb: WandbMode,
 ) -> "list[RunResult]":
-    """Train all dictionaries of the recipe from its cache."""
+    """Train all dictionaries of the recipe: from its cache, from a ring that harvest refills, or live."""
+    with _source(recipe, cache, live) as source:
+        results = _train_from(source, recipe, runs, resume=resume, device=device, wandb=wandb)
+        source.finish()
+    return results
+
+
+def _train_from(
+    reader: "Source", recipe: "Recipe", runs: Path | None, *, resume: bool, device: str, wandb: WandbMode
+) -> "list[RunResult]":
     from thresher.train.run import train as run_train
 
-    reader = _open_cache(recipe, cache)
     folder = runs or Path("runs") / recipe.name
     results = run_train(
         _plans(recipe, reader.sites), reader, out=folder, device=device, resume=resume, wandb=wandb, console=out
@@ -577,6 +601,20 @@ def _identity(tables: Mapping[str, Any]) -> dict[str, Any]:
     return identity(tables["target"], tables["data"], tables["harvest"])
 
 
+def _source(recipe: "Recipe", cache: Path | None, live: bool) -> "CacheReader | WindowedSource":
+    """What the recipe trains from; close it."""
+    from thresher.cache.ring import open_ring
+    from thresher.harvest.live import live_source
+
+    path = cache or default_cache(recipe)
+    target, data, settings = (recipe.tables[table] for table in ("target", "data", "harvest"))
+    if live:
+        return live_source(target, data, settings, path=path, console=out)
+    if settings.window_gb is None:
+        return _open_cache(recipe, cache)
+    return open_ring(path, _identity(recipe.tables), lambda line: out.print(line, highlight=False))
+
+
 def _open_cache(recipe: "Recipe", cache: Path | None) -> "CacheReader":
     from thresher.cache.reader import CacheReader
 
@@ -647,7 +685,7 @@ def _held_out(
 
     stored = config["cache"]
     path = cache or Path(stored["path"])
-    if cache is not None and cache.exists():
+    if cache is not None and cache.exists() and stored["identity"]["harvest"]["window_gb"] is None:
         CacheReader.open(cache, identity=stored["identity"])  # says what differs, where find_complete says None
     reader = find_complete(path, stored["identity"])
     if reader is not None:

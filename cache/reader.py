@@ -228,6 +228,9 @@ class CacheReader:
     def cancel(self) -> None:
         """Nothing: every chunk is there."""
 
+    def finish(self) -> None:
+        """Nothing: nobody fills it."""
+
     def sample(self, split: str, count: int) -> np.ndarray:
         """Up to `count` kept rows, ascending, from a few chunks spread evenly: a chunk is a sample of its shard."""
         chunks = _spread(self.rows(split) // self.chunk_rows, _SAMPLED_CHUNKS)

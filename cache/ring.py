@@ -12,13 +12,14 @@ either side may be killed at any moment and started again, and training may resu
 
 import json
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from thresher.cache.commit import commit_path, side_digests
+from thresher.cache.commit import ROOT, commit_path, side_digests
 from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.layout import FORMAT, VERSION
@@ -26,7 +27,7 @@ from thresher.cache.locks import share, try_hold
 from thresher.cache.part import Part
 from thresher.cache.plan import Plan
 from thresher.cache.publish import publish, read_sealed, sealed
-from thresher.cache.records import canonical
+from thresher.cache.records import canonical, differences
 from thresher.cache.stored import read_root
 from thresher.cache.windows import Shard, WindowedSource, Windows
 from thresher.cache.writer import CacheWriter
@@ -94,13 +95,15 @@ class RingKeeper:
         current = len(self.windows.shards_in(window))
         return train[:current] + held_out + train[current:]
 
-    def publish_ready(self) -> None:
-        """Write statistics and RING.json once the first window and the held-out splits are there."""
+    def publish_ready(self) -> bool:
+        """Whether one may train; writes statistics and RING.json once first window and held-out splits are there."""
         first = self.windows.shards_in(0)
         needed = [("train", index) for index in first]
         needed += [(s, i) for s, sizes in self.plan.splits.items() if s != "train" for i in range(sizes.shards)]
-        if (self.path / READY).exists() or not all(commit_path(self.path, *shard).exists() for shard in needed):
-            return
+        if (self.path / READY).exists():
+            return True
+        if not all(commit_path(self.path, *shard).exists() for shard in needed):
+            return False
         self._writer.write_statistics(first)
         record = {
             "format": f"{FORMAT}-ring",
@@ -109,6 +112,7 @@ class RingKeeper:
             "files": side_digests(self.path, self.plan),
         }
         publish(self.path / READY, [canonical(sealed(record))])
+        return True
 
 
 class RingShards:
@@ -180,24 +184,19 @@ class RingShards:
                 self._notify(f"waiting for shard {shard} of {split}: {_state(self._path)}")
 
 
-def open_ring(path: Path, notify: Callable[[str], None], cancelled: Callable[[], bool]) -> WindowedSource:
-    """The ring at `path` as a source, once its first window is there; waits for that.
+def open_ring(path: Path, identity: Mapping[str, Any], notify: Callable[[str], None]) -> WindowedSource:
+    """The ring with this identity at `path` as a source, once its first window is there; waits for that.
 
-    Raises UserError when the directory is no ring or another training reads it, Interrupted when `cancelled` says so.
+    Raises UserError when the directory holds something else, or when another training reads it.
     """
-    told, pause = False, threading.Event()
+    told = False
     while not (path / READY).exists():
-        if (path / "zarr.json").exists() and read_root(path).plan.window_shards is None:
-            raise UserError(
-                f"{path} holds a cache that keeps all its shards, and the recipe has harvest.window_gb. Leave that "
-                f"out, or choose another place with --cache PATH."
-            )
+        _check_same(path, identity)
         if not told:
             notify(f"waiting for the first window of {path}: {_state(path)}")
             told = True
-        if cancelled():
-            raise Interrupted("Stopped while waiting for the ring; nothing was begun.")
-        pause.wait(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
+    _check_same(path, identity)
     plan, facts = read_root(path)
     manifest = read_sealed(path / READY)
 
@@ -208,6 +207,18 @@ def open_ring(path: Path, notify: Callable[[str], None], cancelled: Callable[[],
     calibrations = {name: c for name in held.sites if (c := held.calibration(name)) is not None}
     statistics = {name: held.statistics(name) for name in held.sites}
     return WindowedSource(path, plan, RingShards(path, plan, make, notify), held.contexts, calibrations, statistics)
+
+
+def _check_same(path: Path, identity: Mapping[str, Any]) -> None:
+    """Raise UserError when something else than this ring is at `path`."""
+    if not (path / ROOT).exists():
+        return
+    lines = differences(json.loads(json.dumps(dict(identity))), read_root(path).plan.identity)
+    if lines:
+        raise UserError(
+            f"{path} was made of something else: {'; '.join(lines)}. Choose another place with --cache PATH, or "
+            f"harvest with this recipe."
+        )
 
 
 def _state(path: Path) -> str:

@@ -92,6 +92,10 @@ class Source(Protocol):
         """Let everything that waits for a chunk raise Interrupted; nothing where no chunk is ever waited for."""
         ...
 
+    def finish(self) -> None:
+        """Nothing more is wanted: whoever fills the source may stop."""
+        ...
+
     def sample(self, split: str, count: int) -> np.ndarray:
         """Up to `count` row numbers, spread evenly over the kept rows that are cheap to reach; always the same ones."""
         ...

@@ -226,9 +226,11 @@ class MemoryShards:
     The thread makes what is asked for first, then the window in use, then the next one.
     """
 
-    def __init__(self, plan: Plan, produce: Callable[[str, int], ShardData]) -> None:
-        """`produce` makes a shard; it is called in one thread only, train shard 0 first."""
-        self._plan, self._produce = plan, produce
+    def __init__(
+        self, plan: Plan, produce: Callable[[str, int], ShardData], closed: Callable[[], None] = lambda: None
+    ) -> None:
+        """`produce` makes a shard; it is called in one thread only, train shard 0 first. `closed` follows `close`."""
+        self._plan, self._produce, self._after = plan, produce, closed
         self._windows = Windows.of(plan)
         self._window = 0
         self._made: dict[Shard, ShardData] = {}
@@ -279,6 +281,7 @@ class MemoryShards:
             self._changed.notify_all()
         self._thread.join()
         self._made = {}
+        self._after()
 
     def _run(self) -> None:
         while True:

@@ -6,7 +6,7 @@ background. Any number of processes may do this for one cache at once.
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,15 @@ from rich.filesize import decimal
 from thresher.cache.contracts import Site
 from thresher.cache.interrupts import Interrupted, deferred_interrupts
 from thresher.cache.locks import Lock
-from thresher.cache.plan import Extends
-from thresher.cache.writer import CacheWriter, ShardWriter
+from thresher.cache.plan import Extends, Plan, estimate_memory
+from thresher.cache.ring import RingKeeper
+from thresher.cache.writer import CacheWriter, Shard, ShardWriter
+from thresher.harvest.allocation import returned_to_the_kernel
 from thresher.harvest.corpus import Corpus
 from thresher.harvest.feeder import Feeder
 from thresher.harvest.meter import Meter
-from thresher.harvest.passes import Passes, jobs
-from thresher.harvest.settings import HarvestConfig, HarvestResult
+from thresher.harvest.passes import Passes, claimed, jobs, workers_for
+from thresher.harvest.settings import HarvestConfig, HarvestResult, window_bytes
 from thresher.harvest.target import TransformerTarget
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -73,18 +75,36 @@ def fill_part(
         seed=config.seed,
         store=config.store,
         fvu_gate=config.fvu_gate,
+        window_bytes=window_bytes(config),
         facts=_facts(model, sites, corpus, batch),
         extends=extends,
         create=create,
         notify=lambda line: console.print(line, highlight=False),
     ) as writer:
         planned()
-        _announce(writer, sites, console)
+        _announce(writer, sites, memory_needed(writer.plan, model, batch), console)
         began = time.perf_counter()
-        tokens = _fill(writer, model, sites, corpus, batch, console)
-        writer.finalize()
+        if writer.plan.window_shards is None:
+            tokens = _fill(writer, model, sites, corpus, batch, console, claimed(writer))
+            writer.finalize()
+        else:
+            tokens = _fill(writer, model, sites, corpus, batch, console, rolling(writer, console))
         rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
         return Filled(rows, tokens, time.perf_counter() - began)
+
+
+def rolling(writer: CacheWriter, console: Console) -> Iterator[Shard | None]:
+    """The shards that a ring wants, until training says that it is over; None: the ring is full for now."""
+    keeper, told = RingKeeper(writer), False
+    try:
+        while not keeper.cursor().done:
+            if keeper.publish_ready() and not told:
+                console.print(f"The first window of {writer.path} is there: training may begin.", highlight=False)
+                told = True
+            yield writer.take(keeper.wanted())
+    finally:
+        keeper.close()
+    console.print("Training is over.")
 
 
 def batch_contexts(
@@ -126,6 +146,18 @@ def note_versions(facts: Mapping[str, Any], console: Console) -> None:
         console.print(f"Note: this cache was begun with other libraries: {lines}.", highlight=False)
 
 
+def memory_needed(plan: Plan, model: TransformerTarget, batch: int) -> int:
+    """Bytes of host memory that a harvest takes beside the model (`estimate_memory`)."""
+    return estimate_memory(
+        plan,
+        pass_tokens=batch * plan.splits["train"].tokens,
+        passes=workers_for(model),
+        hidden=int(model.model.get_input_embeddings().weight.shape[1]),
+        item_bytes=model.dtype.itemsize,
+        on_host=model.device.type == "cpu",
+    )
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that a harvest runs on."""
     packages = ("thresher", "torch", "transformers", "transformer-lens", "datasets", "zarr")
@@ -149,13 +181,13 @@ def _facts(model: TransformerTarget, sites: tuple[Site, ...], corpus: Corpus, ba
     }
 
 
-def _announce(writer: CacheWriter, sites: tuple[Site, ...], console: Console) -> None:
+def _announce(writer: CacheWriter, sites: tuple[Site, ...], memory: int, console: Console) -> None:
     pending, total = len(writer.pending()), sum(sizes.shards for sizes in writer.plan.splits.values())
     rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
     going_on = f", of which {total - pending} of {total} shards are there already" if pending < total else ""
     console.print(
         f"Harvesting {shown(rows)} at {len(sites)} sites into {writer.path}: {decimal(writer.bytes_needed())} to write"
-        f"{going_on}."
+        f"{going_on}; it needs about {decimal(memory)} of memory beside the model."
     )
 
 
@@ -166,17 +198,19 @@ def _fill(
     corpus: Corpus,
     batch: int,
     console: Console,
+    shards: Iterable[Shard | None],
 ) -> int:
-    """Fill every shard that this process can lock; returns the number of tokens that went through the model."""
+    """Fill shard after shard; returns the number of tokens that went through the model."""
     tokens = 0
     with (
         deferred_interrupts() as stop,
+        returned_to_the_kernel(),
         Passes(model, sites) as passes,
         Feeder(model.device) as feeder,
         Meter(writer, console) as meter,
     ):
         shard: ShardWriter | None = None
-        for done in passes.run(jobs(writer, corpus.splits, batch)):
+        for done in passes.run(jobs(shards, writer, corpus.splits, batch)):
             if done is None:
                 if stop.requested:
                     raise _interrupted(writer, None)

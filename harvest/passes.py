@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thresher.cache.contracts import Site
 from thresher.cache.layout import Contexts
-from thresher.cache.writer import CacheWriter
+from thresher.cache.writer import CacheWriter, Shard
 from thresher.harvest.target import TransformerTarget
 
 MOST_REPLICAS = 8
@@ -36,21 +36,34 @@ class Job(NamedTuple):
     last: bool
 
 
-def jobs(writer: CacheWriter, contexts: Mapping[str, Contexts], batch: int) -> Iterator[Job | None]:
-    """The passes, of at most `batch` contexts each, of every shard that this process can lock, until all are done.
-
-    None stands for: all that is left is in the hands of other processes, ask again later.
-    """
+def claimed(writer: CacheWriter) -> Iterator[Shard | None]:
+    """Every shard that this process can lock, until all are done; None: all that is left is in the hands of others."""
     while not writer.exhausted():
-        shard = writer.take()
+        yield writer.take()
+
+
+def jobs(
+    shards: Iterable[Shard | None], writer: CacheWriter, contexts: Mapping[str, Contexts], batch: int
+) -> Iterator[Job | None]:
+    """The passes, of at most `batch` contexts each, of shard after shard. None: nothing to do now, ask again later."""
+    for shard in shards:
         if shard is None:
             yield None
-            continue
-        split, index = shard
-        wanted = writer.contexts_of(split, index)
-        for start in range(0, len(wanted), batch):
-            ids = contexts[split].token_id[wanted[start : start + batch]].astype(np.int64)
-            yield Job(split, index, torch.from_numpy(ids), start == 0, start + batch >= len(wanted))
+        else:
+            split, index = shard
+            yield from shard_jobs(split, index, writer.contexts_of(split, index), contexts[split], batch)
+
+
+def shard_jobs(split: str, index: int, wanted: np.ndarray, contexts: Contexts, batch: int) -> Iterator[Job]:
+    """The passes of one shard, which is made of the `wanted` contexts."""
+    for start in range(0, len(wanted), batch):
+        ids = contexts.token_id[wanted[start : start + batch]].astype(np.int64)
+        yield Job(split, index, torch.from_numpy(ids), start == 0, start + batch >= len(wanted))
+
+
+def workers_for(model: TransformerTarget) -> int:
+    """Passes that run at a time: on a CPU one per core, up to a limit; on a GPU one."""
+    return min(torch.get_num_threads(), MOST_REPLICAS) if model.device.type == "cpu" else 1
 
 
 class Passes:
@@ -59,7 +72,7 @@ class Passes:
     def __init__(self, model: TransformerTarget, sites: Sequence[Site]) -> None:
         self._model, self._sites = model, sites
         self._threads = torch.get_num_threads()
-        self._workers = min(self._threads, MOST_REPLICAS) if model.device.type == "cpu" else 0
+        self._workers = workers_for(model) if model.device.type == "cpu" else 0
         if self._workers:
             self._idle: queue.SimpleQueue[TransformerTarget] = queue.SimpleQueue()
             for _ in range(self._workers):

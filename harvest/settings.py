@@ -39,6 +39,10 @@ class HarvestConfig:
     fvu_gate: float = 1e-3
     """Stop when storing loses more than this share of a site's variance in any shard."""
 
+    window_gb: float | None = None
+    """Rolling and live mode: bound in GB on the train shards that exist at a time; left out: all are stored. Harvest
+    then refills a ring of that size while training reads it."""
+
     batch_contexts: int | None = None
     """Contexts per forward pass; left out: about 4,096 tokens on a CPU and 32,768 on a GPU, fewer when
     they would take more than 1 GiB."""
@@ -50,6 +54,8 @@ class HarvestConfig:
             raise UserError("harvest.layers is empty; expected layer numbers. Leave it out for all layers.")
         if self.batch_contexts is not None and self.batch_contexts < 1:
             raise UserError(f"harvest.batch_contexts is {self.batch_contexts}; expected at least 1.")
+        if self.window_gb is not None and not self.window_gb > 0:
+            raise UserError(f"harvest.window_gb is {self.window_gb}; expected more than 0. Leave it out to store all.")
         if not self.fvu_gate > 0:
             raise UserError(f"harvest.fvu_gate is {self.fvu_gate}; expected more than 0, such as 1e-3.")
 
@@ -70,6 +76,11 @@ class HarvestResult(NamedTuple):
     """Everything."""
 
 
+def window_bytes(config: HarvestConfig) -> int | None:
+    """The bound on train shards in bytes; None: all are stored."""
+    return None if config.window_gb is None else round(config.window_gb * 1e9)
+
+
 def identity(target: TargetConfig, data: DataConfig, config: HarvestConfig) -> dict[str, Any]:
     """What the cache's fingerprint is of, from settings and files alone: no model is loaded, nothing tokenised.
 
@@ -84,6 +95,7 @@ def identity(target: TargetConfig, data: DataConfig, config: HarvestConfig) -> d
             "codec": config.codec,
             "store": config.store,
             "seed": config.seed,
+            "window_gb": config.window_gb,
         },
         "software": {
             "format": f"{FORMAT}-{VERSION}",

@@ -215,7 +215,13 @@ def passes(
     available = min(rows, _rows(reader, split))
     batch_rows = min(_BATCH_ROWS, available)
     batches = Batches(
-        reader, sites=list(dict.fromkeys(sites)), batch_rows=batch_rows, seed=0, split=split, device=device
+        reader,
+        sites=list(dict.fromkeys(sites)),
+        batch_rows=batch_rows,
+        seed=0,
+        split=split,
+        device=device,
+        interrupted=lambda: stop.requested,
     )
     try:
         for index, batch in enumerate(batches):

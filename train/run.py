@@ -241,6 +241,7 @@ def _run_pass(
         end=start + rows_left,
         device=device,
         tier=tier,
+        interrupted=lambda: stop.requested,
     )
     began, rows = time.monotonic(), 0
     title = f"Training {len(jobs)} dictionaries on {device}, {batch_rows:,} rows per step"

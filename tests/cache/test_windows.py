@@ -61,10 +61,6 @@ def filler(toy: ModuleType, path: Path, made: list[tuple[str, int]] | None = Non
         thread.join()
 
 
-def never() -> bool:
-    return False
-
-
 def batches(
     source: WindowedSource | CacheReader, start: int, count: int, rows: int = 64
 ) -> list[dict[str, torch.Tensor]]:
@@ -117,7 +113,7 @@ def test_a_ring_gives_the_rows_of_a_cache_in_the_order_of_its_windows(
     toy: ModuleType, finished: Callable[..., Path], tmp_path: Path
 ) -> None:
     cache = CacheReader.open(finished())
-    with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", print, never) as ring:
+    with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", toy.IDENTITY, print) as ring:
         assert ring.rows("train") == cache.rows("train")
         order = ring.order("train", 5, 4)
         per_window = ring.windows.size * ring.plan.shard_rows
@@ -138,15 +134,15 @@ def test_a_ring_gives_the_rows_of_a_cache_in_the_order_of_its_windows(
 
 
 def test_either_side_may_be_killed_and_started_again(toy: ModuleType, tmp_path: Path) -> None:
-    with filler(toy, tmp_path / "whole"), open_ring(tmp_path / "whole", print, never) as ring:
+    with filler(toy, tmp_path / "whole"), open_ring(tmp_path / "whole", toy.IDENTITY, print) as ring:
         whole, total = batches(ring, 0, 60), ring.rows("train")
     path, out = tmp_path / "ring", []
     assert total < 60 * 64  # more than an epoch
     for start in range(0, 60, 20):  # harvest stops and goes on between these, training resumes
         made: list[tuple[str, int]] = []
-        with filler(toy, path, made), open_ring(path, print, never) as ring:
+        with filler(toy, path, made), open_ring(path, toy.IDENTITY, print) as ring:
             out += batches(ring, start * 64, 20)
-    with filler(toy, path), open_ring(path, print, never) as ring:
+    with filler(toy, path), open_ring(path, toy.IDENTITY, print) as ring:
         again = batches(ring, 64, 3)  # from a checkpoint of long ago: what was evicted is made again
     assert all(torch.equal(a[name], b[name]) for a, b in zip(out, whole, strict=True) for name in SITES)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(again, whole[1:4], strict=True) for name in SITES)
@@ -155,13 +151,13 @@ def test_either_side_may_be_killed_and_started_again(toy: ModuleType, tmp_path: 
 def test_harvest_stops_when_training_is_over_and_an_unfilled_ring_says_so(toy: ModuleType, tmp_path: Path) -> None:
     said: list[str] = []
     path = tmp_path / "ring"
-    with filler(toy, path) as thread, open_ring(path, said.append, never) as ring:
+    with filler(toy, path) as thread, open_ring(path, toy.IDENTITY, said.append) as ring:
         batches(ring, 0, 1)
         ring.finish()
         thread.join(10)
         assert not thread.is_alive()
         assert read_cursor(path).done
-    with open_ring(path, said.append, never) as ring:
+    with open_ring(path, toy.IDENTITY, said.append) as ring:
         threading.Timer(2.5, ring.cancel).start()
         last = ring.rows("train") // ring.chunk_rows - 1
         with pytest.raises(Interrupted):
@@ -170,18 +166,16 @@ def test_harvest_stops_when_training_is_over_and_an_unfilled_ring_says_so(toy: M
 
 
 def test_a_ring_follows_one_training(toy: ModuleType, tmp_path: Path) -> None:
-    with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", print, never):
+    with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", toy.IDENTITY, print):
         with pytest.raises(UserError, match="another training reads the ring"):
-            open_ring(tmp_path / "ring", print, never)
+            open_ring(tmp_path / "ring", toy.IDENTITY, print)
         with pytest.raises(UserError, match="incomplete"):
             CacheReader.open(tmp_path / "ring")
 
 
-def test_a_cache_is_no_ring_and_waiting_can_be_stopped(finished: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"harvest\.window_gb"):
-        open_ring(finished(), print, never)
-    with pytest.raises(Interrupted):
-        open_ring(tmp_path / "nothing", print, lambda: True)
+def test_something_else_is_no_ring(toy: ModuleType, finished: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"made of something else: seed: expected 4, got 3"):
+        open_ring(finished(), toy.IDENTITY | {"seed": 4}, print)
 
 
 def test_a_window_that_cannot_hold_a_shard_is_refused(toy: ModuleType, tmp_path: Path) -> None:
@@ -190,7 +184,7 @@ def test_a_window_that_cannot_hold_a_shard_is_refused(toy: ModuleType, tmp_path:
 
 
 def test_live_rows_are_those_of_the_ring(toy: ModuleType, tmp_path: Path) -> None:
-    with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", print, never) as ring:
+    with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", toy.IDENTITY, print) as ring:
         stored = batches(ring, 32, 50)
         sites = list(ring.sites)
         statistics, calibrations = [ring.statistics(s) for s in sites], [ring.calibration(s) for s in sites]
