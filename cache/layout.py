@@ -220,9 +220,8 @@ def chunk_index(spec: ArraySpec, lengths: Sequence[int]) -> bytes:
 
 def crc32c(data: bytes | np.ndarray) -> int:
     """CRC32C (Castagnoli) of bytes or of a contiguous array."""
-    if isinstance(data, np.ndarray):
-        data = data.reshape(-1).view(np.uint8)
-    return int(_crc32c(data, gil_release_mode=1))
+    view = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
+    return int(_crc32c(view, gil_release_mode=1))
 
 
 def known_split(split: str, splits: Iterable[str]) -> str:
