@@ -167,12 +167,12 @@ def verdict(chosen: Outlook, others: Sequence[Outlook], rates: Rates, training: 
     if chosen.read_s >= chosen.forward_s:
         return (
             f"Live activations are cheaper: reading a pass would take {duration(chosen.read_s)}, running the model "
-            f"{duration(chosen.forward_s)}. A cache pays on a faster disk only."
+            f"{duration(chosen.forward_s)}. Train with --live; a cache pays on a faster disk only."
         )
     if training.passes <= MARGIN * chosen.break_even:
         return (
-            f"Live activations are cheaper: {live}, and {harvest} before training begins. A cache pays from "
-            f"{chosen.break_even:.2f} passes on, this training and later ones together."
+            f"Live activations are cheaper: {live}, and {harvest} before training begins. Train with --live. "
+            f"A cache pays from {chosen.break_even:.2f} passes on, this training and later ones together."
         )
     pays = (
         f"Caching pays: {live}, {harvest} and saves {duration(live_s - chosen.harvest_s)} (break-even at "
@@ -184,8 +184,9 @@ def verdict(chosen: Outlook, others: Sequence[Outlook], rates: Rates, training: 
     smaller = f" harvest.codec = {fitting[0]!r} would fit." if fitting else ""
     return (
         f"{pays} But the disk is too small: {decimal(chosen.needed)} are needed and {decimal(rates.free)} are free."
-        f"{smaller} Rolling mode trains from a bounded ring of shards beside the harvest; or choose another disk "
-        "(--cache), fewer tokens (data.max_tokens), or fewer sites or layers."
+        f"{smaller} Choose another disk (--cache), fewer tokens (data.max_tokens), fewer sites or layers; or rolling "
+        f"mode, with harvest.window_gb = {max(1, rates.free // 2 // 10**9)}: training reads a ring of that size while "
+        "harvest refills it, and the model runs in every pass."
     )
 
 

@@ -26,8 +26,8 @@ from thresher.cache.layout import FORMAT
 from thresher.cache.locks import CREATE, READ, SOLE, Lock, excludes, try_hold
 from thresher.cache.order import SPLITS
 from thresher.cache.publish import explained, flush_directory
+from thresher.cache.ring import CURSOR, FILLER, READER, READY
 
-RING = "RING.json"
 RESUMABLE_DAYS = 7.0
 """An interrupted harvest with committed shards is left alone for so long."""
 
@@ -38,7 +38,7 @@ _PART = r"(?P<part>(?:parts/\d\d+-(?:sites|tokens)/)?)"
 _OURS = re.compile(
     rf"""{_PART}(?:
         zarr\.json | MANIFEST\.json | (?:create|read|writer)\.lock | commits/{_SPLIT}\.\d+\.(?:json|lock)
-        | RING\.json | ring/(?:cursor\.json|(?:filler|reader)\.lock)
+        | {"|".join(map(re.escape, (READY, CURSOR, FILLER, READER)))}
         | (?:{_SPLIT}|calibration|stats)/(?:[^/]+/){{0,2}}(?:zarr\.json|c(?:\.\d+)+)
     )(?P<temporary>\.[0-9a-f]{{12}}\.tmp)?""",
     re.VERBOSE,
@@ -240,7 +240,7 @@ def _whole(part: Part, used: float, policy: Policy, named: bool, now: float) -> 
 
 def _part(path: Path, prefix: str, files: list[File]) -> Part:
     names = {file.name for file in files}
-    ring = prefix + RING in names
+    ring = prefix + READY in names
     complete = ring or prefix + MANIFEST in names
     commits = {f"{m['split']}.{m['shard']}" for name in names if (m := _COMMIT.fullmatch(name))}
     leftovers = [file for file in files if file.name.endswith(".tmp")]
@@ -285,10 +285,10 @@ def _counted(count: int, noun: str) -> str:
 def _busy(path: Path) -> str:
     """Who holds a lock, if anybody does."""
     for folder in (path, *sorted(path.glob("parts/*"))):
-        writing = (folder / CREATE, *folder.glob("commits/*.lock"), folder / "ring/filler.lock")
+        writing = (folder / CREATE, *folder.glob("commits/*.lock"), folder / FILLER)
         if (folder / SOLE).exists() or any(map(_is_held, writing)):
             return "being written"
-        if any(map(_is_held, (folder / READ, folder / "ring/reader.lock"))):
+        if any(map(_is_held, (folder / READ, folder / READER))):
             return "being read"
     return ""
 
@@ -317,7 +317,7 @@ def _locked(found: Found) -> Iterator[str]:
     with ExitStack() as stack:
         held: list[Lock] = []
         for part in found.parts:
-            for name in (CREATE, READ, *(("ring/filler.lock", "ring/reader.lock") if part.ring else ())):
+            for name in (CREATE, READ, *((FILLER, READER) if part.ring else ())):
                 lock = try_hold(found.path / part.prefix / name)
                 if lock is None:
                     yield "being written" if name == CREATE else "in use"
@@ -352,7 +352,7 @@ def _step(name: str) -> int:
     file = name.rsplit("/", 1)[-1]
     if file.endswith(".lock"):
         return _LAST if name == CREATE else 5
-    if file in (MANIFEST, RING):
+    if file in (MANIFEST, READY):
         return 0
     if _COMMIT.fullmatch(name):
         return 1

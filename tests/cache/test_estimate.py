@@ -44,12 +44,12 @@ def test_times_are_worked_out_from_the_rates() -> None:
     ("passes", "measured", "words"),
     [
         (4.0, rates(), ["Caching pays", "4.0 times the rows", "break-even at 1.00"]),
-        (1.0, rates(), ["Live activations are cheaper", "pays from 1.00 passes on"]),
+        (1.0, rates(), ["Live activations are cheaper", "--live", "pays from 1.00 passes on"]),
         (0.3, rates(), ["Live activations are cheaper", "0.3 times the rows"]),
         (2.0, rates(write=5e8), ["Live activations are cheaper", "pays from 3.13 passes on"]),
         (4.0, rates(write=5e8), ["Caching pays", "break-even at 3.13"]),
         (4.0, rates(read=1e9), ["Live activations are cheaper", "reading a pass would take"]),
-        (4.0, rates(free=10**12), ["Caching pays", "too small", "1.0 TB are free", "Rolling mode"]),
+        (4.0, rates(free=10**12), ["Caching pays", "too small", "1.0 TB are free", "harvest.window_gb = 500"]),
     ],
 )
 def test_the_verdict_follows_from_passes_rates_and_room(passes: float, measured: Rates, words: list[str]) -> None:
