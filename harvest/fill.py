@@ -27,6 +27,7 @@ from thresher.harvest.meter import Meter
 from thresher.harvest.passes import Passes, claimed, jobs, workers_for
 from thresher.harvest.settings import HarvestConfig, HarvestResult, window_bytes
 from thresher.harvest.target import TransformerTarget
+from thresher.harvest.timing import foreseen
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of one forward pass when the recipe gives none: enough to fill the device, little enough for its caches."""
@@ -83,6 +84,8 @@ def fill_part(
     ) as writer:
         planned()
         _announce(writer, sites, memory_needed(writer.plan, model, batch), console)
+        if writer.plan.window_shards is None and not console.quiet:
+            _foresee(writer, model, sites, batch, console)
         began = time.perf_counter()
         if writer.plan.window_shards is None:
             tokens = _fill(writer, model, sites, corpus, batch, console, claimed(writer))
@@ -189,6 +192,25 @@ def _announce(writer: CacheWriter, sites: tuple[Site, ...], memory: int, console
         f"Harvesting {shown(rows)} at {len(sites)} sites into {writer.path}: {decimal(writer.bytes_needed())} to write"
         f"{going_on}; it needs about {decimal(memory)} of memory beside the model."
     )
+
+
+def _foresee(
+    writer: CacheWriter, model: TransformerTarget, sites: Sequence[Site], batch: int, console: Console
+) -> None:
+    """Say how long it will take and when it pays, where that takes longer than finding out."""
+    splits, pending = writer.plan.splits, writer.pending()
+    rows = {split: sum(writer.plan.shard_rows_of(*shard) for shard in pending if shard[0] == split) for split in splits}
+    line = foreseen(
+        model,
+        sites,
+        batch,
+        splits["train"].tokens,
+        tokens=sum(rows[s] * sizes.contexts * sizes.tokens // sizes.rows for s, sizes in splits.items() if sizes.rows),
+        size=writer.bytes_needed(),
+        path=writer.path,
+    )
+    if line is not None:
+        console.print(line, highlight=False)
 
 
 def _fill(

@@ -21,6 +21,7 @@ from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.plan import Extends
+from thresher.cache.prune import Policy, remove, survey
 from thresher.cache.reader import CacheReader, find_complete
 from thresher.cache.verify import faults
 
@@ -299,6 +300,15 @@ def test_an_open_reader_is_seen_and_a_closed_one_is_not(finished: Callable[..., 
     os.close(descriptor)
     (path / "read.lock").unlink()
     CacheReader.open(path).close()
+
+
+def test_pruning_takes_every_part_and_leaves_nothing(own: Path) -> None:
+    found = survey(own)
+    assert [part.state for part in found.parts] == ["complete"] * len(found.parts)
+    assert len(found.parts) > 2
+    assert found.strangers == ()
+    remove(own, Policy(), named=True)
+    assert not own.exists()
 
 
 def test_documents_of_contexts_keep_their_padding(built: tuple[Build, Path]) -> None:
