@@ -171,7 +171,7 @@ def _round_bf16(row, codes, error):  # type: ignore[no-untyped-def]
     for j in range(row.shape[0]):
         bits = _bits_of(row[j])
         half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        code = (bits + half) >> np.uint32(16)
+        code = np.uint32(np.uint32(bits + half) >> np.uint32(16))
         codes[j] = code
         error[j] = row[j] - _float_of(code << np.uint32(16))
 
@@ -183,7 +183,8 @@ def round_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-u
     error = np.zeros((2, x.shape[1]), np.float32)
     for k in range(0, rows.shape[0], 2):
         pair = k + 1 < rows.shape[0]
-        error[1] = 0
+        if not pair:
+            error[1] = 0
         for i in range(k, k + 1 + pair):
             if not _measure(x, rows[i], norms):
                 return i
@@ -201,7 +202,7 @@ def _standardise(row, mean, inverse, v):  # type: ignore[no-untyped-def]
     for j in range(row.shape[0]):
         z = (_wide(row[j]) - mean[j]) * inverse[j]
         v[j] = z
-        top = max(top, _bits_of(z) & _SIGN)
+        top = max(top, np.uint32(_bits_of(z) & _SIGN))  # Numba widens what operators give to 64 bits
     return top
 
 
@@ -237,7 +238,8 @@ def store_int8z(x, rows, at, mean, inverse, out, scales, whole_lines, sums, norm
     error, none = np.zeros((2, x.shape[1]), np.float32), np.zeros(x.shape[1], x.dtype)
     for k in range(0, rows.shape[0], 2):
         pair = k + 1 < rows.shape[0]
-        error[1] = 0
+        if not pair:
+            error[1] = 0
         for i in range(k, k + 1 + pair):
             finite = _measure(x, rows[i], norms)
             top = _standardise(x[rows[i]], mean, inverse, v)
