@@ -1,0 +1,29 @@
+"""Large tensors of forward passes straight from the kernel and straight back.
+
+glibc keeps freed blocks of up to 32 MB in a heap per thread. Here one thread makes activations and another frees them,
+so such heaps grow to several times what is in use, by an amount that nobody can predict. With a fixed threshold every
+large tensor is mapped and unmapped by itself; the page faults cost a model that is wide enough to have such tensors
+about a hundredth of its time.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
+_LARGE, _USUAL = 4 << 20, 32 << 20  # the usual one is where glibc's own, moving threshold ends
+
+
+@contextmanager
+def returned_to_the_kernel() -> Iterator[None]:
+    """Within the block, tensors of 4 MiB or more go back when they are freed. Does nothing without glibc."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not hasattr(libc, "gnu_get_libc_version"):
+        yield
+        return
+    libc.mallopt(_MMAP_THRESHOLD, _LARGE)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _USUAL)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
