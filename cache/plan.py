@@ -31,6 +31,11 @@ from thresher.cache.layout import (
 from thresher.cache.order import ORDER_ID, SPLITS
 from thresher.cache.records import fingerprint
 
+_ROW_BYTES = 60  # of a row of a shard: order, place, context, position (int64 each), provenance and what makes it
+_CALIBRATION_ROWS = 65_536
+_KERNEL_BYTES = 40_000_000
+_PASS_VECTORS = 17  # per token of a pass that runs: the MLP's hidden layer twice, and what the residual stream takes
+
 
 class SplitPlan(NamedTuple):
     """One split: its contexts and how many of their rows are stored."""
@@ -249,6 +254,28 @@ def _window_shards(sites: Sequence[Site], codec: Codec, shard_rows: int, window_
             f"three shards of {shard_rows:,} rows at {len(sites)} sites. Give it more, or harvest fewer sites."
         )
     return window_bytes // (3 * shard_bytes)
+
+
+def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, hidden: int, item_bytes: int, on_host: bool) -> int:
+    """Bytes of host memory that filling a part takes at its peak, beside the model.
+
+    Two shards are alive, one being filled and one on its way to the disk: their buffers, and 60 bytes a row for where
+    each row comes from and goes. While there is one shard only, the rows that μ and σ are taken from wait beside it.
+    The contexts take 10 bytes a token. On a CPU (`on_host`), `passes` passes of `pass_tokens` run while two results
+    wait: each holds its sites, and while it runs about 17 more vectors of the model's width a token. `item_bytes` are
+    those of an activation. Loading the compiled kernels takes 40 MB.
+    """
+    rows = min(plan.shard_rows, max(sizes.rows for sizes in plan.splits.values()))
+    shards = sum(sizes.shards for sizes in plan.splits.values())
+    shard = rows * (sum(spec.row_bytes for spec in plan.site_arrays("train").values()) + _ROW_BYTES)
+    widths = sum(site.width for site in plan.sites)
+    waiting = min(_CALIBRATION_ROWS, rows) * widths * item_bytes if plan.codec == "int8z" else 0
+    contexts = sum((9 + 1) * sizes.contexts * sizes.tokens for sizes in plan.splits.values())
+    results = (passes + 2) * pass_tokens * widths * item_bytes
+    running = passes * pass_tokens * _PASS_VECTORS * hidden * item_bytes
+    return (
+        max(min(shards, 2) * shard, shard + waiting) + contexts + (results + running if on_host else 0) + _KERNEL_BYTES
+    )
 
 
 def context_array(packed: Contexts, name: str) -> np.ndarray:

@@ -159,9 +159,7 @@ def test_what_no_extension_bridges_is_refused_with_keys(extended: Path, monkeypa
         ):
             with pytest.raises(UserError, match=says):
                 make(extended, config, data, extend=True)
-    with pytest.raises(
-        UserError, match=r"skip_documents is 0.*documents 0 to 39 .*Set data.skip_documents to 40"
-    ):
+    with pytest.raises(UserError, match=r"skip_documents is 0.*documents 0 to 39 .*Set data.skip_documents to 40"):
         make(extended, ALL, dataclasses.replace(DATA, max_documents=90), extend=True)
     with pytest.raises(UserError, match=r"other text and for more sites at once \(L01\.mlp_in"):
         make(extended, dataclasses.replace(ALL, layers=(1,)), dataclasses.replace(MORE, max_documents=9), extend=True)
