@@ -10,6 +10,7 @@ A slot is page-aligned memory for one group, used again and again: fresh memory 
 give the same chunks, so batches do not depend on the tier.
 """
 
+import contextlib
 import mmap
 import os
 from collections import deque
@@ -215,4 +216,6 @@ def aligned(shape: tuple[int, ...], spec: ArraySpec) -> np.ndarray:
     """Page-aligned memory in the stored dtype of an array."""
     dtype = raw_dtype(spec.dtype)
     memory = mmap.mmap(-1, max(1, int(np.prod(shape)) * dtype.itemsize))
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from thresher.cache.codec import Calibration, decode
 from thresher.cache.kernels.decode import bf16_rows, copy_rows, int8_rows
 from thresher.cache.layout import KEPT, ArraySpec, raw_dtype
-from thresher.cache.loading import Group, Loader, Tier, array_names
+from thresher.cache.loading import Loader, Tier, array_names
 from thresher.cache.order import ReadOrder, Segment
 from thresher.cache.reader import as_codes
 from thresher.cache.source import Source
@@ -83,42 +83,6 @@ def stager(request: Request) -> Stager:
     return DeviceStager(request) if request.tier == "device" else HostStager(request)
 
 
-class Run(NamedTuple):
-    """Rows that a batch takes of one chunk."""
-
-    chunk: int
-    """Index within the group."""
-    turns: slice
-    """Which rows of the chunk, in its order within this epoch."""
-    places: slice
-    """Which rows of this rank's batch."""
-
-
-def runs(segment: Segment, at: int, start: int, rank: int, world: int) -> Iterator[Run]:
-    """This rank's rows of a segment whose first position is `at`, for the batch that begins at `start`.
-
-    Positions u ≡ j (mod r) of the group come from chunk j, one row further each turn; of those, every `stride`-th
-    belongs to this rank.
-    """
-    r = len(segment.chunks)
-    stride = world // int(np.gcd(r, world))
-    for j in range(r):
-        u = segment.first + (j - segment.first) % r
-        wanted = (rank - (at + u - segment.first)) % world
-        steps = next((k for k in range(stride) if (k * r) % world == wanted), None)
-        if steps is None:
-            continue
-        u += steps * r
-        count = -(-(segment.first + segment.length - u) // (stride * r))
-        if count > 0:
-            turn, place, step = u // r, (at + u - segment.first - start) // world, stride * r // world
-            yield Run(
-                j,
-                slice(turn, turn + (count - 1) * stride + 1, stride),
-                slice(place, place + (count - 1) * step + 1, step),
-            )
-
-
 class Pool:
     """Host memory that comes back by itself once nothing refers to it any more, tensors and their views included."""
 
@@ -161,10 +125,13 @@ class HostStager:
         self.loader = Loader(
             source, split, names, request.order(), request.tier, rank=request.rank, world=request.world, end=request.end
         )
+        chunks = np.arange(request.group_chunks, dtype=np.int32)[:, None]
+        self._stored_order = np.zeros_like(chunks) + np.arange(self.order.chunk_rows, dtype=np.int32)
         self._start = -1  # of the group that is prepared
-        self._within: list[np.ndarray | None] = []
+        self._within_RC = self._stored_order
+        self._addresses: dict[str, np.ndarray] = {}
         self._ordered: dict[str, np.ndarray] = {}
-        self._scales: dict[str, list[np.ndarray | None]] = {}
+        self._scales: dict[str, np.ndarray] = {}
 
     def close(self) -> None:
         self.loader.close()
@@ -176,19 +143,17 @@ class HostStager:
         if self.fused:
             out = {name: memory for name, memory in out.items() if name in request.sites}
         for segment in self.order.segments(start, request.batch_rows):
-            group = self._enter(segment, at)
+            self._enter(segment, at)
             skipped = (request.rank - at) % request.world  # positions before the first of this rank
-            first = (at + skipped - start) // request.world
-            mine = slice(segment.first + skipped, segment.first + segment.length, request.world)
-            places = np.full(count, -1)
-            number = len(range(mine.start, mine.stop, mine.step))
-            taken = self._ordered["keep"][mine] == KEPT if request.masked else np.ones(number, bool)
+            mine = range(segment.first + skipped, segment.first + segment.length, request.world)
+            cut = slice(mine.start, mine.stop, mine.step)
+            taken = self._ordered["keep"][cut] == KEPT if request.masked else np.ones(len(mine), bool)
             total = int(np.count_nonzero(taken))
-            places[first : first + number] = np.where(taken, kept + np.cumsum(taken) - 1, -1)
+            places = np.where(taken, kept + np.cumsum(taken) - 1, -1)
             for name in out.keys() & self._ordered.keys():
-                out[name][kept : kept + total] = self._ordered[name][mine][taken]
-            for run in runs(segment, at, start, request.rank, request.world):
-                self._gather(run, group, np.ascontiguousarray(places[run.places]), out)
+                out[name][kept : kept + total] = self._ordered[name][cut][taken]
+            if total:
+                self._gather(mine, places, out)
             kept += total
             at += segment.length
         return Staged(start, self._finished({name: memory[:kept] for name, memory in out.items()}))
@@ -199,42 +164,42 @@ class HostStager:
         dtype = np.dtype(np.float32) if self.fused and len(spec.shape) > 1 else raw_dtype(spec.dtype)
         return self.pool.take((count, *spec.shape[1:]), dtype)
 
-    def _enter(self, segment: Segment, at: int) -> Group:
-        """The chunks of a segment's group; on the first call for it, put what is one number a row in order."""
+    def _enter(self, segment: Segment, at: int) -> None:
+        """Get the chunks of a segment's group; on the first call for it, prepare what its batches need."""
         group = self.loader.group(segment, at)
         if self._start == at - segment.first:
-            return group
+            return
         self._start = at - segment.first
-        self._within = [
-            None if chunk is None else self.order.within(segment.epoch, int(index))
-            for chunk, index in zip(next(iter(group.values())), segment.chunks, strict=True)
-        ]
-        narrow = {name for name, spec in self.specs.items() if len(spec.shape) == 1}
-        for name in narrow - ({f"{site}.scale" for site in self.request.sites} if self.fused else set()):
-            columns = np.zeros((self.order.chunk_rows, len(segment.chunks)), raw_dtype(self.specs[name].dtype))
-            for j, (chunk, within) in enumerate(zip(group[name], self._within, strict=True)):
+        r, c = len(segment.chunks), self.order.chunk_rows
+        self._within_RC = self._stored_order[:r]
+        if segment.epoch:
+            orders = [self.order.within(segment.epoch, int(chunk)) for chunk in segment.chunks]
+            self._within_RC = np.stack(orders).astype(np.int32)  # type: ignore[arg-type] # None in epoch 0 only
+        for name, chunks in group.items():
+            if len(self.specs[name].shape) > 1:
+                addresses = [0 if chunk is None else chunk.ctypes.data for chunk in chunks]
+                self._addresses[name] = np.array(addresses, np.uint64)
+                continue
+            columns_RC = np.zeros((r, c), raw_dtype(self.specs[name].dtype))
+            for column_C, chunk in zip(columns_RC, chunks, strict=True):
                 if chunk is not None:
-                    columns[:, j] = chunk if within is None else chunk[within]
-            self._ordered[name] = columns.ravel()
-        for name in narrow - self._ordered.keys():
-            self._scales[name] = [None if chunk is None else chunk.astype(np.float32) for chunk in group[name]]
-        return group
+                    column_C[:] = chunk
+            if self.fused and name != "keep":
+                self._scales[name] = columns_RC.astype(np.float32)
+            else:
+                self._ordered[name] = np.take_along_axis(columns_RC, self._within_RC.astype(np.int64), axis=1).T.ravel()
 
-    def _gather(self, run: Run, group: Group, places: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
-        """Rows of one chunk to their places, at every site."""
-        within = self._within[run.chunk]
-        turns = np.arange(run.turns.start, run.turns.stop, run.turns.step)
-        rows = turns if within is None else within[turns]
+    def _gather(self, mine: range, places: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
+        """Rows at some places of the group to their places in the batch, at every site."""
+        where = (self._within_RC, mine.start, mine.stop, mine.step, places)
         for site in self.request.sites:
-            chunk = group[site][run.chunk]
-            assert chunk is not None, "the loader leaves out only chunks of which this rank takes nothing"
             if not self.fused:
-                copy_rows(chunk, rows, places, out[site])
+                copy_rows(self._addresses[site], *where, out[site])
             elif site in self.calibrations:
                 mean, std = (part.numpy() for part in self.calibrations[site])
-                int8_rows(chunk, self._scales[f"{site}.scale"][run.chunk], rows, places, mean, std, out[site])
+                int8_rows(self._addresses[site], self._scales[f"{site}.scale"], *where, mean, std, out[site])
             else:
-                bf16_rows(chunk, rows, places, out[site].view(np.uint32))
+                bf16_rows(self._addresses[site], *where, out[site].view(np.uint32))
 
     def _finished(self, out: Mapping[str, np.ndarray]) -> Callable[[], dict[str, Tensor]]:
         """What is left to do for the consumer. For a GPU the copy is begun here, and waited for."""

@@ -1,81 +1,127 @@
-"""Stored rows to the rows of a batch on a CPU: decoded, or as they are, straight to the places where the batch has them.
+"""Stored rows to the rows of a batch on a CPU: decoded, or as they are, straight to their places.
 
 A batch takes a few rows of each of many chunks. Gathering them in stored form and decoding afterwards writes the batch
-twice and reads it twice; here each row is read once, where it lies in the chunk, and written once. The specification is
-`plain_rows`; the bits are the same.
+twice and reads it twice; here each row is read once, where it lies in its chunk, and written once, and one call does it
+for all chunks of a group. The specification is `plain_rows`; the bits are the same.
 
-All kernels take a chunk [C, W], the rows to take [K] int64, and for each its place in `out` [B, W] int64, or -1 to leave
-it out.
+All kernels go over positions u = first, first + step, … below stop of a group of r chunks: u has row
+within[u % r, u // r] of chunk u % r, and the i-th of them goes to row places[i] of `out` [B, D], or nowhere if that is
+-1. Chunk by chunk, since rows of a chunk mostly follow one another in memory. Chunks [C, D] are given by the addresses of
+their first bytes, which the caller keeps alive; one from which no row is taken may be 0.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
 
 from thresher.cache.codec import Calibration, decode_plain
-
-_JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+from thresher.cache.kernels.jit import compiled
 
 
 def plain_rows(
-    chunk: np.ndarray,
-    scale_C: np.ndarray | None,
-    rows: np.ndarray,
+    chunks: Sequence[np.ndarray],
+    scale_RC: np.ndarray | None,
+    within_RC: np.ndarray,
+    first: int,
+    stop: int,
+    step: int,
     places: np.ndarray,
     calibration: Calibration | None,
     out: np.ndarray,
 ) -> None:
-    """Decode rows of a chunk to their places in `out` [B, D] float32: what `int8_rows` and `bf16_rows` have to do."""
-    taken = places >= 0
-    codes_KD = chunk[rows[taken]]
-    if calibration is None or scale_C is None:
-        out[places[taken]] = (codes_KD.astype(np.uint32) << 16).view(np.float32)
-    else:
-        scale_K = torch.from_numpy(scale_C[rows[taken]])
-        out[places[taken]] = decode_plain(torch.from_numpy(codes_KD), scale_K, calibration, torch.float32).numpy()
+    """Rows in float32, one by one: what `int8_rows` and `bf16_rows` have to do."""
+    for place, u in zip(places, range(first, stop, step), strict=True):
+        turn, chunk = divmod(u, len(chunks))
+        row = within_RC[chunk, turn]
+        if place >= 0 and (calibration is None or scale_RC is None):
+            out[place] = (chunks[chunk][row].astype(np.uint32) << 16).view(np.float32)
+        elif place >= 0 and calibration is not None and scale_RC is not None:
+            codes, scale = torch.from_numpy(chunks[chunk][[row]]), torch.from_numpy(scale_RC[chunk, [row]])
+            out[place] = decode_plain(codes, scale, calibration, torch.float32)[0].numpy()
 
 
-@njit(**_JIT)
+@intrinsic
+def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """An address as a pointer."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.uint64), generate
+
+
+@compiled()
 def int8_rows(
-    codes_CD: np.ndarray,
-    scale_C: np.ndarray,
-    rows: np.ndarray,
+    addresses: np.ndarray,
+    scale_RC: np.ndarray,
+    within_RC: np.ndarray,
+    first: int,
+    stop: int,
+    step: int,
     places: np.ndarray,
     mean_D: np.ndarray,
     std_D: np.ndarray,
     out_BD: np.ndarray,
 ) -> None:
-    """μ + σ · (s · q) of int8 rows in float32; `scale_C` is float32 here."""
-    width = codes_CD.shape[1]
-    for k in range(rows.shape[0]):
-        place = places[k]
-        if place >= 0:
-            row, scale = rows[k], scale_C[rows[k]]
-            for j in range(width):
-                out_BD[place, j] = mean_D[j] + std_D[j] * (scale * np.float32(codes_CD[row, j]))
+    """μ + σ · (s · q) of int8 rows in float32; scales are float32 here."""
+    r, shape = addresses.shape[0], (within_RC.shape[1], out_BD.shape[1])
+    for j in range(r):
+        codes_CD = carray(_pointer(addresses[j]), shape, np.int8)
+        for turn in range(first // r, (stop - 1) // r + 1):
+            offset = turn * r + j - first
+            if offset < 0 or offset >= stop - first or offset % step != 0 or places[offset // step] < 0:
+                continue
+            place, row = places[offset // step], within_RC[j, turn]
+            scale = scale_RC[j, row]
+            for d in range(shape[1]):
+                out_BD[place, d] = mean_D[d] + std_D[d] * (scale * np.float32(codes_CD[row, d]))
 
 
-@njit(**_JIT)
-def bf16_rows(codes_CD: np.ndarray, rows: np.ndarray, places: np.ndarray, out_BD: np.ndarray) -> None:
-    """bfloat16 bit patterns (uint16) to those of float32 (`out_BD` uint32)."""
-    width = codes_CD.shape[1]
-    for k in range(rows.shape[0]):
-        place = places[k]
-        if place >= 0:
-            row = rows[k]
-            for j in range(width):
-                out_BD[place, j] = np.uint32(codes_CD[row, j]) << np.uint32(16)
+@compiled()
+def bf16_rows(
+    addresses: np.ndarray,
+    within_RC: np.ndarray,
+    first: int,
+    stop: int,
+    step: int,
+    places: np.ndarray,
+    out_BD: np.ndarray,
+) -> None:
+    """Bit patterns of bfloat16 to those of float32 (`out_BD` is uint32)."""
+    r, shape = addresses.shape[0], (within_RC.shape[1], out_BD.shape[1])
+    for j in range(r):
+        codes_CD = carray(_pointer(addresses[j]), shape, np.uint16)
+        for turn in range(first // r, (stop - 1) // r + 1):
+            offset = turn * r + j - first
+            if offset < 0 or offset >= stop - first or offset % step != 0 or places[offset // step] < 0:
+                continue
+            place, row = places[offset // step], within_RC[j, turn]
+            for d in range(shape[1]):
+                out_BD[place, d] = np.uint32(codes_CD[row, d]) << np.uint32(16)
 
 
-@njit(**_JIT)
-def copy_rows(chunk_CW: np.ndarray, rows: np.ndarray, places: np.ndarray, out_BW: np.ndarray) -> None:
-    """Rows as they are."""
-    width = chunk_CW.shape[1]
-    for k in range(rows.shape[0]):
-        place = places[k]
-        if place >= 0:
-            row = rows[k]
-            for j in range(width):
-                out_BW[place, j] = chunk_CW[row, j]
+@compiled()
+def copy_rows(
+    addresses: np.ndarray,
+    within_RC: np.ndarray,
+    first: int,
+    stop: int,
+    step: int,
+    places: np.ndarray,
+    out_BD: np.ndarray,
+) -> None:
+    """Rows as they are stored."""
+    r, shape = addresses.shape[0], (within_RC.shape[1], out_BD.shape[1])
+    for j in range(r):
+        codes_CD = carray(_pointer(addresses[j]), shape, out_BD.dtype)
+        for turn in range(first // r, (stop - 1) // r + 1):
+            offset = turn * r + j - first
+            if offset < 0 or offset >= stop - first or offset % step != 0 or places[offset // step] < 0:
+                continue
+            place, row = places[offset // step], within_RC[j, turn]
+            for d in range(shape[1]):
+                out_BD[place, d] = codes_CD[row, d]
