@@ -130,6 +130,7 @@ class RingShards:
         self._windows, self._window = Windows.of(plan), read_cursor(path).window
         write_cursor(path, Cursor(self._window, False))
         self._held_out, self._parts = make(), dict[int, Part]()
+        self._told = ""
         self._cancelled, self._turning = threading.Event(), threading.Lock()
 
     def chunk(self, split: str, name: str, shard: int, inner: int) -> np.ndarray:
@@ -175,13 +176,18 @@ class RingShards:
             return self._parts[asked]
 
     def _wait_for(self, split: str, shard: int) -> None:
+        """Wait for a shard; after a while say who makes it, and again when that changes."""
         waited = 0.0
         while not commit_path(self._path, split, shard).exists():
             if self._cancelled.wait(_POLL_SECONDS):
                 raise Interrupted("Stopped while waiting for the ring.")
-            told, waited = waited >= _PATIENCE_SECONDS, waited + _POLL_SECONDS
-            if waited >= _PATIENCE_SECONDS and not told:
-                self._notify(f"waiting for shard {shard} of {split}: {_state(self._path)}")
+            waited += _POLL_SECONDS
+            if waited >= _PATIENCE_SECONDS:
+                with self._turning:
+                    state = _state(self._path)
+                    if state != self._told:
+                        self._notify(f"Waiting for shard {shard} of {split}: {state}.")
+                    self._told = state
 
 
 def open_ring(path: Path, identity: Mapping[str, Any], notify: Callable[[str], None]) -> WindowedSource:
@@ -193,7 +199,7 @@ def open_ring(path: Path, identity: Mapping[str, Any], notify: Callable[[str], N
     while not (path / READY).exists():
         _check_same(path, identity)
         if not told:
-            notify(f"waiting for the first window of {path}: {_state(path)}")
+            notify(f"Waiting for the first window of {path}: {_state(path)}.")
             told = True
         time.sleep(_POLL_SECONDS)
     _check_same(path, identity)
