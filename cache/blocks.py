@@ -82,9 +82,11 @@ class BlockEncoder:
         self._stages = {}
 
     def finish(self) -> None:
-        while self._landings:
-            self._landings.popleft().result()
-        self.close()
+        try:
+            while self._landings:
+                self._landings.popleft().result()
+        finally:
+            self.close()
 
     def close(self) -> None:
         if self._lander is not None:

@@ -20,20 +20,25 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np import arrayobj
 
+from thresher.cache.kernels.jit import compiled
+
 LINE_BYTES = 64
 
 _intrinsic: Any = intrinsic  # the type checker does not know that the first argument is not given in calls
-_JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
-_INLINE = {**_JIT, "forceinline": True}  # a call would count references to the row, and each count drains the stores
 _ROUND = np.float32(1.5 * 2**23)  # x + this − this is x rounded to an integer, half to even, for |x| < 2²²
 _PER_LEVEL = np.float32(1 / 127)
 _SMALLEST = np.float32(2.0**-14)
 _SIGN, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+
+
+def _inlined(**options: Any) -> Any:
+    """As `compiled`, inside its callers: a call would count references to the row, and each count drains the stores."""
+    return compiled(forceinline=True, **options)
 
 
 @_intrinsic
@@ -92,7 +97,7 @@ def _wide_of(value):  # type: ignore[no-untyped-def]
     return lambda value: value
 
 
-@njit(**_INLINE)
+@_inlined()
 def _put(out, at, row, whole_lines):  # type: ignore[no-untyped-def]
     """out[at] = row."""
     if whole_lines:
@@ -102,7 +107,7 @@ def _put(out, at, row, whole_lines):  # type: ignore[no-untyped-def]
             out[at, j] = row[j]
 
 
-@njit(**_INLINE, fastmath={"reassoc", "nsz", "contract"})
+@_inlined(fastmath={"reassoc", "nsz", "contract"})
 def _squares(row):  # type: ignore[no-untyped-def]
     """Σx², not finite as soon as an element is not."""
     total = np.float32(0)
@@ -112,7 +117,7 @@ def _squares(row):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(**_INLINE, fastmath={"contract"})
+@_inlined(fastmath={"contract"})
 def _add_pair(a, b, sum_D, square_D):  # type: ignore[no-untyped-def]
     """Add x and x² of row a, then of row b."""
     for j in range(a.shape[0]):
@@ -121,7 +126,7 @@ def _add_pair(a, b, sum_D, square_D):  # type: ignore[no-untyped-def]
         square_D[j] = (square_D[j] + x * x) + y * y
 
 
-@njit(**_INLINE, fastmath={"contract"})
+@_inlined(fastmath={"contract"})
 def _add_errors(a, b, error_D):  # type: ignore[no-untyped-def]
     """Add e² of row a, then of row b."""
     for j in range(a.shape[0]):
@@ -129,7 +134,7 @@ def _add_errors(a, b, error_D):  # type: ignore[no-untyped-def]
         error_D[j] = (error_D[j] + x * x) + y * y
 
 
-@njit(**_INLINE)
+@_inlined()
 def _measure(x, row, norms):  # type: ignore[no-untyped-def]
     """Add ‖x‖ and ‖x‖² of a row; false when it is not finite."""
     square = np.float64(_squares(x[row]))
@@ -138,7 +143,7 @@ def _measure(x, row, norms):  # type: ignore[no-untyped-def]
     return np.isfinite(square)
 
 
-@njit(**_JIT)
+@compiled()
 def measure(x, sums, norms):  # type: ignore[no-untyped-def]
     """Add all rows of x: Σx and Σx² [2, D] to `sums`, Σ‖x‖ and Σ‖x‖² [2] to `norms`."""
     none = np.zeros(x.shape[1], x.dtype)
@@ -151,7 +156,7 @@ def measure(x, sums, norms):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit(**_JIT)
+@compiled()
 def copy_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-untyped-def]
     """Store bit patterns as they are: out [S, D] uint16, sums [3, D] of which the third stays as it is, norms [2]."""
     none = np.zeros(x.shape[1], x.dtype)
@@ -165,7 +170,7 @@ def copy_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-un
     return -1
 
 
-@njit(**_INLINE)
+@_inlined()
 def _round_bf16(row, codes, error):  # type: ignore[no-untyped-def]
     """Round to the nearest bfloat16, half to even; `error` is what that changed."""
     for j in range(row.shape[0]):
@@ -176,7 +181,7 @@ def _round_bf16(row, codes, error):  # type: ignore[no-untyped-def]
         error[j] = row[j] - _float_of(code << np.uint32(16))
 
 
-@njit(**_JIT)
+@compiled()
 def round_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-untyped-def]
     """Store float32 rows rounded to bfloat16: out [S, D] uint16, sums [3, D] Σx, Σx², Σe², norms [2]."""
     codes, none = np.empty(x.shape[1], np.uint16), np.zeros(x.shape[1], x.dtype)
@@ -195,7 +200,7 @@ def round_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-u
     return -1
 
 
-@njit(**_INLINE)
+@_inlined()
 def _standardise(row, mean, inverse, v):  # type: ignore[no-untyped-def]
     """v = (x − μ) · (1/σ); gives the bits of max |v|, which order as integers, NaN above infinity above all."""
     top = np.uint32(0)
@@ -206,7 +211,7 @@ def _standardise(row, mean, inverse, v):  # type: ignore[no-untyped-def]
     return top
 
 
-@njit(**_INLINE)
+@_inlined()
 def _half_bits(value):  # type: ignore[no-untyped-def]
     """The bits of a float32 ≥ 2⁻¹⁴ rounded to float16, half to even; 0x7C00 and more when it is too large."""
     bits = _bits_of(value)
@@ -214,7 +219,7 @@ def _half_bits(value):  # type: ignore[no-untyped-def]
     return (bits >> np.uint32(13)) - np.uint32(112 << 10)
 
 
-@njit(**_INLINE)
+@_inlined()
 def _quantise(v, scale, codes, error):  # type: ignore[no-untyped-def]
     """Integers nearest to v / s, half to even, and what is lost of v.
 
@@ -227,7 +232,7 @@ def _quantise(v, scale, codes, error):  # type: ignore[no-untyped-def]
         error[j] = v[j] - q * scale
 
 
-@njit(**_JIT)
+@compiled()
 def store_int8z(x, rows, at, mean, inverse, out, scales, whole_lines, sums, norms, peak):  # type: ignore[no-untyped-def]
     """Store rows as int8z: out [S, D] int8, scales [S] bits of float16 (uint16).
 
@@ -256,7 +261,7 @@ def store_int8z(x, rows, at, mean, inverse, out, scales, whole_lines, sums, norm
     return -1
 
 
-@njit(**_JIT)
+@compiled()
 def scatter(rows, at, out, whole_lines):  # type: ignore[no-untyped-def]
     """out[at[k]] = rows[k]: encoded rows [K, D] to their stored places."""
     for k in range(rows.shape[0]):

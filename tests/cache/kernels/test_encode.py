@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numba.core import caching
 from torch import Tensor
 
 from thresher.cache import stats
@@ -11,6 +12,7 @@ from thresher.cache.codec import Calibration, calibrate, decode_plain, encode_pl
 from thresher.cache.contracts import Site
 from thresher.cache.host import HostEncoder, host_rows
 from thresher.cache.kernels import encode
+from thresher.cache.kernels.jit import compiled
 from thresher.cache.lane import Lane, Shelf
 
 WIDTHS = [1, 7, 32, 96, 160]
@@ -142,3 +144,8 @@ def test_memory_is_used_again_and_begins_on_a_page() -> None:
     buffers.give([again[:5], again, again])  # a second time changes nothing
     assert buffers.take((4,), dtype).ctypes.data == address
     assert buffers.take((4,), dtype).ctypes.data not in (address, other.ctypes.data)
+
+
+def test_kernels_work_where_nothing_can_be_kept_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    assert compiled()(lambda x: x + 1)(2) == 3
