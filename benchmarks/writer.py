@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from thresher.cache.buffers import Buffers
 from thresher.cache.codec import Calibration
 from thresher.cache.contracts import Site
 from thresher.cache.host import HostEncoder
@@ -102,7 +103,10 @@ def encode(shape: Shape, codec: Codec, batches: list[dict[str, torch.Tensor]]) -
     """Encode one shard's rows into buffers that are there already."""
     all_sites, device = sites(shape), torch.device("cpu")
     dtype = raw_dtype("int8" if codec == "int8z" else "bfloat16")
-    buffers = {site.name: np.ones((SHARD_ROWS, site.width), dtype) for site in all_sites}
+    memory = Buffers()
+    buffers = {site.name: memory.take((SHARD_ROWS, site.width), dtype) for site in all_sites}
+    for array in buffers.values():
+        array.fill(1)
     known = {}
     if codec == "int8z":
         buffers |= {f"{site.name}.scale": np.ones(SHARD_ROWS, np.float16) for site in all_sites}
