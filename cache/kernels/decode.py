@@ -6,8 +6,8 @@ for all chunks of a group. The specification is `plain_rows`; the bits are the s
 
 All kernels go over positions u = first, first + step, … below stop of a group of r chunks: u has row
 within[u % r, u // r] of chunk u % r, and the i-th of them goes to row places[i] of `out` [B, D], or nowhere if that is
--1. Chunk by chunk, since rows of a chunk mostly follow one another in memory. Chunks [C, D] are given by the addresses of
-their first bytes, which the caller keeps alive; one from which no row is taken may be 0.
+-1. Chunk by chunk, since rows of a chunk mostly follow one another in memory. Chunks [C, D] are given by the addresses
+of their first bytes, which the caller keeps alive; one from which no row is taken may be 0.
 """
 
 from collections.abc import Sequence
