@@ -260,10 +260,10 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, hidden: int, i
     """Bytes of host memory that filling a part takes at its peak, beside the model.
 
     Two shards are alive, one being filled and one on its way to the disk: their buffers, and 60 bytes a row for where
-    each row comes from and goes. While there is one shard only, the rows that μ and σ are taken from wait beside it.
-    The contexts take 10 bytes a token. On a CPU (`on_host`), `passes` passes of `pass_tokens` run while two results
-    wait: each holds its sites, and while it runs about 17 more vectors of the model's width a token. `item_bytes` are
-    those of an activation. Loading the compiled kernels takes 40 MB.
+    each row comes from and goes; the kernels that encode take 40 MB. While there is one shard only, and no kernel was
+    needed, the rows that μ and σ are taken from wait beside it. The contexts take 10 bytes a token. On a CPU
+    (`on_host`), `passes` passes of `pass_tokens` run while one result waits: each holds its sites, and while it runs
+    about 17 more vectors of the model's width a token. `item_bytes` are those of an activation.
     """
     rows = min(plan.shard_rows, max(sizes.rows for sizes in plan.splits.values()))
     shards = sum(sizes.shards for sizes in plan.splits.values())
@@ -271,7 +271,7 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, hidden: int, i
     widths = sum(site.width for site in plan.sites)
     waiting = min(_CALIBRATION_ROWS, rows) * widths * item_bytes if plan.codec == "int8z" else 0
     contexts = sum((9 + 1) * sizes.contexts * sizes.tokens for sizes in plan.splits.values())
-    results = (passes + 2) * pass_tokens * widths * item_bytes
+    results = (passes + 1) * pass_tokens * widths * item_bytes
     running = passes * pass_tokens * _PASS_VECTORS * hidden * item_bytes
     return (
         max(min(shards, 2) * shard, shard + waiting) + contexts + (results + running if on_host else 0) + _KERNEL_BYTES

@@ -1,5 +1,11 @@
 """The stage end to end on the bundled model and text: exact rows, reuse, resume, refusal."""
 
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +21,7 @@ from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
 from thresher.cache.writer import ShardWriter
-from thresher.harvest import fill, run
+from thresher.harvest import fill, run, settings
 from thresher.harvest.corpus import DataConfig, read_corpus
 from thresher.harvest.feeder import Feeder
 from thresher.harvest.run import HarvestConfig, HarvestResult, harvest, identity
@@ -251,3 +257,79 @@ def test_the_corpus_is_a_function_of_its_settings(tokenizer: Any) -> None:
     first, second = (read_corpus(DATA, tokenizer, 256, 4096, QUIET) for _ in range(2))
     for split in first.splits:
         assert all(map(np.array_equal, first.splits[split], second.splits[split]))
+
+
+def test_resuming_needs_neither_text_nor_tokenizer(
+    made: HarvestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    shutil.copytree(made.path, path)
+    (path / "MANIFEST.json").unlink()
+    (path / "commits" / "train.1.json").unlink()
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"]["thresher"]["facts"]["versions"]["torch"] = "1.0"
+    (path / "zarr.json").write_text(json.dumps(root))
+    for name in ("read_corpus", "load_tokenizer"):
+        monkeypatch.setattr(run, name, lambda *args: pytest.fail("text or tokenizer was asked for"))
+    console = Console(record=True, width=200, file=io.StringIO())
+    harvest(TARGET, DATA, CONFIG, path=path, console=console)
+    told = " ".join(console.export_text().split())
+    assert f"begun with other libraries: torch 1.0 then and {torch.__version__.split('+')[0]}" in told
+    assert re.search(r"of which \d+ of \d+ shards are there already; it needs about .* of memory", told)
+    changed = {name for name, data in files(path).items() if files(made.path)[name] != data}
+    assert changed <= {"zarr.json", "MANIFEST.json"}
+
+
+def test_damaged_contexts_are_not_resumed_from(made: HarvestResult, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    shutil.copytree(made.path, path)
+    (path / "MANIFEST.json").unlink()
+    file = path / "train" / "contexts" / "token_id" / "c.0.0"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"train/contexts/token_id is damaged: its digest"):
+        harvest(TARGET, DATA, CONFIG, path=path, console=QUIET)
+
+
+def test_a_definition_that_changed_is_named_with_both_values(
+    made: HarvestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "TAPS_ID", "thresher-taps-2")
+    with pytest.raises(UserError, match=r"software\.taps: expected 'thresher-taps-2', got 'thresher-taps-1'"):
+        harvest(TARGET, DATA, CONFIG, path=made.path, console=QUIET)
+
+
+def test_an_interrupt_does_not_hide_a_failed_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = ShardWriter.add
+
+    def add_then_interrupt(self: ShardWriter, acts: Any) -> None:
+        add(self, acts)
+        if self.index == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ShardWriter, "add", add_then_interrupt)
+    config = dataclasses.replace(CONFIG, codec="int8z", fvu_gate=1e-9)
+    with pytest.raises(UserError, match=r"shard 0 of 'train'.*fvu_gate"):
+        harvest(TARGET, DATA, config, path=tmp_path / "cache", console=QUIET)
+
+
+def test_processes_of_torchrun_fill_one_cache_to_the_bytes_of_one(tmp_path: Path) -> None:
+    recipe = tmp_path / "little.toml"
+    recipe.write_text(
+        '[target]\ndtype = "float32"\ndevice = "cpu"\n[data]\ncontext = 64\nmax_tokens = 26_000\ntest_fraction = 0.2\n'
+        "[harvest]\nlayers = [0, 2]\nbatch_contexts = 32\n[dictionary]\nexpansion = 2\nk = 4\n"
+    )
+    single = [sys.executable, "-m", "thresher", "harvest", str(recipe), "--cache"]
+    double = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *single[1:]]
+    told = []
+    for command, name in ((single, "one"), (double, "two")):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(tmp_path / name)], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout)
+    assert [text.count("Harvested") for text in told] == [1, 1], "the first process speaks"
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert CacheReader.open(tmp_path / "two").verify() == []
