@@ -54,10 +54,8 @@ def measure(codec: str, rows: int, layers: int, batch: int, folder: str) -> dict
     held = 9 * token_id.size  # the contexts are in memory already, and the formula counts them
     Path("/proc/self/clear_refs").write_text("5")  # peak := what is resident now
     before = _status("VmRSS")
-    harvest_corpus(
-        target, corpus, sites, HarvestConfig(codec=codec, fvu_gate=1.0, batch_contexts=batch), {}, path=Path(folder) / "c",  # type: ignore[arg-type]
-        console=Console(quiet=True),
-    )  # fmt: skip
+    config = HarvestConfig(codec=codec, fvu_gate=1.0, batch_contexts=batch)  # type: ignore[arg-type]
+    harvest_corpus(target, corpus, sites, config, {}, path=Path(folder) / "c", console=Console(quiet=True))
     return {"said": said[0], "taken": _status("VmHWM") - before + held}
 
 

@@ -273,9 +273,8 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, hidden: int, i
     contexts = sum((9 + 1) * sizes.contexts * sizes.tokens for sizes in plan.splits.values())
     results = (passes + 1) * pass_tokens * widths * item_bytes
     running = passes * pass_tokens * _PASS_VECTORS * hidden * item_bytes
-    return (
-        max(min(shards, 2) * shard, shard + waiting) + contexts + (results + running if on_host else 0) + _KERNEL_BYTES
-    )
+    held = max(min(shards, 2) * shard + _KERNEL_BYTES, shard + waiting)
+    return held + contexts + (results + running if on_host else 0)
 
 
 def context_array(packed: Contexts, name: str) -> np.ndarray:
