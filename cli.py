@@ -284,6 +284,11 @@ def cache_estimate(
         f"{_many(training.streams, 'stream', 'streams')} of batches: {training.passes:.2f} passes over the rows."
     )
     out.print(verdict(outlooks[settings.codec], list(outlooks.values()), found.rates, training))
+    if settings.window_gb is not None:
+        out.print(
+            f"harvest.window_gb is set: a ring of {settings.window_gb:g} GB is kept in place of all train rows "
+            "(rolling mode), and the model runs in every pass."
+        )
 
 
 def _estimate_table(outlooks: "Sequence[Outlook]", found: "Measured", chosen: str) -> Table:

@@ -174,7 +174,10 @@ def survey(path: Path, runs: Sequence[Run] = ()) -> Found:
         if ours is None or not entry.is_file(follow_symlinks=False):
             strangers.append(name)
             continue
-        status = entry.stat(follow_symlinks=False)
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:  # a writer has just renamed it
+            continue
         # Whoever opens a cache reads its manifest; a lock is touched by those who only look, as we do.
         times = (status.st_mtime, status.st_atime if entry.name == MANIFEST else 0.0)
         changed = 0.0 if entry.name.endswith(".lock") else max(times)
@@ -266,7 +269,11 @@ def _plan(root: Path) -> dict[str, Any] | None:
 
 def _entries(path: Path, prefix: str = "") -> "Iterator[tuple[str, os.DirEntry[str]]]":
     """Everything below a directory but directories, by name below it; links are not followed."""
-    with os.scandir(path) as entries:
+    try:
+        entries = os.scandir(path)
+    except FileNotFoundError:  # removed meanwhile
+        return
+    with entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _entries(Path(entry.path), f"{prefix}{entry.name}/")

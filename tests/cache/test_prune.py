@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,23 @@ def test_a_reader_and_a_writer_between_two_shards_keep_their_cache(
             assert not remove(path, Policy(0), named=True).files
     assert remove(tmp_path / "new.zarr", DEFAULT, named=False).files
     assert reader.verify() == []
+
+
+def test_a_cache_that_is_being_written_may_be_looked_at_and_is_never_touched(
+    finished: Callable[..., Path], toy: ModuleType, tmp_path: Path, tree: Tree
+) -> None:
+    path = tmp_path / "new.zarr"
+    path.mkdir()
+    writer = threading.Thread(target=toy.fill, args=(path,))
+    writer.start()
+    looks = 0
+    while writer.is_alive():
+        if is_cache(path) and survey(path).busy:
+            assert not remove(path, DEFAULT, named=False).files
+            looks += 1
+    writer.join()
+    assert looks > 2
+    assert tree(path) == tree(finished())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99])
