@@ -344,7 +344,7 @@ def _many(count: int, one: str, several: str) -> str:
 @cache_app.command("prune")
 def cache_prune(
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PATH…]", help="Caches, or directories of caches.")
+        list[Path] | None, typer.Argument(metavar="PATH…", help="Caches, or directories of caches.")
     ] = None,
     older_than: Annotated[
         float | None, typer.Option(metavar="DAYS", min=0, help="Also caches that were not used for so long.")
