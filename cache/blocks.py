@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thresher.cache.codec import Encoded, encode_bf16, encode_int8z, one_thread
 from thresher.cache.kernels import encode
+from thresher.cache.kernels.lines import whole_lines
 from thresher.cache.lane import Lane, Shelf
 
 BLOCK_ELEMENTS = 1 << 24
@@ -51,7 +52,7 @@ class BlockEncoder:
         self._shelf = shelf
         self._on_device = {name: c.to(shelf.device) for name, c in shelf.calibrations.items()}
         self._inverse = {name: c.inverse.to(shelf.device) for name, c in shelf.calibrations.items()}
-        self._lines = {name: encode.whole_lines(array) for name, array in shelf.buffers.items()}
+        self._lines = {name: whole_lines(array) for name, array in shelf.buffers.items()}
         self._capacity = max(64, block_elements // max(site.width for site in shelf.sites))
         self._stages: dict[int, tuple[Lane, dict[str, Tensor]]] = {}
         self._fill: dict[int, int] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.kernels import encode
+from thresher.cache.kernels.lines import whole_lines
 from thresher.cache.lane import Lane, Shelf
 from thresher.cache.stats import Sums
 
@@ -17,7 +18,7 @@ class HostEncoder:
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
         self._units = {name: (c.mean.numpy(), c.inverse.numpy()) for name, c in shelf.calibrations.items()}
-        self._lines = {name: encode.whole_lines(array) for name, array in shelf.buffers.items()}
+        self._lines = {name: whole_lines(array) for name, array in shelf.buffers.items()}
 
     def add(self, lane: Lane, acts: Mapping[str, Tensor], picked: np.ndarray) -> None:
         at = lane.at[lane.done : lane.done + len(picked)]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from thresher.cache.codec import Calibration, decode
 from thresher.cache.kernels.decode import bf16_rows, copy_rows, int8_rows
+from thresher.cache.kernels.lines import whole_lines
 from thresher.cache.layout import KEPT, ArraySpec, raw_dtype
 from thresher.cache.loading import Loader, Tier, array_names
 from thresher.cache.order import ReadOrder, Segment
@@ -147,9 +148,12 @@ class HostStager:
             skipped = (request.rank - at) % request.world  # positions before the first of this rank
             mine = range(segment.first + skipped, segment.first + segment.length, request.world)
             cut = slice(mine.start, mine.stop, mine.step)
-            taken = self._ordered["keep"][cut] == KEPT if request.masked else np.ones(len(mine), bool)
-            total = int(np.count_nonzero(taken))
-            places = np.where(taken, kept + np.cumsum(taken) - 1, -1)
+            taken: np.ndarray | slice = slice(None)
+            places, total = np.arange(kept, kept + len(mine)), len(mine)
+            if request.masked:
+                taken = self._ordered["keep"][cut] == KEPT
+                total = int(np.count_nonzero(taken))
+                places = np.where(taken, kept + np.cumsum(taken) - 1, -1)
             for name in out.keys() & self._ordered.keys():
                 out[name][kept : kept + total] = self._ordered[name][cut][taken]
             if total:
@@ -187,19 +191,23 @@ class HostStager:
             if self.fused and name != "keep":
                 self._scales[name] = columns_RC.astype(np.float32)
             else:
-                self._ordered[name] = np.take_along_axis(columns_RC, self._within_RC.astype(np.int64), axis=1).T.ravel()
+                if segment.epoch:
+                    columns_RC = np.take_along_axis(columns_RC, self._within_RC.astype(np.int64), axis=1)
+                self._ordered[name] = columns_RC.T.ravel()
 
     def _gather(self, mine: range, places: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
         """Rows at some places of the group to their places in the batch, at every site."""
         where = (self._within_RC, mine.start, mine.stop, mine.step, places)
         for site in self.request.sites:
+            chunks, rows = self._addresses[site], out[site]
+            lines = whole_lines(rows)
             if not self.fused:
-                copy_rows(self._addresses[site], *where, out[site])
+                copy_rows(chunks, *where, rows, lines)
             elif site in self.calibrations:
                 mean, std = (part.numpy() for part in self.calibrations[site])
-                int8_rows(self._addresses[site], self._scales[f"{site}.scale"], *where, mean, std, out[site])
+                int8_rows(chunks, self._scales[f"{site}.scale"], *where, mean, std, rows, lines)
             else:
-                bf16_rows(self._addresses[site], *where, out[site].view(np.uint32))
+                bf16_rows(chunks, *where, rows.view(np.uint32), lines)
 
     def _finished(self, out: Mapping[str, np.ndarray]) -> Callable[[], dict[str, Tensor]]:
         """What is left to do for the consumer. For a GPU the copy is begun here, and waited for."""

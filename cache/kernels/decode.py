@@ -6,8 +6,8 @@ for all chunks of a group. The specification is `plain_rows`; the bits are the s
 
 All kernels go over positions u = first, first + step, … below stop of a group of r chunks: u has row
 within[u % r, u // r] of chunk u % r, and the i-th of them goes to row places[i] of `out` [B, D], or nowhere if that is
--1. Chunk by chunk, since rows of a chunk mostly follow one another in memory. Chunks [C, D] are given by the addresses
-of their first bytes, which the caller keeps alive; one from which no row is taken may be 0.
+-1. Chunks [C, D] are given by the addresses of their first bytes, which the caller keeps alive; one from which no row
+is taken may be 0. `whole_lines` says of `out` what the function of that name in `lines` does.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from thresher.cache.codec import Calibration, decode_plain
 from thresher.cache.kernels.jit import compiled
+from thresher.cache.kernels.lines import put
 
 
 def plain_rows(
@@ -66,19 +67,19 @@ def int8_rows(
     mean_D: np.ndarray,
     std_D: np.ndarray,
     out_BD: np.ndarray,
+    whole_lines: bool,
 ) -> None:
     """μ + σ · (s · q) of int8 rows in float32; scales are float32 here."""
     r, shape = addresses.shape[0], (within_RC.shape[1], out_BD.shape[1])
-    for j in range(r):
-        codes_CD = carray(_pointer(addresses[j]), shape, np.int8)
-        for turn in range(first // r, (stop - 1) // r + 1):
-            offset = turn * r + j - first
-            if offset < 0 or offset >= stop - first or offset % step != 0 or places[offset // step] < 0:
-                continue
-            place, row = places[offset // step], within_RC[j, turn]
-            scale = scale_RC[j, row]
+    row_D = np.empty(shape[1], np.float32)
+    for i, u in enumerate(range(first, stop, step)):
+        place, turn, j = places[i], u // r, u % r
+        if place >= 0:
+            row = within_RC[j, turn]
+            codes_D, scale = carray(_pointer(addresses[j]), shape, np.int8)[row], scale_RC[j, row]
             for d in range(shape[1]):
-                out_BD[place, d] = mean_D[d] + std_D[d] * (scale * np.float32(codes_CD[row, d]))
+                row_D[d] = mean_D[d] + std_D[d] * (scale * np.float32(codes_D[d]))
+            put(out_BD, place, row_D, whole_lines)
 
 
 @compiled()
@@ -90,18 +91,18 @@ def bf16_rows(
     step: int,
     places: np.ndarray,
     out_BD: np.ndarray,
+    whole_lines: bool,
 ) -> None:
     """Bit patterns of bfloat16 to those of float32 (`out_BD` is uint32)."""
     r, shape = addresses.shape[0], (within_RC.shape[1], out_BD.shape[1])
-    for j in range(r):
-        codes_CD = carray(_pointer(addresses[j]), shape, np.uint16)
-        for turn in range(first // r, (stop - 1) // r + 1):
-            offset = turn * r + j - first
-            if offset < 0 or offset >= stop - first or offset % step != 0 or places[offset // step] < 0:
-                continue
-            place, row = places[offset // step], within_RC[j, turn]
+    row_D = np.empty(shape[1], np.uint32)
+    for i, u in enumerate(range(first, stop, step)):
+        place, turn, j = places[i], u // r, u % r
+        if place >= 0:
+            codes_D = carray(_pointer(addresses[j]), shape, np.uint16)[within_RC[j, turn]]
             for d in range(shape[1]):
-                out_BD[place, d] = np.uint32(codes_CD[row, d]) << np.uint32(16)
+                row_D[d] = np.uint32(codes_D[d]) << np.uint32(16)
+            put(out_BD, place, row_D, whole_lines)
 
 
 @compiled()
@@ -113,15 +114,12 @@ def copy_rows(
     step: int,
     places: np.ndarray,
     out_BD: np.ndarray,
+    whole_lines: bool,
 ) -> None:
     """Rows as they are stored."""
     r, shape = addresses.shape[0], (within_RC.shape[1], out_BD.shape[1])
-    for j in range(r):
-        codes_CD = carray(_pointer(addresses[j]), shape, out_BD.dtype)
-        for turn in range(first // r, (stop - 1) // r + 1):
-            offset = turn * r + j - first
-            if offset < 0 or offset >= stop - first or offset % step != 0 or places[offset // step] < 0:
-                continue
-            place, row = places[offset // step], within_RC[j, turn]
-            for d in range(shape[1]):
-                out_BD[place, d] = codes_CD[row, d]
+    for i, u in enumerate(range(first, stop, step)):
+        place, turn, j = places[i], u // r, u % r
+        if place >= 0:
+            codes_CD = carray(_pointer(addresses[j]), shape, out_BD.dtype)
+            put(out_BD, place, codes_CD[within_RC[j, turn]], whole_lines)

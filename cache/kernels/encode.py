@@ -21,24 +21,16 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
-from numba.np import arrayobj
 
 from thresher.cache.kernels.jit import compiled
-
-LINE_BYTES = 64
+from thresher.cache.kernels.lines import inlined, put
 
 _intrinsic: Any = intrinsic  # the type checker does not know that the first argument is not given in calls
 _ROUND = np.float32(1.5 * 2**23)  # x + this − this is x rounded to an integer, half to even, for |x| < 2²²
 _PER_LEVEL = np.float32(1 / 127)
 _SMALLEST = np.float32(2.0**-14)
 _SIGN, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-
-
-def _inlined(**options: Any) -> Any:
-    """As `compiled`, inside its callers: a call would count references to the row, and each count drains the stores."""
-    return compiled(forceinline=True, **options)
 
 
 @_intrinsic
@@ -61,30 +53,6 @@ def _bits_of(typing_context, value):  # type: ignore[no-untyped-def]
     return types.uint32(types.float32), generate
 
 
-@_intrinsic
-def _stream_row(typing_context, out, at, row):  # type: ignore[no-untyped-def]
-    """Write `row` to `out[at]`, both of whole cache lines and `out` aligned to them, past the cache.
-
-    Such stores become visible to other threads at the latest with the next locked instruction, and handing a shard to
-    another thread takes many of those.
-    """
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        target = arrayobj.make_array(signature.args[0])(context, builder, arguments[0])
-        source = arrayobj.make_array(signature.args[2])(context, builder, arguments[2])
-        row_bytes = cgutils.unpack_tuple(builder, target.strides, 2)[0]
-        line = ir.VectorType(ir.IntType(32), LINE_BYTES // 4)
-        place = cgutils.pointer_add(builder, target.data, builder.mul(row_bytes, arguments[1]))
-        place, taken = (builder.bitcast(p, line.as_pointer()) for p in (place, source.data))
-        with cgutils.for_range(builder, builder.udiv(row_bytes, ir.Constant(row_bytes.type, LINE_BYTES))) as loop:
-            value = builder.load(builder.gep(taken, [loop.index]), align=2)
-            store = builder.store(value, builder.gep(place, [loop.index]), align=LINE_BYTES)
-            store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-        return context.get_dummy_value()
-
-    return types.none(out, types.int64, row), generate
-
-
 def _wide(value):  # type: ignore[no-untyped-def]
     """An element of x as float32."""
     raise NotImplementedError
@@ -97,17 +65,7 @@ def _wide_of(value):  # type: ignore[no-untyped-def]
     return lambda value: value
 
 
-@_inlined()
-def _put(out, at, row, whole_lines):  # type: ignore[no-untyped-def]
-    """out[at] = row."""
-    if whole_lines:
-        _stream_row(out, at, row)
-    else:
-        for j in range(row.shape[0]):
-            out[at, j] = row[j]
-
-
-@_inlined(fastmath={"reassoc", "nsz", "contract"})
+@inlined(fastmath={"reassoc", "nsz", "contract"})
 def _squares(row):  # type: ignore[no-untyped-def]
     """Σx², not finite as soon as an element is not."""
     total = np.float32(0)
@@ -117,7 +75,7 @@ def _squares(row):  # type: ignore[no-untyped-def]
     return total
 
 
-@_inlined(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def _add_pair(a, b, sum_D, square_D):  # type: ignore[no-untyped-def]
     """Add x and x² of row a, then of row b."""
     for j in range(a.shape[0]):
@@ -126,7 +84,7 @@ def _add_pair(a, b, sum_D, square_D):  # type: ignore[no-untyped-def]
         square_D[j] = (square_D[j] + x * x) + y * y
 
 
-@_inlined(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def _add_errors(a, b, error_D):  # type: ignore[no-untyped-def]
     """Add e² of row a, then of row b."""
     for j in range(a.shape[0]):
@@ -134,7 +92,7 @@ def _add_errors(a, b, error_D):  # type: ignore[no-untyped-def]
         error_D[j] = (error_D[j] + x * x) + y * y
 
 
-@_inlined()
+@inlined()
 def _measure(x, row, norms):  # type: ignore[no-untyped-def]
     """Add ‖x‖ and ‖x‖² of a row; false when it is not finite."""
     square = np.float64(_squares(x[row]))
@@ -165,12 +123,12 @@ def copy_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-un
         for i in range(k, k + 1 + pair):
             if not _measure(x, rows[i], norms):
                 return i
-            _put(out, at[i], x[rows[i]], whole_lines)
+            put(out, at[i], x[rows[i]], whole_lines)
         _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
     return -1
 
 
-@_inlined()
+@inlined()
 def _round_bf16(row, codes, error):  # type: ignore[no-untyped-def]
     """Round to the nearest bfloat16, half to even; `error` is what that changed."""
     for j in range(row.shape[0]):
@@ -194,13 +152,13 @@ def round_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-u
             if not _measure(x, rows[i], norms):
                 return i
             _round_bf16(x[rows[i]], codes, error[i - k])
-            _put(out, at[i], codes, whole_lines)
+            put(out, at[i], codes, whole_lines)
         _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
         _add_errors(error[0], error[1], sums[2])
     return -1
 
 
-@_inlined()
+@inlined()
 def _standardise(row, mean, inverse, v):  # type: ignore[no-untyped-def]
     """v = (x − μ) · (1/σ); gives the bits of max |v|, which order as integers, NaN above infinity above all."""
     top = np.uint32(0)
@@ -211,7 +169,7 @@ def _standardise(row, mean, inverse, v):  # type: ignore[no-untyped-def]
     return top
 
 
-@_inlined()
+@inlined()
 def _half_bits(value):  # type: ignore[no-untyped-def]
     """The bits of a float32 ≥ 2⁻¹⁴ rounded to float16, half to even; 0x7C00 and more when it is too large."""
     bits = _bits_of(value)
@@ -219,7 +177,7 @@ def _half_bits(value):  # type: ignore[no-untyped-def]
     return (bits >> np.uint32(13)) - np.uint32(112 << 10)
 
 
-@_inlined()
+@inlined()
 def _quantise(v, scale, codes, error):  # type: ignore[no-untyped-def]
     """Integers nearest to v / s, half to even, and what is lost of v.
 
@@ -255,7 +213,7 @@ def store_int8z(x, rows, at, mean, inverse, out, scales, whole_lines, sums, norm
             scales[at[i]] = half
             peak[0] = max(peak[0], largest)
             _quantise(v, _float_of((half + np.uint32(112 << 10)) << np.uint32(13)), codes, error[i - k])
-            _put(out, at[i], codes, whole_lines)
+            put(out, at[i], codes, whole_lines)
         _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
         _add_errors(error[0], error[1], sums[2])
     return -1
@@ -265,9 +223,4 @@ def store_int8z(x, rows, at, mean, inverse, out, scales, whole_lines, sums, norm
 def scatter(rows, at, out, whole_lines):  # type: ignore[no-untyped-def]
     """out[at[k]] = rows[k]: encoded rows [K, D] to their stored places."""
     for k in range(rows.shape[0]):
-        _put(out, at[k], rows[k], whole_lines)
-
-
-def whole_lines(out: np.ndarray) -> bool:
-    """Whether every row of `out` [S, D] consists of whole cache lines, so that it may be written past the cache."""
-    return bool(out.strides[0] % LINE_BYTES == 0 and out.ctypes.data % LINE_BYTES == 0)
+        put(out, at[k], rows[k], whole_lines)
