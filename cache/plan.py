@@ -34,7 +34,7 @@ from thresher.cache.records import fingerprint
 _ROW_BYTES = 60  # of a row of a shard: order, place, context, position (int64 each), provenance and what makes it
 _CALIBRATION_ROWS = 65_536
 _KERNEL_BYTES = 40_000_000
-_PASS_VECTORS = 17  # per token of a pass that runs: the MLP's hidden layer twice, and what the residual stream takes
+_PASS_VECTORS = 18  # per token of a pass that runs: the MLP's hidden layer twice, and what the residual stream takes
 
 
 class SplitPlan(NamedTuple):
@@ -263,7 +263,7 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, hidden: int, i
     each row comes from and goes; the kernels that encode take 40 MB. While there is one shard only, and no kernel was
     needed, the rows that μ and σ are taken from wait beside it. The contexts take 10 bytes a token. On a CPU
     (`on_host`), `passes` passes of `pass_tokens` run while one result waits: each holds its sites, and while it runs
-    about 17 more vectors of the model's width a token. `item_bytes` are those of an activation.
+    about 18 more vectors of the model's width a token. `item_bytes` are those of an activation.
     """
     rows = min(plan.shard_rows, max(sizes.rows for sizes in plan.splits.values()))
     shards = sum(sizes.shards for sizes in plan.splits.values())

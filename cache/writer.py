@@ -122,8 +122,8 @@ class CacheWriter:
         `identity` is what the fingerprint is of; `facts` (library versions, device, counts) are stored beside it and
         may differ between runs. With `extends`, `path` is `<cache>/parts/<name>`; with `window_bytes` it is a ring
         (`ring`) whose train shards take no more than that. `create` is the lock that `planning` gave, which is freed
-        here. `notify` gets a line when something has to be waited for. Raises UserError when the
-        directory holds something else, another identity, or when the disk is too small: before anything is computed.
+        here. `notify` gets a line when something has to be waited for. Raises UserError when the directory holds
+        something else, another identity, or when the disk is too small: before anything is computed.
         """
         create = create or planning(path, notify)
         writer = None
@@ -142,8 +142,12 @@ class CacheWriter:
             raise
         finally:
             create.release()
-        for split, index in sorted(writer._committed):
-            writer._check_shard(split, index)
+        try:
+            for split, index in sorted(writer._committed):
+                writer._check_shard(split, index)
+        except BaseException:
+            writer.close()
+            raise
         return writer
 
     def __enter__(self) -> "CacheWriter":

@@ -69,15 +69,15 @@ def extend_cache(
 ) -> HarvestResult:
     """Add to the cache at `path` what the recipe, whose identity is `wanted`, asks for beyond it."""
     started = time.perf_counter()
-    wanted = json.loads(json.dumps(dict(wanted)))
+    asked_for: dict[str, Any] = json.loads(json.dumps(dict(wanted)))
     segments = segments_of(path)
-    _check_comparable(segments, wanted, path)
+    _check_comparable(segments, asked_for, path)
     with console.status("loading the model"):
         model = load_target(target)
         asked = model.sites(config.sites, config.layers)
-    extension = _Extension(model, config, wanted, path, console, segments[0].base.facts)
+    extension = _Extension(model, config, asked_for, path, console, segments[0].base.facts)
     note_versions(segments[0].base.facts, console)
-    same_text = any(segment.base.plan.identity["data"] == wanted["data"] for segment in segments)
+    same_text = any(segment.base.plan.identity["data"] == asked_for["data"] for segment in segments)
     if not same_text or not segments[-1].base.complete:
         filled = extension.add_text(data, target, asked)
     else:
