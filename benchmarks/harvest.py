@@ -27,8 +27,8 @@ from thresher.cache.devices import resolve_device
 from thresher.cache.layout import Contexts
 from thresher.harvest.checkpoint import locate
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
-from thresher.harvest.pretrained import fuse_gelu
 from thresher.harvest.fill import default_batch
+from thresher.harvest.pretrained import fuse_gelu
 from thresher.harvest.run import HarvestConfig, harvest_corpus
 from thresher.harvest.target import (
     TargetConfig,
