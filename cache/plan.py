@@ -33,8 +33,8 @@ from thresher.cache.records import fingerprint
 
 _ROW_BYTES = 60  # of a row of a shard: order, place, context, position (int64 each), provenance and what makes it
 _CALIBRATION_ROWS = 65_536
-_KERNEL_BYTES = 40_000_000
-_PASS_VECTORS = 18  # per token of a pass that runs: the MLP's hidden layer twice, and what the residual stream takes
+_KERNEL_BYTES, _COMPRESSOR_BYTES = 40_000_000, 30_000_000
+_PASS_VECTORS = 17  # per token of a pass that runs: the MLP's hidden layer twice, and what the residual stream takes
 
 
 class SplitPlan(NamedTuple):
@@ -260,10 +260,10 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, hidden: int, i
     """Bytes of host memory that filling a part takes at its peak, beside the model.
 
     Two shards are alive, one being filled and one on its way to the disk: their buffers, and 60 bytes a row for where
-    each row comes from and goes; the kernels that encode take 40 MB. While there is one shard only, and no kernel was
-    needed, the rows that μ and σ are taken from wait beside it. The contexts take 10 bytes a token. On a CPU
-    (`on_host`), `passes` passes of `pass_tokens` run while one result waits: each holds its sites, and while it runs
-    about 18 more vectors of the model's width a token. `item_bytes` are those of an activation.
+    each row comes from and goes. The kernels that encode take 40 MB, compressing another 30. While there is one shard
+    only, and no kernel was needed, the rows that μ and σ are taken from wait beside it. The contexts take 10 bytes a
+    token. On a CPU (`on_host`), `passes` passes of `pass_tokens` run while two results wait: each holds its sites, and
+    while it runs about 17 more vectors of the model's width a token. `item_bytes` are those of an activation.
     """
     rows = min(plan.shard_rows, max(sizes.rows for sizes in plan.splits.values()))
     shards = sum(sizes.shards for sizes in plan.splits.values())
@@ -271,9 +271,10 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, hidden: int, i
     widths = sum(site.width for site in plan.sites)
     waiting = min(_CALIBRATION_ROWS, rows) * widths * item_bytes if plan.codec == "int8z" else 0
     contexts = sum((9 + 1) * sizes.contexts * sizes.tokens for sizes in plan.splits.values())
-    results = (passes + 1) * pass_tokens * widths * item_bytes
+    results = (passes + 2) * pass_tokens * widths * item_bytes
     running = passes * pass_tokens * _PASS_VECTORS * hidden * item_bytes
-    held = max(min(shards, 2) * shard + _KERNEL_BYTES, shard + waiting)
+    working = _KERNEL_BYTES + (_COMPRESSOR_BYTES if plan.codec == "bf16-lz4" else 0)
+    held = max(min(shards, 2) * shard + working, shard + waiting)
     return held + contexts + (results + running if on_host else 0)
 
 
