@@ -100,6 +100,10 @@ def stage_pass(reader: CacheReader, count: int, *, fresh: bool, tier: Tier, deco
     """Make batches ready, in stored form or decoded to float32; `fresh` checks every chunk again."""
     settings: dict[str, Any] = {"dtype": torch.float32 if decode else torch.bfloat16, "tier": tier}
     source = CacheReader.open(reader.path) if fresh else reader
+    if tier == "direct":
+        settings["group_chunks"] = (
+            16  # so that slots are used again in a cache of this size, as they are in a large one
+        )
     loader = Batches(source, sites=list(reader.sites), batch_rows=BATCH_ROWS, seed=0, **settings)
     work = stager(loader.request._replace(end=count * BATCH_ROWS))
     for number in range(count):
