@@ -201,7 +201,7 @@ class HostStager:
         for site in self.request.sites:
             chunks, rows = self._addresses[site], out[site]
             lines = whole_lines(rows)
-            if not self.fused:
+            if not self.fused or self.specs[site].dtype == "float32":
                 copy_rows(chunks, *where, rows, lines)
             elif site in self.calibrations:
                 mean, std = (part.numpy() for part in self.calibrations[site])
@@ -289,8 +289,7 @@ class DeviceStager:
         """A whole array on the device."""
         source, split, c = self.request.source, self.request.split, self.order.chunk_rows
         spec = source.arrays(split)[name]
-        kinds = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        array = torch.empty(spec.shape, dtype=kinds[spec.dtype], device=self.request.device)
+        array = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self.request.device)
         for index in range(self.order.n_chunks):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

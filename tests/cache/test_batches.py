@@ -8,7 +8,24 @@ import torch
 
 from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
+from thresher.cache.layout import KEPT, ArraySpec
 from thresher.cache.reader import CacheReader
+
+
+class Exact(CacheReader):
+    """A source of float32 rows: what bf16 stores, plus something that bf16 would round away."""
+
+    def arrays(self, split: str) -> dict[str, ArraySpec]:
+        return {n: s._replace(dtype=s.dtype.replace("bfloat16", "float32")) for n, s in super().arrays(split).items()}
+
+    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+        stored = super().chunk(split, name, index)
+        if name not in self.sites:
+            return stored
+        wide = (stored.astype(np.uint32) << 16 | 1).view(np.float32)
+        wide.flags.writeable = False
+        return wide
+
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SITES = ["L00.mlp_out", "blocks.1.x"]
@@ -93,6 +110,18 @@ def test_dtype_is_the_one_asked_for(finished: Callable[..., Path]) -> None:
     (high,) = take(reader, 1)
     assert low[SITES[0]].dtype == torch.bfloat16
     assert torch.equal(low[SITES[0]].float(), high[SITES[0]])
+
+
+def test_float32_rows_come_as_they_are(finished: Callable[..., Path]) -> None:
+    reader = Exact.open(finished(codec="bf16", store="all"))
+    order = Batches(reader, sites=SITES, batch_rows=200, seed=1, group_chunks=5).order
+    keep = reader.provenance("train").keep == KEPT
+    for tier in ("mapped", "device"):
+        for number, acts in enumerate(take(reader, 20, tier=tier)):
+            rows = order.rows(200 * number, 200)
+            for site in SITES:
+                assert torch.equal(acts[site], reader.gather("train", site, rows[keep[rows]]))
+                assert bool((acts[site].view(torch.int32) & 1).all())
 
 
 def test_a_damaged_chunk_raises_where_it_is_touched(copied: Path) -> None:
