@@ -68,6 +68,12 @@ class Part:
     def open(cls, path: Path) -> "Part":
         """Open the part at `path`. Raises UserError when it is missing, incomplete, damaged or newer than this."""
         plan, facts = read_root(path)
+        if plan.window_shards is not None:
+            raise UserError(
+                f"{path} is the ring of a rolling training: some windows of its train shards exist at a time, so it is "
+                f"read by `thresher train` with the same recipe, and by nothing else. For a whole cache leave "
+                f"harvest.window_gb out and harvest into another place."
+            )
         if not (path / MANIFEST).exists():
             total = sum(sizes.shards for sizes in plan.splits.values())
             raise UserError(

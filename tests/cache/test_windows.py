@@ -169,7 +169,7 @@ def test_a_ring_follows_one_training(toy: ModuleType, tmp_path: Path) -> None:
     with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", toy.IDENTITY, print):
         with pytest.raises(UserError, match="another training reads the ring"):
             open_ring(tmp_path / "ring", toy.IDENTITY, print)
-        with pytest.raises(UserError, match="incomplete"):
+        with pytest.raises(UserError, match="is the ring of a rolling training"):
             CacheReader.open(tmp_path / "ring")
 
 
