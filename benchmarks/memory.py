@@ -4,7 +4,7 @@ A model in GPT-2 small's shape with few layers and random weights is harvested i
 the formula (`cache.plan.estimate_memory`, which harvest prints) says is set against the growth of the process's peak
 resident memory over what it had with the model loaded.
 
-    python benchmarks/memory.py                  # two cases, about two minutes
+    python benchmarks/memory.py                  # three codecs, about three minutes
     python benchmarks/memory.py --rows 600000 --codec bf16
 """
 
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 BAR = 0.10
-CASES = (("int8z", 100_000), ("bf16", 100_000), ("bf16-lz4", 100_000))
+CASES = (("int8z", 240_000), ("bf16", 240_000), ("bf16-lz4", 240_000))
 CONTEXT = 256
 
 
@@ -68,7 +68,7 @@ def _status(key: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codec")
-    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--rows", type=int, default=240_000)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--batch", type=int, default=6, help="contexts of 256 tokens per pass")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
