@@ -111,5 +111,5 @@ def test_every_imported_package_is_declared() -> None:
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 imported |= {name.split(".")[0] for name in names}
     ours = imported - set(sys.stdlib_module_names) - {"thresher"}
-    brought_along = {"huggingface_hub", "pyarrow"}  # by transformers and by datasets
+    brought_along = {"huggingface_hub", "llvmlite", "pyarrow"}  # by transformers, numba and datasets
     assert ours <= declared | brought_along, ours - declared
