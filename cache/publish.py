@@ -196,15 +196,3 @@ def read_sealed(path: Path) -> dict[str, Any]:
             f"written anew (for a commit record, MANIFEST.json has to go too), or restore it from a copy."
         )
     return dict(record)
-
-
-def try_lock(path: Path) -> int | None:
-    """Descriptor of an exclusive lock, or None when another process holds it. The kernel frees it with the process."""
-    make_directory(path.parent)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
