@@ -151,9 +151,9 @@ class HostStager:
             taken: np.ndarray | slice = slice(None)
             places, total = np.arange(kept, kept + len(mine)), len(mine)
             if request.masked:
-                taken = self._ordered["keep"][cut] == KEPT
-                total = int(np.count_nonzero(taken))
-                places = np.where(taken, kept + np.cumsum(taken) - 1, -1)
+                taken = mask = self._ordered["keep"][cut] == KEPT
+                total = int(np.count_nonzero(mask))
+                places = np.where(mask, kept + np.cumsum(mask) - 1, -1)
             for name in out.keys() & self._ordered.keys():
                 out[name][kept : kept + total] = self._ordered[name][cut][taken]
             if total:

@@ -11,6 +11,7 @@ is taken may be 0. `whole_lines` says of `out` what the function of that name in
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from numba.extending import intrinsic
 from thresher.cache.codec import Calibration, decode_plain
 from thresher.cache.kernels.jit import compiled
 from thresher.cache.kernels.lines import put
+
+_intrinsic: Any = intrinsic  # the type checker does not know that the first argument is not given in calls
 
 
 def plain_rows(
@@ -45,7 +48,7 @@ def plain_rows(
             out[place] = decode_plain(codes, scale, calibration, torch.float32)[0].numpy()
 
 
-@intrinsic
+@_intrinsic
 def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
     """An address as a pointer."""
 
