@@ -30,6 +30,7 @@ from thresher.cache.layout import ArraySpec
 from thresher.cache.order import Stream
 from thresher.cache.reader import CacheReader, as_codes
 from thresher.cache.source import Source
+from thresher.evaluate.results import Results
 from thresher.evaluate.run import EvaluateConfig, Replacement, evaluate
 from thresher.harvest.corpus import DataConfig
 from thresher.harvest.fill import batch_contexts
@@ -127,6 +128,7 @@ def prepared(folder: Path, layers: tuple[int, ...], console: Console) -> dict[st
         harvest(TARGET, DATA, settings, path=folder / f"{codec}.zarr", console=Console(quiet=True))
     caches = {codec: CacheReader.open(folder / f"{codec}.zarr") for codec in config}
     bf16, fp32 = caches["bf16"], Unstored.open(folder / "bf16.zarr")
+    assert isinstance(fp32, Unstored)
     model = load_target(TARGET)
     context = bf16.contexts("train").token_id.shape[1]
     batch = batch_contexts(config["bf16"], model, tuple(bf16.sites.values()), context, bf16.facts)
@@ -153,7 +155,14 @@ def trained(
         for seed in range(seeds)
     }
     console.print(f"train from {name}: {sum(map(len, plans.values()))} dictionaries")
-    train([p for some in plans.values() for p in some], source, out=folder, device="cpu", console=Console(quiet=True))
+    train(
+        [p for some in plans.values() for p in some],
+        source,
+        out=folder,
+        device="cpu",
+        resume=True,
+        console=Console(quiet=True),
+    )
     return {key: [load_run(folder / plan.name).dictionary for plan in some] for key, some in plans.items()}
 
 
@@ -171,6 +180,13 @@ def likeness(run: Sequence[Any], reference: Sequence[Any], source: Source) -> fl
         a_FE, b_FE = (torch.nn.functional.normalize(d.W_dec[0][:, 0], dim=1) for d in (mine, other))
         means.append(float((b_FE[alive] @ a_FE.T).amax(dim=1).mean()))
     return statistics.mean(means)
+
+
+def score(results: Results, name: str, metric: str) -> float:
+    """A metric of one replacement with all its dictionaries in place."""
+    value = results.find(name, "cascade").metrics[metric]
+    assert value is not None, f"{metric} of {name} is undefined"
+    return value
 
 
 def shown(values: Sequence[float], sign: str = "") -> str:
@@ -226,6 +242,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, help="Keep caches and runs here, and go on with what is there.")
     arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error(f"--seeds is {arguments.seeds}; the spread over seeds needs at least 2.")
     console = Console(width=150)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
@@ -244,10 +262,7 @@ def main() -> None:
         numbers = range(arguments.seeds)
         for kind in KINDS:
             scores = {
-                metric: {
-                    name: [float(results.find(f"{name} {kind} {n}", "cascade").metrics[key] or 0.0) for n in numbers]
-                    for name in sources
-                }
+                metric: {name: [score(results, f"{name} {kind} {n}", key) for n in numbers] for name in sources}
                 for metric, key in (("FVU", "fvu"), ("δ, nats", "delta"))
             }
             fp32 = sources["fp32"]
