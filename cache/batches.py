@@ -107,7 +107,6 @@ class Batches:
                     item = staged.get(timeout=0.1)
                 except queue.Empty:
                     if self._interrupted():
-                        self.request.source.cancel()
                         return
                     continue
                 if isinstance(item, BaseException):
@@ -137,7 +136,7 @@ class Batches:
 
         work: Stager | None = None
         try:
-            work, start = stager(self.request), self.start
+            work, start = stager(self.request, stop), self.start
             while not stop.is_set() and (
                 self.request.end is None or start + self.request.batch_rows <= self.request.end
             ):

@@ -13,6 +13,7 @@ give the same chunks, so batches do not depend on the tier.
 import contextlib
 import mmap
 import os
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -114,8 +115,10 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         end: int | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
-        """`order` is the loader's own; nothing at position `end` or after is loaded."""
+        """`order` is the loader's own; nothing at position `end` or after is loaded, nothing waited for once `stop`."""
+        self._stop = stop or threading.Event()
         self.source, self.split, self.order, self.tier = source, split, order, tier
         self.rank, self.world, self.end = rank, world, end
         self.specs: dict[str, ArraySpec] = {name: source.arrays(split)[name] for name in names}
@@ -142,7 +145,8 @@ class Loader:
         return self._current.views
 
     def close(self) -> None:
-        """Stop the threads; what they are reading is read to its end."""
+        """Stop the threads; what they are reading is read to its end, what they wait for is not."""
+        self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
         self._current = None
@@ -203,7 +207,7 @@ class Loader:
                 view.flags.writeable = False  # of this view; the slot itself is written again
                 views[name][j] = view
             else:
-                views[name][j] = self.source.chunk(self.split, name, chunk)
+                views[name][j] = self.source.chunk(self.split, name, chunk, self._stop)
 
     def _slot(self) -> dict[str, np.ndarray]:
         """Page-aligned memory for one group of every array that is not mapped."""
@@ -216,6 +220,7 @@ def aligned(shape: tuple[int, ...], spec: ArraySpec) -> np.ndarray:
     """Page-aligned memory in the stored dtype of an array."""
     dtype = raw_dtype(spec.dtype)
     memory = mmap.mmap(-1, max(1, int(np.prod(shape)) * dtype.itemsize))
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)

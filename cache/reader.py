@@ -10,6 +10,7 @@ While a reader is open it holds a shared lock, so that nothing is pruned under i
 import fcntl
 import json
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -212,7 +213,7 @@ class CacheReader:
         """The order in which training visits the rows of a split."""
         return ReadOrder(self.rows(split) // self.chunk_rows, self.chunk_rows, seed, split, group_chunks)
 
-    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+    def chunk(self, split: str, name: str, index: int, stop: threading.Event | None = None) -> np.ndarray:
         """[C, …] read-only chunk of an array in stored form, checked on first touch. Raises UserError naming it.
 
         Ids of documents and contexts are those of the part that holds them.
@@ -224,9 +225,6 @@ class CacheReader:
         """Copy a chunk into `out` [C, …], decompressed; `direct` reads past the page cache where possible."""
         part, inner = self._place(split, name, index)
         part.read(split, name, inner, out, direct=direct)
-
-    def cancel(self) -> None:
-        """Nothing: every chunk is there."""
 
     def finish(self) -> None:
         """Nothing: nobody fills it."""

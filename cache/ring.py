@@ -10,7 +10,9 @@ commit record first, so what is left of it never counts; asked for again, it is 
 either side may be killed at any moment and started again, and training may resume from a checkpoint of long ago.
 """
 
+import itertools
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -45,12 +47,14 @@ class Cursor(NamedTuple):
     window: int
     done: bool
     """Training is over and asks for nothing more."""
+    training: str
+    """Tells one training from another, so that harvest knows an end that it has seen before."""
 
 
 def read_cursor(path: Path) -> Cursor:
     """What the ring's reader last said; the first window when nobody reads yet."""
     file = path / CURSOR
-    return Cursor(**json.loads(file.read_bytes())) if file.exists() else Cursor(0, False)
+    return Cursor(**json.loads(file.read_bytes())) if file.exists() else Cursor(0, False, "")
 
 
 def write_cursor(path: Path, cursor: Cursor) -> None:
@@ -67,8 +71,7 @@ class RingKeeper:
         (self.path / FOLDER).mkdir(exist_ok=True)
         (self.path / FILLER).touch()
         self._alive = share(self.path / FILLER)
-        if self.cursor().done:  # of an earlier training
-            write_cursor(self.path, Cursor(self.cursor().window, False))
+        self._over = self._ended()  # an earlier training, which is not the one that is waited for
 
     def close(self) -> None:
         """No longer fill."""
@@ -76,16 +79,16 @@ class RingKeeper:
             self._alive.release()
             self._alive = None
 
-    def cursor(self) -> Cursor:
-        """Where training is."""
-        return read_cursor(self.path)
+    def over(self) -> bool:
+        """Whether a training has ended since this began to fill."""
+        return self._ended() not in (None, self._over)
 
     def wanted(self) -> list[Shard]:
         """The shards that should exist now, the most urgent first: what training waits for, the rest, the next window.
 
         Shards that are behind are evicted first, so that the ring never outgrows its bound.
         """
-        window = self.cursor().window
+        window = read_cursor(self.path).window
         kept = self.windows.kept(window)
         for index in range(self.windows.shards):
             if self.windows.holding(index) not in kept and commit_path(self.path, "train", index).exists():
@@ -94,6 +97,11 @@ class RingKeeper:
         train = [("train", index) for index in self.windows.wanted(window)]
         current = len(self.windows.shards_in(window))
         return train[:current] + held_out + train[current:]
+
+    def _ended(self) -> str | None:
+        """The training that says it is over, if one does."""
+        cursor = read_cursor(self.path)
+        return cursor.training if cursor.done else None
 
     def publish_ready(self) -> bool:
         """Whether one may train; writes statistics and RING.json once first window and held-out splits are there."""
@@ -128,38 +136,40 @@ class RingShards:
             )
         self._path, self._plan, self._make, self._notify, self._reading = path, plan, make, notify, lock
         self._windows, self._window = Windows.of(plan), read_cursor(path).window
-        write_cursor(path, Cursor(self._window, False))
+        self._training = secrets.token_hex(8)
+        self._say(self._window)
         self._held_out, self._parts = make(), dict[int, Part]()
         self._told = ""
-        self._cancelled, self._turning = threading.Event(), threading.Lock()
+        self._closed, self._turning = False, threading.Lock()
 
-    def chunk(self, split: str, name: str, shard: int, inner: int) -> np.ndarray:
+    def chunk(self, split: str, name: str, shard: int, inner: int, stop: threading.Event | None) -> np.ndarray:
         """[C, …] chunk of a shard, once harvest has made it."""
         index = shard * (self._plan.shard_rows // self._plan.chunk_rows) + inner
-        while True:
-            part = self._part(shard) if split == "train" else self._held_out
-            self._wait_for(split, shard)
+        if split != "train":
+            return self._held_out.chunk(split, name, index)
+        for attempt in itertools.count():
+            part = self._part(shard)
+            self._wait_for(split, shard, stop)
             try:
                 return part.chunk(split, name, index)
-            except UserError:
-                if commit_path(self._path, split, shard).exists():
+            except (UserError, OSError, RuntimeError):  # evicted while it was opened, or really damaged
+                if attempt and commit_path(self._path, split, shard).exists():
                     raise
-                with self._turning:  # evicted while it was being opened
+                with self._turning:
                     self._parts.pop(self._windows.holding(shard), None)
-
-    def cancel(self) -> None:
-        """Let everything that waits raise Interrupted."""
-        self._cancelled.set()
+        raise AssertionError("unreachable")
 
     def finish(self) -> None:
         """Tell harvest that nothing more is wanted."""
-        write_cursor(self._path, Cursor(self._window, True))
+        self._say(self._window, done=True)
 
     def close(self) -> None:
         """Let others read the ring."""
-        self._cancelled.set()
-        self._parts = {}
+        self._closed, self._parts = True, {}
         self._reading.release()
+
+    def _say(self, window: int, *, done: bool = False) -> None:
+        write_cursor(self._path, Cursor(window, done, self._training))
 
     def _part(self, shard: int) -> Part:
         """The directory as seen in a window; what was mapped of windows behind is let go, or it would fill the disk."""
@@ -168,19 +178,20 @@ class RingShards:
             window = self._windows.turned(self._window, asked)
             if window != self._window:
                 self._window = window
-                write_cursor(self._path, Cursor(window, False))
+                self._say(window)
                 kept = self._windows.kept(window)
                 self._parts = {each: part for each, part in self._parts.items() if each in kept}
             if asked not in self._parts:
                 self._parts[asked] = self._make()
             return self._parts[asked]
 
-    def _wait_for(self, split: str, shard: int) -> None:
+    def _wait_for(self, split: str, shard: int, stop: threading.Event | None) -> None:
         """Wait for a shard; after a while say who makes it, and again when that changes."""
         waited = 0.0
         while not commit_path(self._path, split, shard).exists():
-            if self._cancelled.wait(_POLL_SECONDS):
+            if self._closed or (stop is not None and stop.is_set()):
                 raise Interrupted("Stopped while waiting for the ring.")
+            time.sleep(_POLL_SECONDS)
             waited += _POLL_SECONDS
             if waited >= _PATIENCE_SECONDS:
                 with self._turning:

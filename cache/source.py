@@ -5,6 +5,7 @@ chunk of any array in stored form; how a chunk gets into memory (mapped, read pa
 waited for) is its own affair.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -81,15 +82,12 @@ class Source(Protocol):
         """The order in which training visits the rows of a split."""
         ...
 
-    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+    def chunk(self, split: str, name: str, index: int, stop: threading.Event | None = None) -> np.ndarray:
         """[C, …] read-only rows of an array in stored form (bf16 as uint16), checked; from any thread.
 
-        Raises UserError naming the chunk when it is damaged. May wait when the source is still being filled.
+        May wait when the source is still being filled; raises Interrupted once `stop` is set meanwhile. Raises
+        UserError naming the chunk when it is damaged.
         """
-        ...
-
-    def cancel(self) -> None:
-        """Let everything that waits for a chunk raise Interrupted; nothing where no chunk is ever waited for."""
         ...
 
     def finish(self) -> None:

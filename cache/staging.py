@@ -79,9 +79,9 @@ class Stager(Protocol):
         ...
 
 
-def stager(request: Request) -> Stager:
-    """The way of staging that belongs to the tier."""
-    return DeviceStager(request) if request.tier == "device" else HostStager(request)
+def stager(request: Request, stop: threading.Event | None = None) -> Stager:
+    """The way of staging that belongs to the tier. Once `stop` is set, nothing is waited for any more."""
+    return DeviceStager(request) if request.tier == "device" else HostStager(request, stop)
 
 
 class Pool:
@@ -112,7 +112,7 @@ class Pool:
 class HostStager:
     """Gathers batches from chunks in host memory."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, stop: threading.Event | None = None) -> None:
         self.request, self.order = request, request.order()
         source, split = request.source, request.split
         names = array_names(source, split, request.sites) + (["keep"] if request.masked else [])
@@ -124,7 +124,15 @@ class HostStager:
         self.stream = torch.cuda.Stream(request.device) if self.cuda else None
         self.calibrations = request.calibrations()
         self.loader = Loader(
-            source, split, names, request.order(), request.tier, rank=request.rank, world=request.world, end=request.end
+            source,
+            split,
+            names,
+            request.order(),
+            request.tier,
+            rank=request.rank,
+            world=request.world,
+            end=request.end,
+            stop=stop,
         )
         chunks = np.arange(request.group_chunks, dtype=np.int32)[:, None]
         self._stored_order = np.zeros_like(chunks) + np.arange(self.order.chunk_rows, dtype=np.int32)

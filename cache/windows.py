@@ -13,6 +13,7 @@ not of the corpus. The larger the window, the less that matters.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ Shard = tuple[str, int]
 """(split, index)."""
 
 _SAMPLED_CHUNKS = 64
+_POLL_SECONDS = 0.1
 
 
 class Windows(NamedTuple):
@@ -90,12 +92,8 @@ class Windows(NamedTuple):
 class Shards(Protocol):
     """Where the shards of a windowed source come from."""
 
-    def chunk(self, split: str, name: str, shard: int, inner: int) -> np.ndarray:
-        """[C, …] chunk of a shard in stored form; waits until the shard is there."""
-        ...
-
-    def cancel(self) -> None:
-        """Let everything that waits raise Interrupted, now and later."""
+    def chunk(self, split: str, name: str, shard: int, inner: int, stop: threading.Event | None) -> np.ndarray:
+        """[C, …] chunk of a shard in stored form; waits until it is there, or raises Interrupted once `stop` is set."""
         ...
 
     def finish(self) -> None:
@@ -140,10 +138,6 @@ class WindowedSource:
         """Let go of threads, locks and memory."""
         self._shards.close()
 
-    def cancel(self) -> None:
-        """Let everything that waits for a shard raise Interrupted."""
-        self._shards.cancel()
-
     def finish(self) -> None:
         """Training is over: whoever fills the windows may stop."""
         self._shards.finish()
@@ -178,9 +172,9 @@ class WindowedSource:
         window = self.windows.size * self._chunks_per_shard if split == "train" else None
         return ReadOrder(self.rows(split) // self.chunk_rows, self.chunk_rows, seed, split, group_chunks, window)
 
-    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+    def chunk(self, split: str, name: str, index: int, stop: threading.Event | None = None) -> np.ndarray:
         """[C, …] read-only rows of an array in stored form; waits for the shard."""
-        return self._shards.chunk(split, name, *divmod(index, self._chunks_per_shard))
+        return self._shards.chunk(split, name, *divmod(index, self._chunks_per_shard), stop)
 
     def sample(self, split: str, count: int) -> np.ndarray:
         """Up to `count` kept rows, spread evenly over the first window (or over another split)."""
@@ -236,40 +230,39 @@ class MemoryShards:
         self._made: dict[Shard, ShardData] = {}
         self._asked: list[Shard] = []
         self._failure: BaseException | None = None
-        self._cancelled = self._closed = False
+        self._waiting: Counter[Shard] = Counter()
+        self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="thresher-live", daemon=True)
         self._thread.start()
 
-    def shard(self, split: str, index: int) -> ShardData:
-        """A shard, once it is made. Raises what went wrong in making it, and Interrupted after `cancel`."""
+    def shard(self, split: str, index: int, stop: threading.Event | None = None) -> ShardData:
+        """A shard, once it is made. Raises what went wrong in making it, and Interrupted once `stop` is set."""
+        shard = (split, index)
         with self._changed:
             if split == "train":
                 self._window = self._windows.turned(self._window, self._windows.holding(index))
-            if (split, index) not in self._made and (split, index) not in self._asked:
-                self._asked.append((split, index))
+            if shard not in self._made and shard not in self._asked:
+                self._asked.append(shard)
+            self._waiting[shard] += 1
             self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: (split, index) in self._made or self._failure or self._cancelled or self._closed
-            )
-            if (split, index) in self._made:
-                return self._made[split, index]
-            if self._failure is not None:
-                raise self._failure
-            raise Interrupted("Stopped while waiting for activations.")
+            try:
+                while shard not in self._made:
+                    if self._failure is not None:
+                        raise self._failure
+                    if self._closed or (stop is not None and stop.is_set()):
+                        raise Interrupted("Stopped while waiting for activations.")
+                    self._changed.wait(_POLL_SECONDS)
+                return self._made[shard]
+            finally:
+                self._waiting[shard] -= 1
 
-    def chunk(self, split: str, name: str, shard: int, inner: int) -> np.ndarray:
+    def chunk(self, split: str, name: str, shard: int, inner: int, stop: threading.Event | None) -> np.ndarray:
         """[C, …] view of a shard in memory."""
         rows = self._plan.chunk_rows
-        view = self.shard(split, shard).arrays[name][inner * rows : (inner + 1) * rows]
+        view = self.shard(split, shard, stop).arrays[name][inner * rows : (inner + 1) * rows]
         view.flags.writeable = False
         return view
-
-    def cancel(self) -> None:
-        """Let everything that waits raise Interrupted."""
-        with self._changed:
-            self._cancelled = True
-            self._changed.notify_all()
 
     def finish(self) -> None:
         """Nothing to tell anybody: the thread ends with `close`."""
@@ -310,10 +303,14 @@ class MemoryShards:
         return next((shard for shard in [*first, *self._asked, *wanted] if shard not in self._made), None)
 
     def _evict(self) -> None:
-        """Forget windows that are behind; who still reads them keeps them alive. Held-out splits are small and stay."""
+        """Forget windows that are behind, unless somebody is still to be given a shard of theirs.
+
+        Who reads them keeps them alive. Held-out splits are small and stay.
+        """
         kept = self._windows.kept(self._window)
         for split, index in list(self._made):
-            if split == "train" and self._windows.holding(index) not in kept:
+            behind = split == "train" and self._windows.holding(index) not in kept
+            if behind and not self._waiting[split, index]:
                 del self._made[split, index]
 
 

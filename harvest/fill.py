@@ -100,7 +100,7 @@ def rolling(writer: CacheWriter, console: Console) -> Iterator[Shard | None]:
     """The shards that a ring wants, until training says that it is over; None: the ring is full for now."""
     keeper, told = RingKeeper(writer), False
     try:
-        while not keeper.cursor().done:
+        while not keeper.over():
             if keeper.publish_ready() and not told:
                 console.print(f"The first window of {writer.path} is there: training may begin.", highlight=False)
                 told = True

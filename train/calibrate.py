@@ -220,6 +220,7 @@ def passes(
         batch_rows=batch_rows,
         seed=0,
         split=split,
+        end=available // batch_rows * batch_rows,
         device=device,
         interrupted=lambda: stop.requested,
     )

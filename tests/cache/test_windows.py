@@ -38,7 +38,7 @@ def filler(toy: ModuleType, path: Path, made: list[tuple[str, int]] | None = Non
     def fill() -> None:
         with toy.open_writer(path, window_bytes=WINDOW_BYTES) as writer:
             keeper = RingKeeper(writer)
-            while not stop.is_set() and not keeper.cursor().done:
+            while not stop.is_set() and not keeper.over():
                 keeper.publish_ready()
                 shard = writer.take(keeper.wanted())
                 if shard is None:
@@ -158,11 +158,50 @@ def test_harvest_stops_when_training_is_over_and_an_unfilled_ring_says_so(toy: M
         assert not thread.is_alive()
         assert read_cursor(path).done
     with open_ring(path, toy.IDENTITY, said.append) as ring:
-        threading.Timer(2.5, ring.cancel).start()
+        stop = threading.Event()
+        threading.Timer(2.5, stop.set).start()
         last = ring.rows("train") // ring.chunk_rows - 1
         with pytest.raises(Interrupted):
-            ring.chunk("train", SITES[0], last)
+            ring.chunk("train", SITES[0], last, stop)
     assert any("no harvest is running" in line for line in said)
+
+
+def test_leaving_the_batches_of_a_ring_that_nobody_fills_does_not_wait(toy: ModuleType, tmp_path: Path) -> None:
+    with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", toy.IDENTITY, print) as ring:
+        batches(ring, 0, 1)
+    with open_ring(tmp_path / "ring", toy.IDENTITY, print) as ring:
+        stream = Batches(ring, sites=SITES, batch_rows=64, seed=5, start=ring.rows("train") - 64, group_chunks=4)
+        asked = iter(stream)
+        asker = threading.Thread(target=lambda: list(asked), daemon=True)
+        asker.start()
+        asker.join(0.5)
+        assert asker.is_alive(), "the last window is not there"
+        stream.close()
+        asker.join(10)
+        assert not asker.is_alive()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("thresher-load")]
+
+
+def test_an_end_that_harvest_has_seen_before_is_no_end(toy: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "ring"
+    for _ in range(2):  # the second time, harvest starts with the cursor of a training that is over
+        with filler(toy, path) as thread, open_ring(path, toy.IDENTITY, print) as ring:
+            batches(ring, 0, 20)
+            assert thread.is_alive()
+            ring.finish()
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_a_damaged_shard_of_a_ring_is_named_and_one_that_was_made_anew_is_read(toy: ModuleType, tmp_path: Path) -> None:
+    with filler(toy, tmp_path / "ring"), open_ring(tmp_path / "ring", toy.IDENTITY, print) as ring:
+        batches(ring, 0, 1)
+    file = tmp_path / "ring" / "train" / SITES[0] / "c.0.0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with open_ring(tmp_path / "ring", toy.IDENTITY, print) as ring, pytest.raises(UserError, match="damaged: chunk 0"):
+        ring.chunk("train", SITES[0], 0)
 
 
 def test_a_ring_follows_one_training(toy: ModuleType, tmp_path: Path) -> None:
@@ -211,4 +250,20 @@ def test_what_goes_wrong_in_making_a_shard_reaches_the_trainer(toy: ModuleType) 
     shards = MemoryShards(plan, fail)
     with pytest.raises(UserError, match="overflows"):
         shards.shard("train", 3)
+    shards.close()
+
+
+def test_whoever_waits_for_a_shard_in_memory_gets_it_however_far_apart_they_ask(toy: ModuleType) -> None:
+    plan = make_plan(toy.IDENTITY, toy.SITES, toy.CONTEXTS, "int8z", 3, "kept", window_bytes=WINDOW_BYTES)
+    made = ShardData({}, np.empty(0), {})
+    shards, got = MemoryShards(plan, lambda split, index: made), []
+    askers = [
+        threading.Thread(target=lambda i=index: [got.append(shards.shard("train", i)) for _ in range(200)])
+        for index in (0, 3, 5, 1)
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join(30)
+    assert len(got) == 800
     shards.close()
