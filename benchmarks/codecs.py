@@ -9,7 +9,7 @@ rows. All are judged on the float32 activations of the model on the test split: 
 layers in place at once (cascade). So two runs of one seed differ by what the codec lost and by what training makes of
 it; the noise to compare with is what another seed changes.
 
-    python benchmarks/codecs.py                                # 3 seeds, two layers; about 8 minutes on 2 cores
+    python benchmarks/codecs.py                                # 3 seeds, two layers; 10 minutes on 2 busy cores
 """
 
 import argparse
