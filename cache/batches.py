@@ -39,6 +39,20 @@ def default_group(batch_rows: int) -> int:
     return max(_GROUP_CHUNKS, 1 << (-(-batch_rows // _ROWS_PER_CHUNK) - 1).bit_length())
 
 
+class Running(NamedTuple):
+    """What ends an iteration."""
+
+    stop: threading.Event
+    """The consumer wants nothing more."""
+    leave: threading.Event
+    """Nothing is to be waited for any more; set also where an error ends the staging, which the consumer is to get."""
+
+    def end(self) -> None:
+        """Both."""
+        self.stop.set()
+        self.leave.set()
+
+
 class Batches:
     """Batches over one split. Iterate; call `close` when done before the iterator is."""
 
@@ -92,17 +106,17 @@ class Batches:
         )
         self.start, self._interrupted = start, interrupted
         self.order = self.request.order()
-        self._stop: threading.Event | None = None
+        self._running: Running | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from `start` on, until `end` or for ever."""
         self.close()
-        stop = self._stop = threading.Event()
+        running = self._running = Running(threading.Event(), threading.Event())
         staged: queue.Queue[Staged | BaseException | None] = queue.Queue(_DEPTH)
-        thread = threading.Thread(target=self._stage, args=(staged, stop), name="thresher-batches", daemon=True)
+        thread = threading.Thread(target=self._stage, args=(staged, running), name="thresher-batches", daemon=True)
         thread.start()
         try:
-            while not stop.is_set():
+            while not running.stop.is_set():
                 try:
                     item = staged.get(timeout=0.1)
                 except queue.Empty:
@@ -115,16 +129,17 @@ class Batches:
                     return
                 yield Batch(item.start, item.finish(), self.request.batch_rows)
         finally:
-            stop.set()
+            running.end()
             thread.join()
 
     def close(self) -> None:
         """Stop the prefetch threads; the iterator ends."""
-        if self._stop is not None:
-            self._stop.set()
+        if self._running is not None:
+            self._running.end()
 
-    def _stage(self, staged: "queue.Queue[Staged | BaseException | None]", stop: threading.Event) -> None:
+    def _stage(self, staged: "queue.Queue[Staged | BaseException | None]", running: "Running") -> None:
         """The thread: stage batch after batch until told to stop."""
+        stop = running.stop
 
         def put(item: Staged | BaseException | None) -> None:
             while not stop.is_set():
@@ -136,7 +151,7 @@ class Batches:
 
         work: Stager | None = None
         try:
-            work, start = stager(self.request, stop), self.start
+            work, start = stager(self.request, running.leave), self.start
             while not stop.is_set() and (
                 self.request.end is None or start + self.request.batch_rows <= self.request.end
             ):
