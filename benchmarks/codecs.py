@@ -15,6 +15,7 @@ it; the noise to compare with is what another seed changes.
 import argparse
 import statistics
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -79,7 +80,7 @@ class Unstored(CacheReader):
             for name, spec in super().arrays(split).items()
         }
 
-    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+    def chunk(self, split: str, name: str, index: int, stop: threading.Event | None = None) -> np.ndarray:
         """[C, …] rows of a chunk."""
         if (split, name) not in self.exact:
             return super().chunk(split, name, index)

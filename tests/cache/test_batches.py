@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ class Exact(CacheReader):
     def arrays(self, split: str) -> dict[str, ArraySpec]:
         return {n: s._replace(dtype=s.dtype.replace("bfloat16", "float32")) for n, s in super().arrays(split).items()}
 
-    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+    def chunk(self, split: str, name: str, index: int, stop: threading.Event | None = None) -> np.ndarray:
         stored = super().chunk(split, name, index)
         if name not in self.sites:
             return stored

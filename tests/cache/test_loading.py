@@ -167,7 +167,7 @@ def test_the_end_is_the_end(wide: Callable[..., Path]) -> None:
     asked: set[int] = set()
     real = reader.chunk
 
-    def watched(split: str, name: str, index: int) -> np.ndarray:
+    def watched(split: str, name: str, index: int, stop: threading.Event | None = None) -> np.ndarray:
         asked.add(index)
         return real(split, name, index)
 
@@ -190,7 +190,7 @@ class _Failing:
             raise AttributeError(name)
         return getattr(self._reader, name)
 
-    def chunk(self, split: str, name: str, index: int) -> np.ndarray:
+    def chunk(self, split: str, name: str, index: int, stop: threading.Event | None = None) -> np.ndarray:
         if index not in self._reader.order(split, 1, 8).chunks(0, 0, 8):
             raise ZeroDivisionError("no such chunk")
         return self._reader.chunk(split, name, index)
