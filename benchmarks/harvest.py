@@ -43,7 +43,6 @@ from thresher.harvest.target import (
     resolve_dtype,
 )
 
-
 DISK_BYTES = 512 << 20
 """Written to time the disk."""
 
