@@ -4,8 +4,8 @@ Activations do not pass here: their shards are written by `shard` and mapped by 
 """
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,20 +36,26 @@ def read_plain(folder: Path, spec: ArraySpec, index: int = 0) -> np.ndarray:
 
 def write_sharded(folder: Path, spec: ArraySpec, array: np.ndarray) -> None:
     """Publish every shard of an array that is in memory; a last chunk that is not full is padded with the fill."""
-    assert spec.shard is not None
-    raw = np.ascontiguousarray(array, raw_dtype(spec.dtype))
-    assert raw.shape == spec.shape
-    for index, start in enumerate(range(0, len(raw), spec.shard[0])):
-        rows = raw[start : start + spec.shard[0]]
-        whole = spec.file_rows(index)
-        pieces: list[Any] = [rows]
-        if whole > len(rows):
-            pieces.append(np.full((whole - len(rows), *spec.shape[1:]), spec.fill, raw.dtype))
-        publish(folder / spec.file_name(index), [*pieces, shard_index(spec, whole)])
+    for index, rows in _by_shard(spec, array):
+        publish(folder / spec.file_name(index), [rows, _tail(spec, index, len(rows))])
+
+
+def repair_sharded(folder: Path, spec: ArraySpec, array: np.ndarray) -> list[Path]:
+    """Write those files of `write_sharded` anew that do not hold what it would write; the files that did not."""
+    wrong = []
+    for index, rows in _by_shard(spec, array):
+        path, tail = folder / spec.file_name(index), _tail(spec, index, len(rows))
+        there = np.fromfile(path, np.uint8) if path.exists() else np.empty(0, np.uint8)
+        body, end = rows.reshape(-1).view(np.uint8), rows.nbytes
+        if not np.array_equal(there[:end], body) or there[end:].tobytes() != tail:
+            publish(path, [rows, tail])
+            wrong.append(path)
+    return wrong
 
 
 def read_sharded(folder: Path, spec: ArraySpec) -> np.ndarray:
-    """The array that `write_sharded` wrote; the caller checks its digest."""
+    """The array that `write_sharded` wrote; the caller checks its digest. Raises UserError naming a file whose size,
+    padding or index is wrong."""
     assert spec.shard is not None
     parts = []
     for index, start in enumerate(range(0, spec.shape[0], spec.shard[0])):
@@ -57,8 +63,36 @@ def read_sharded(folder: Path, spec: ArraySpec) -> np.ndarray:
         check_size(folder / spec.file_name(index), len(data), spec.file_bytes(index))
         count = min(spec.shard[0], spec.shape[0] - start)
         body = np.frombuffer(data, raw_dtype(spec.dtype), count * int(np.prod(spec.shape[1:])))
+        if data[body.nbytes :] != _tail(spec, index, count):
+            raise UserError(
+                f"{folder / spec.file_name(index)} is damaged: the padding or the index at its end is wrong. Restore "
+                f"the file, or remove the cache and harvest again."
+            )
         parts.append(body.reshape(count, *spec.shape[1:]))
     return np.concatenate(parts) if parts else np.empty(spec.shape, raw_dtype(spec.dtype))
+
+
+def _by_shard(spec: ArraySpec, array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, rows) of each shard of an array, in its stored dtype."""
+    assert spec.shard is not None
+    assert array.shape == spec.shape
+    for index, start in enumerate(range(0, len(array), spec.shard[0])):
+        yield index, np.ascontiguousarray(array[start : start + spec.shard[0]], raw_dtype(spec.dtype))
+
+
+def _tail(spec: ArraySpec, index: int, rows: int) -> bytes:
+    """What follows the rows in a shard file: the padding of the last chunk, and the index."""
+    whole = spec.file_rows(index)
+    padding = np.full((whole - rows, *spec.shape[1:]), spec.fill, raw_dtype(spec.dtype))
+    return padding.tobytes() + shard_index(spec, whole)
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file; 0 for one that is not there, or no longer."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def read_file(path: Path) -> bytes:
@@ -71,10 +105,10 @@ def read_file(path: Path) -> bytes:
         ) from None
 
 
-def check_size(path: Path, got: int, expected: int) -> None:
-    """Raise UserError when a file is not as long as the plan says."""
+def check_size(path: Path, got: int, expected: int, advice: str = "") -> None:
+    """Raise UserError when a file is not as long as the plan says; `advice` is what to do beside restoring it."""
     if got != expected:
         raise UserError(
-            f"{path} has the wrong size: expected {expected:,} bytes, got {got:,}. Restore the file, or delete its "
-            f"commit record and MANIFEST.json and run harvest again."
+            f"{path} has the wrong size: expected {expected:,} bytes, got {got:,}. Restore the file"
+            f"{', or have the shard written anew. ' + advice if advice else ', or harvest again elsewhere.'}"
         )

@@ -22,10 +22,31 @@ from thresher.cache.records import canonical, fingerprint
 MANIFEST = "MANIFEST.json"
 ROOT = "zarr.json"
 LOCK = "create.lock"
+PARTS = "parts"
+"""Folder of a cache in which the parts lie that extend it: `<NN>-sites`, `<NN>-tokens`, in order of creation."""
 
 
 def commit_path(root: Path, split: str, index: int) -> Path:
     return root / "commits" / f"{split}.{index}.json"
+
+
+def harvest_again(cache: Path, *, extend: bool) -> str:
+    """The command that goes on with a cache, or with its extensions."""
+    return f"thresher harvest RECIPE --cache {cache}{' --extend' if extend else ''}"
+
+
+def repair(root: Path, plan: Plan, split: str, index: int) -> str:
+    """What to do about a damaged shard of the part at `root`."""
+    return (
+        f"Delete {commit_path(root, split, index)} and {root / MANIFEST}, then run `{_made_by(root, plan)}` with the "
+        f"recipe it was made by: it writes that shard anew, and nothing else."
+    )
+
+
+def _made_by(root: Path, plan: Plan) -> str:
+    """The command that goes on with the part at `root`."""
+    extends = plan.extends is not None
+    return harvest_again(root.parent.parent if extends else root, extend=extends or (root / PARTS).is_dir())
 
 
 def chunk_sums(spec: ArraySpec, rows: np.ndarray) -> list[str]:
@@ -67,20 +88,43 @@ def publish_commit(
             ) from None
 
 
+def missing_record(root: Path, plan: Plan, split: str, index: int) -> UserError:
+    """The error for a commit record that is not there; harvest sees to it by itself."""
+    return UserError(
+        f"{commit_path(root, split, index)} is missing: without its commit record shard {index} of {split!r} does not "
+        f"count. Restore it, or run `{_made_by(root, plan)}` with the recipe it was made by: it writes that shard and "
+        f"{root / MANIFEST} anew, and nothing else."
+    )
+
+
 def read_commit(root: Path, plan: Plan, split: str, index: int) -> dict[str, Any]:
     """A shard's commit record. Raises UserError when it is missing, damaged or of another cache."""
     path = commit_path(root, split, index)
-    if not path.exists():
-        raise UserError(f"{path} is missing: shard {index} of {split!r} is not committed. Run harvest again.")
-    record = read_sealed(path)
+    try:
+        record = read_sealed(path)
+    except FileNotFoundError:
+        raise missing_record(root, plan, split, index) from None
     expected = (split, index, plan.shard_rows_of(split, index), fingerprint(plan.to_json()))
     if (record["split"], record["shard"], record["rows"], record["plan"]) != expected:
         raise UserError(
             f"{path} belongs to another cache: expected split, shard, rows and plan digest {expected}, got "
-            f"{(record['split'], record['shard'], record['rows'], record['plan'])}. Restore the right file, or delete "
-            f"it and MANIFEST.json and run harvest again."
+            f"{(record['split'], record['shard'], record['rows'], record['plan'])}. Restore the right file, or have "
+            f"the shard written anew. {repair(root, plan, split, index)}"
         )
     return record
+
+
+def check_calibration(root: Path, record: Mapping[str, Any], digest: str | None) -> None:
+    """Raise UserError unless the rows of a shard were stored with the calibration that is there now.
+
+    `record` is the shard's commit record, `digest` that of what is there (`stored.calibration_digest`).
+    """
+    if record["calibration"] != digest:
+        raise UserError(
+            f"{root / 'calibration'} is not the one that shard {record['shard']} of {record['split']!r} was stored "
+            f"with: expected μ and σ with the digest {record['calibration']}, got {digest}. Restore the folder, or "
+            f"remove the cache and harvest again."
+        )
 
 
 def shard_files(plan: Plan, split: str, index: int, arrays: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -105,6 +149,11 @@ def committed(root: Path, plan: Plan) -> set[tuple[str, int]]:
         for index in range(sizes.shards)
         if commit_path(root, split, index).exists()
     }
+
+
+def is_complete(root: Path, plan: Plan) -> bool:
+    """Whether a part was declared complete and every shard still has its commit record."""
+    return (root / MANIFEST).exists() and len(committed(root, plan)) == sum(s.shards for s in plan.splits.values())
 
 
 def file_digest(path: Path) -> str:

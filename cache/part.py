@@ -14,23 +14,35 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from thresher.cache.arrays import check_size, read_file, read_plain
+from thresher.cache.arrays import check_size, file_size, read_file, read_plain
 from thresher.cache.codec import Calibration
-from thresher.cache.commit import MANIFEST, ROOT, committed, read_commit, shard_files
+from thresher.cache.commit import (
+    MANIFEST,
+    PARTS,
+    ROOT,
+    check_calibration,
+    commit_path,
+    committed,
+    harvest_again,
+    missing_record,
+    read_commit,
+    repair,
+    shard_files,
+)
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.layout import ArraySpec, Contexts, calibration_array, chunk_index, crc32c, raw_dtype, stats_array
 from thresher.cache.plan import Plan
 from thresher.cache.publish import read_sealed
 from thresher.cache.stats import SiteStats
-from thresher.cache.stored import read_calibration, read_contexts, read_root
+from thresher.cache.stored import calibration_digest, read_calibration, read_contexts, read_root
 
 ALIGNMENT = 4096
 """Bytes to which address, offset and length of a read past the page cache are aligned."""
@@ -76,17 +88,20 @@ class Part:
             )
         if not (path / MANIFEST).exists():
             total = sum(sizes.shards for sizes in plan.splits.values())
+            command = harvest_again(path, extend=(path / PARTS).is_dir())
             raise UserError(
                 f"the cache {path} is incomplete: {len(committed(path, plan))} of {total} shards are committed and "
-                f"there is no {MANIFEST}. Run the same harvest again; it goes on where it stopped."
+                f"there is no {MANIFEST}. Run the same harvest again (`{command}`); it goes on where it stopped."
             )
         part = cls(path, plan, facts, read_sealed(path / MANIFEST))
         part.side_file(ROOT)
         for split, index in part.shards():
+            if not commit_path(path, split, index).exists():
+                raise missing_record(path, plan, split, index)
             arrays = part.commit(split, index)["arrays"] if plan.codec == "bf16-lz4" else {}
             for name, size in shard_files(plan, split, index, arrays).items():
-                file = path / name
-                check_size(file, file.stat().st_size if file.exists() else 0, size)
+                got = file_size(path / name)
+                check_size(path / name, got, size, repair(path, plan, split, index) if got != size else "")
         return part
 
     def shards(self) -> Iterator[tuple[str, int]]:
@@ -117,6 +132,11 @@ class Part:
         spec = calibration_array(self.sites[site])
         self.side_file(f"calibration/{site}/{spec.file_name(0)}")
         return read_calibration(self.path, self.sites[site])
+
+    @cached_property
+    def _calibration_digest(self) -> str | None:
+        """As commit records have it, of what is there."""
+        return calibration_digest(self.plan, {name: c for name in self.sites if (c := self.calibration(name))})
 
     def contexts(self, split: str) -> Contexts:
         """The packed tokens of a split, checked against their digests."""
@@ -161,10 +181,11 @@ class Part:
         stored = np.empty(length, np.uint8) if file.packed else flat
         assert len(stored) == length
         aligned = not (offset % ALIGNMENT or length % ALIGNMENT or stored.ctypes.data % ALIGNMENT)
-        self._pread(file.path, stored, offset, direct=direct and aligned)
+        advice = partial(repair, self.path, self.plan, split, shard)
+        self._pread(file.path, stored, offset, advice, direct=direct and aligned)
         self._check(split, name, index, stored, file, inner)
         if file.packed:
-            _unpack(stored, flat, file.path, inner)
+            _unpack(stored, flat, file.path, inner, advice)
 
     def _check(self, split: str, name: str, index: int, stored: np.ndarray, file: ShardFile, inner: int) -> None:
         """Compare the stored bytes of a chunk with its commit record, once a process."""
@@ -177,13 +198,12 @@ class Part:
                 shard = index // (self.plan.shard_rows // self.plan.chunk_rows)
                 raise UserError(
                     f"the cache {self.path} is damaged: chunk {inner} of shard {shard} of {split}/{name} does not "
-                    f"match its checksum. Delete commits/{split}.{shard}.json and MANIFEST.json and run harvest again "
-                    f"to write that shard anew."
+                    f"match its checksum. {repair(self.path, self.plan, split, shard)}"
                 )
             checked[index] = True
 
-    def _pread(self, path: Path, out: np.ndarray, offset: int, *, direct: bool) -> None:
-        """Fill `out` from a place in a file. Raises UserError when the file is shorter or cannot be read."""
+    def _pread(self, path: Path, out: np.ndarray, offset: int, advice: Callable[[], str], *, direct: bool) -> None:
+        """Fill `out` from a place in a file. Raises UserError, with advice, when it is shorter or cannot be read."""
         direct = direct and self._direct and hasattr(os, "O_DIRECT")
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
@@ -194,19 +214,21 @@ class Part:
         except OSError as error:
             if direct and error.errno == errno.EINVAL:  # this file system wants it otherwise: through the page cache
                 self._direct = False
-                return self._pread(path, out, offset, direct=False)
-            raise UserError(f"cannot read {path}: {error.strerror}. Restore the file or run harvest again.") from error
+                return self._pread(path, out, offset, advice, direct=False)
+            raise UserError(f"cannot read {path}: {error.strerror}. Restore the file, or: {advice()}") from error
         if got != out.nbytes:
             raise UserError(
                 f"{path} is shorter than it was: expected {out.nbytes:,} bytes at {offset:,}, got {got:,}. Restore the "
-                f"file, or delete its commit record and MANIFEST.json and run harvest again."
+                f"file, or have the shard written anew. {advice()}"
             )
         return None
 
     def _read_sums(self, split: str, shard: int) -> dict[str, tuple[np.ndarray, np.ndarray | None, int]]:
         """By array: CRC32C of every chunk, their lengths where they vary, and the size of the file."""
         out = {}
-        for name, entry in self.commit(split, shard)["arrays"].items():
+        record = self.commit(split, shard)
+        check_calibration(self.path, record, self._calibration_digest)
+        for name, entry in record["arrays"].items():
             sums = np.array([int(digits, 16) for digits in entry["crc32c"]], np.uint32)
             lengths = np.array(entry["lengths"], np.int64) if entry.get("lengths") else None
             out[name] = (sums, lengths, int(entry["bytes"]))
@@ -220,11 +242,12 @@ class Part:
             lengths = np.full(len(sums), spec.chunk[0] * spec.row_bytes, np.int64)
         path = self.path / split / name / spec.file_name(shard)
         file = ShardFile(path, np.cumsum(lengths) - lengths, lengths, sums, spec.compressed)
-        check_size(path, path.stat().st_size if path.exists() else 0, size)
+        advice = partial(repair, self.path, self.plan, split, shard)
+        check_size(path, file_size(path), size, advice())
         tail = np.empty(size - int(lengths.sum()), np.uint8)
-        self._pread(path, tail, int(lengths.sum()), direct=False)
+        self._pread(path, tail, int(lengths.sum()), advice, direct=False)
         if tail.tobytes() != chunk_index(spec, lengths.tolist()):
-            raise UserError(f"{path} is damaged: the index at its end is wrong. Restore the file, or harvest again.")
+            raise UserError(f"{path} is damaged: the index at its end is wrong. Restore the file, or: {advice()}")
         return file
 
     def _open_map(self, split: str, name: str, shard: int) -> np.ndarray:
@@ -238,12 +261,12 @@ class Part:
         return view
 
 
-def _unpack(stored: np.ndarray, out: np.ndarray, path: Path, chunk: int) -> None:
+def _unpack(stored: np.ndarray, out: np.ndarray, path: Path, chunk: int, advice: Callable[[], str]) -> None:
     """Decompress a chunk; other threads run meanwhile."""
     from numcodecs import blosc
 
     try:
         got = blosc.decompress(stored, out)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: chunk {chunk} cannot be decompressed ({error}). Harvest that shard again.") from error
+        raise UserError(f"{path}: chunk {chunk} cannot be decompressed ({error}). {advice()}") from error
     assert np.frombuffer(got, np.uint8).nbytes == out.nbytes

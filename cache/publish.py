@@ -32,8 +32,22 @@ PAGE = 4096
 _DIRECT_BYTES = 1 << 20  # smaller pieces gain nothing
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class DiskFullError(UserError):
+    """A file that does not fit: the disk, a quota or a file-size limit is reached."""
+
+    def __init__(self, what: str, needed: int, free: int) -> None:
+        """`what` could not be written and why, the bytes of the file, and those that are free without it."""
+        self.reason = f"{what} A quota or a file-size limit may be lower than the {free:,} bytes that are free."
+        missing = f": {needed - free:,} bytes are missing" if needed > free else ""
+        super().__init__(
+            f"{what} It needs {needed:,} bytes and {free:,} are free there{missing} (a quota or a file-size limit may "
+            f"be lower). Everything committed before stays valid: make room, then run the same command again and it "
+            f"goes on from there."
+        )
 
 
 def publish(path: Path, pieces: Iterable[bytes | np.ndarray], *, exclusive: bool = False, direct: bool = False) -> None:
@@ -56,6 +70,7 @@ def publish(path: Path, pieces: Iterable[bytes | np.ndarray], *, exclusive: bool
             temporary.unlink(missing_ok=True)
         flush_directory(path.parent)
     except FileExistsError:
+        flush_directory(path.parent)  # whoever goes on because the name is there needs it durable too
         raise
     except OSError as error:
         raise explained(error, path, sum(map(len, views))) from error
@@ -69,6 +84,7 @@ def _flat(piece: bytes | np.ndarray) -> Any:
 def _write(path: Path, views: Iterable[memoryview], direct: bool) -> None:
     """Create a file with the given bytes and flush it; on any failure it is removed again."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    direct = direct and hasattr(os, "O_DIRECT")
     try:
         try:
             offset = 0
@@ -150,12 +166,11 @@ def flush_directory(path: Path) -> None:
 def explained(error: OSError, path: Path, needed: int) -> Exception:
     """The error in the user's terms where it is the user's to solve, else itself."""
     if error.errno in _NO_SPACE:
-        free = free_bytes(path)
-        missing = f": {needed - free:,} bytes are missing" if needed > free else ""
+        return DiskFullError(f"cannot write {path}: {error.strerror}.", needed, free_bytes(path))
+    if error.errno == errno.EIO:
         return UserError(
-            f"cannot write {path}: {error.strerror}. It needs {needed:,} bytes and {free:,} are free there{missing} (a "
-            f"quota or a file-size limit may be lower). Everything committed before stays valid: make room, "
-            f"then run the same command again and it goes on from there."
+            f"cannot write {path}: {error.strerror}. The device failed, it is not full: look into the system's log and "
+            f"choose a place on another device with --cache PATH. What was committed before is as good as the device."
         )
     if error.errno in _DENIED:
         return UserError(

@@ -2,14 +2,12 @@
 
 Parts of kind `sites` add sites to rows that are there; parts of kind `tokens` add rows, a segment each, at all sites of
 the cache. Chunks of a split are numbered through the segments, the base's first, so that everything above sees one
-cache. A part that is not complete does not count.
+cache. A part that is in the making does not count; one that was finished and is lost is refused (`index`).
 
 While a reader is open it holds a shared lock, so that nothing is pruned under it.
 """
 
-import fcntl
 import json
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,16 +22,17 @@ from torch import Tensor
 
 from thresher.cache import stats
 from thresher.cache.codec import Calibration, decode
-from thresher.cache.commit import MANIFEST, ROOT, shard_files
+from thresher.cache.commit import MANIFEST, PARTS, ROOT, harvest_again, is_complete, shard_files
 from thresher.cache.contracts import Site, UserError
+from thresher.cache.index import INDEX, loss, read_index
 from thresher.cache.layout import KEPT, PROVENANCE, ArraySpec, Codec, Contexts, Store, known_split, raw_dtype
-from thresher.cache.locks import READ
+from thresher.cache.locks import READ, Lock, share
 from thresher.cache.order import SPLITS, ReadOrder
 from thresher.cache.part import Part
 from thresher.cache.records import differences, fingerprint, nearest
 from thresher.cache.sites import unmet
 from thresher.cache.stats import SiteStats
-from thresher.cache.stored import PARTS
+from thresher.cache.stored import read_root
 
 _SAMPLED_CHUNKS = 16
 
@@ -73,7 +72,8 @@ class Segment:
 class CacheReader:
     """A complete cache, opened for reading; a `source.Source`. Use `open`."""
 
-    def __init__(self, path: Path, segments: list[Segment], incomplete: list[str]) -> None:
+    def __init__(self, path: Path, segments: list[Segment], incomplete: list[str], lock: Lock | None = None) -> None:
+        """`lock` is freed with the reader."""
         self.path, self.segments, self.incomplete = path, segments, incomplete
         base = segments[0].base
         self.plan, self.facts = base.plan, base.facts
@@ -87,20 +87,23 @@ class CacheReader:
         }
         self._holding = {split: [segment.holding(split) for segment in segments] for split in SPLITS}
         self._starts = {split: np.cumsum([0, *(s.base.rows(split) for s in segments)]) for split in SPLITS}
-        descriptor = _shared_lock(path)
-        self.close: Callable[[], object] = (
-            weakref.finalize(self, os.close, descriptor) if descriptor is not None else lambda: None
-        )
+        self.close: Callable[[], object] = weakref.finalize(self, lock.release) if lock is not None else lambda: None
         """Let go of the lock; may be called again. What was read stays valid."""
 
     @classmethod
     def open(cls, path: Path, *, identity: Mapping[str, Any] | None = None) -> "CacheReader":
         """Open the cache at `path` with every complete part that extends it.
 
-        Raises UserError when it is missing, incomplete, damaged, newer than this program, or, with `identity`, made
-        of something else; a cache that holds more sites than the identity asks for serves it too.
+        Raises UserError when it is missing, incomplete, damaged, newer than this program, being pruned, or, with
+        `identity`, made of something else; a cache that holds more sites than the identity asks for serves it too.
         """
-        reader = cls(path, *_joined(path))
+        lock = share(path / READ)  # before anything is looked at, or it might be pruned meanwhile
+        try:
+            reader = cls(path, *_joined(path), lock)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
         lines = [] if identity is None else reader.unlike(identity)
         if lines:
             reader.close()
@@ -348,8 +351,11 @@ class CacheReader:
 
 
 def find_complete(path: Path, identity: Mapping[str, Any]) -> CacheReader | None:
-    """The finished cache that serves this identity at `path`, or None; what else may be there is not judged."""
-    if not (path / MANIFEST).exists() or not (path / ROOT).exists():
+    """The finished cache that serves this identity at `path`, or None; what else may be there is not judged.
+
+    None also for one that lost commit records since: the harvest that made it writes those shards anew.
+    """
+    if not (path / MANIFEST).exists() or not (path / ROOT).exists() or not is_complete(path, read_root(path).plan):
         return None
     reader = CacheReader.open(path)
     if reader.unlike(identity):
@@ -366,14 +372,24 @@ def as_codes(raw: np.ndarray) -> Tensor:
 
 
 def _joined(path: Path) -> tuple[list[Segment], list[str]]:
-    """The segments of the cache at `path`, and the names of parts that are not complete."""
-    segments, complete, incomplete = [Segment(Part.open(path))], [], []
-    folder = path / PARTS
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if (entry / MANIFEST).exists() and (entry / ROOT).exists():
-            complete.append(Part.open(entry))
-        elif entry.is_dir():
-            incomplete.append(f"{PARTS}/{entry.name}")
+    """The segments of the cache at `path`, and the names of parts in the making.
+
+    Raises UserError when a part that was finished is not there as it was.
+    """
+    segments, incomplete = [Segment(Part.open(path))], []
+    listed, folder = read_index(path), path / PARTS
+    for name, entry in sorted(listed.items()):
+        lost = loss(path, name, entry)
+        if lost is not None:
+            raise UserError(
+                f"the cache {path} is damaged: {PARTS}/{INDEX} lists {PARTS}/{name} as finished, but {lost}. Restore "
+                f"it from a copy, or run `{harvest_again(path, extend=True)}` with the recipe that added it: it writes "
+                f"what is missing, and nothing else."
+            )
+    complete = [Part.open(folder / name) for name in sorted(listed)]
+    for each in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if each.is_dir() and each.name not in listed:
+            incomplete.append(f"{PARTS}/{each.name}")
     for kind in ("tokens", "sites"):
         for part in complete:
             extends = part.plan.extends
@@ -390,26 +406,6 @@ def _joined(path: Path) -> tuple[list[Segment], list[str]]:
                 else:
                     owner.parts.append(part)
     return segments, incomplete
-
-
-def _shared_lock(path: Path) -> int | None:
-    """Descriptor of a shared lock on the cache; None where its writer left no lock file or locks are not to be had.
-
-    Raises UserError while the cache is being removed.
-    """
-    try:
-        descriptor = os.open(path / READ, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"the cache {path} is being pruned by another process. Wait for it to end.") from None
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _without_sites(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The writer resumes from this, an extension starts from it, and the reader opens 
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,11 @@ import torch
 
 from thresher.cache.arrays import read_plain, read_sharded
 from thresher.cache.codec import Calibration
-from thresher.cache.commit import MANIFEST, ROOT
+from thresher.cache.commit import PARTS, ROOT, is_complete
 from thresher.cache.contracts import Site, UserError
+from thresher.cache.index import is_listed
 from thresher.cache.layout import CONTEXT_ARRAYS, FORMAT, VERSION, Contexts, calibration_array
 from thresher.cache.plan import Extends, Plan
-
-PARTS = "parts"
-"""Folder of a cache in which the parts lie that extend it: `<NN>-sites`, `<NN>-tokens`, in order of creation."""
 
 
 class Root(NamedTuple):
@@ -39,8 +38,8 @@ class Stored(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether it was declared complete."""
-        return (self.path / MANIFEST).exists()
+        """Whether it was declared complete, an extension also to its cache, and no commit record was lost since."""
+        return is_complete(self.path, self.plan) and (self.plan.extends is None or is_listed(self.path))
 
 
 def read_root(path: Path) -> Root:
@@ -90,7 +89,10 @@ def read_contexts(path: Path, plan: Plan, split: str) -> Contexts:
         folder = path / split / "contexts" / name
         array = read_sharded(folder, plan.context_arrays(split)[name])
         if hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() != plan.splits[split].sha256[name]:
-            raise UserError(f"{folder} is damaged: its digest differs from the plan's. Harvest again elsewhere.")
+            raise UserError(
+                f"{folder} is damaged: the digest of its tokens differs from the plan's in {path / ROOT}. Restore its "
+                f"files c.*, or remove the cache and harvest again."
+            )
         arrays[name] = array
     return Contexts(**arrays)
 
@@ -104,3 +106,18 @@ def read_calibration(path: Path, site: Site) -> Calibration:
     """μ and σ of a site, as the part at `path` holds them. Raises UserError when they are missing or damaged."""
     mean, std = torch.from_numpy(read_plain(path / "calibration" / site.name, calibration_array(site)).copy())
     return Calibration(mean, std)
+
+
+def read_calibrations(path: Path, plan: Plan) -> dict[str, Calibration]:
+    """μ and σ of every site of the part at `path`, by name; {} where its codec has none."""
+    return {site.name: read_calibration(path, site) for site in plan.sites} if plan.codec == "int8z" else {}
+
+
+def calibration_digest(plan: Plan, by_site: Mapping[str, Calibration]) -> str | None:
+    """SHA-256 over μ and σ of all sites, as commit records have it; None where there are none."""
+    if not by_site:
+        return None
+    digest = hashlib.sha256()
+    for site in plan.sites:
+        digest.update(by_site[site.name].as_array().data)
+    return digest.hexdigest()

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from thresher.cache.arrays import read_plain
-from thresher.cache.commit import MANIFEST, ROOT, commits_digest, file_digest, read_commit, shard_files
+from thresher.cache.commit import MANIFEST, PARTS, ROOT, commits_digest, file_digest, read_commit, shard_files
 from thresher.cache.contracts import UserError
+from thresher.cache.index import INDEX, loss, read_index
 from thresher.cache.layout import ArraySpec, chunk_index, crc32c
 from thresher.cache.plan import Plan
 from thresher.cache.publish import read_sealed
-from thresher.cache.stored import PARTS, read_root
+from thresher.cache.records import canonical
+from thresher.cache.stored import calibration_digest, read_calibrations, read_contexts, read_root
 
 Progress = Callable[[int], None]
 """Told of bytes that were read."""
@@ -41,8 +43,9 @@ def faults(path: Path, progress: Progress | None = None) -> list[str]:
     Raises UserError when there is no finished cache at all.
     """
     tell = progress or (lambda count: None)
-    found: list[str] = []
-    for root in _roots(path):
+    roots = _roots(path)
+    found = _lost_parts(path)
+    for root in roots:
         prefix = "" if root == path else f"{root.relative_to(path)}/"
         try:
             part = _Part(root, prefix, read_root(root).plan, read_sealed(root / MANIFEST))
@@ -59,13 +62,33 @@ def total_bytes(path: Path) -> int:
 
 
 def _roots(path: Path) -> list[Path]:
-    """The complete parts of a cache."""
+    """The parts of a cache that were finished, as far as they are there; all with a manifest if nobody can tell."""
     if not (path / MANIFEST).exists():
         read_root(path)
         raise UserError(f"{path} is not complete: {MANIFEST} is missing. Run the same harvest again, then verify.")
-    folder = path / PARTS
-    parts = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path, *(part for part in parts if (part / MANIFEST).exists())]
+    try:
+        parts = [path / PARTS / name for name in sorted(read_index(path))]
+    except UserError:
+        parts = sorted((path / PARTS).glob("*-*"))
+    return [path, *(part for part in parts if (part / MANIFEST).exists() and (part / ROOT).exists())]
+
+
+def _lost_parts(path: Path) -> list[str]:
+    """What the index lists and is not there as it was; the index itself, if it is damaged."""
+    try:
+        lost = {name: loss(path, name, entry) for name, entry in sorted(read_index(path).items())}
+    except UserError as error:
+        return [f"{PARTS}/{INDEX}: {error}"]
+    return [f"{PARTS}/{name}: listed in {PARTS}/{INDEX} as finished, but {why}" for name, why in lost.items() if why]
+
+
+def in_the_making(path: Path) -> list[str]:
+    """Names of the extensions that were not finished: they do not count, and are no fault."""
+    try:
+        listed = read_index(path)
+    except UserError:
+        return []
+    return [f"{PARTS}/{part.name}" for part in sorted((path / PARTS).glob("*-*")) if part.name not in listed]
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -80,11 +103,14 @@ def _part_faults(part: _Part, progress: Progress) -> list[str]:
     """Every fault of one part: shards in order, then the other files, then files that nobody knows."""
     plan, found, known = part.plan, list[str](), {MANIFEST, *part.manifest["files"]}
     work: list[Callable[[], list[str]]] = []
+    calibrated: dict[str | None, list[str]] = {}
     for split, sizes in plan.splits.items():
         for index in range(sizes.shards):
             known.add(f"commits/{split}.{index}.json")
             try:
-                arrays = read_commit(part.root, plan, split, index)["arrays"]
+                record = read_commit(part.root, plan, split, index)
+                arrays = record["arrays"]
+                calibrated.setdefault(record["calibration"], []).append(f"commits/{split}.{index}.json")
                 files = shard_files(plan, split, index, arrays)
             except (UserError, KeyError):
                 specs = plan.sharded_arrays(split) | {"moments": plan.moments_array(split)}
@@ -98,7 +124,8 @@ def _part_faults(part: _Part, progress: Progress) -> list[str]:
             found += _moments_faults(part, split, index, arrays["moments"]["crc32c"])
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="thresher-verify") as pool:
         found += [line for lines in pool.map(lambda job: job(), work) for line in lines]
-    found += _side_faults(part)
+    sides = list(_side_faults(part))
+    found += sides or [*_plan_faults(part), *_calibration_faults(part, calibrated)]
     if not found and commits_digest(part.root, plan) != part.manifest["commits"]:
         found.append(
             f"{part.prefix}commits: the records are sound one by one, but not the ones that MANIFEST.json was made of"
@@ -170,6 +197,30 @@ def _moments_faults(part: _Part, split: str, index: int, sums: list[str]) -> lis
     if [f"{crc32c(moments):08x}"] != sums:
         return [f"{part.prefix}{split}/moments/{spec.file_name(index)}: does not match its checksum"]
     return []
+
+
+def _plan_faults(part: _Part) -> Iterator[str]:
+    """The checks of files that the manifest vouches for against the plan: they may have been wrong before it."""
+    for name, document in part.plan.documents().items():
+        if (part.root / name).read_bytes() != canonical(document):
+            yield f"{part.prefix}{name}: is not what the plan in {ROOT} says"
+    for split in () if part.plan.rows_stored_elsewhere else part.plan.splits:
+        try:
+            read_contexts(part.root, part.plan, split)
+        except UserError as error:
+            yield f"{part.prefix}{split}/contexts: {error}"
+
+
+def _calibration_faults(part: _Part, calibrated: dict[str | None, list[str]]) -> Iterator[str]:
+    """The check of μ and σ against the records of the shards that were stored with them, by digest."""
+    try:
+        there = calibration_digest(part.plan, read_calibrations(part.root, part.plan))
+    except UserError as error:
+        yield f"{part.prefix}calibration: {error}"
+        return
+    others = [record for digest, records in calibrated.items() if digest != there for record in records]
+    if others:
+        yield f"{part.prefix}calibration: not the one that {len(others)} shards were stored with ({others[0]} …)"
 
 
 def _side_faults(part: _Part) -> Iterator[str]:

@@ -12,12 +12,11 @@ Publishing happens in a background thread while the next shard is being computed
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,20 +24,32 @@ from typing import Any
 import numpy as np
 
 from thresher.cache import stats
-from thresher.cache.arrays import check_size, read_plain, write_plain, write_sharded
+from thresher.cache.arrays import (
+    check_size,
+    file_size,
+    read_file,
+    read_plain,
+    repair_sharded,
+    write_plain,
+    write_sharded,
+)
 from thresher.cache.buffers import Buffers
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import (
     MANIFEST,
+    PARTS,
     ROOT,
+    check_calibration,
     commit_path,
     committed,
     publish_commit,
     publish_manifest,
     read_commit,
+    repair,
     shard_files,
 )
 from thresher.cache.contracts import Site, UserError
+from thresher.cache.index import begin_index, enter, is_listed
 from thresher.cache.layout import (
     Codec,
     Contexts,
@@ -55,10 +66,18 @@ from thresher.cache.memory import available_memory
 from thresher.cache.order import Stream
 from thresher.cache.pieces import shard_file
 from thresher.cache.plan import Extends, Plan, context_array, make_plan
-from thresher.cache.publish import flush_directory, free_bytes, publish, write_json
-from thresher.cache.records import differences
+from thresher.cache.publish import DiskFullError, flush_directory, free_bytes, publish, write_json
+from thresher.cache.records import canonical, differences
 from thresher.cache.shard import ShardData, ShardWriter
-from thresher.cache.stored import extended_part, has_calibration, parts, read_calibration, read_root
+from thresher.cache.stored import (
+    calibration_digest,
+    extended_part,
+    has_calibration,
+    parts,
+    read_calibration,
+    read_calibrations,
+    read_root,
+)
 
 _SLACK = 1.02  # of the estimate: metadata, indices, file-system blocks
 _POLL_SECONDS = 0.2
@@ -143,8 +162,9 @@ class CacheWriter:
         finally:
             create.release()
         try:
+            digest = calibration_digest(plan, writer._calibrations)
             for split, index in sorted(writer._committed):
-                writer._check_shard(split, index)
+                writer._check_there(split, index, digest)
         except BaseException:
             writer.close()
             raise
@@ -236,28 +256,65 @@ class CacheWriter:
         return ShardWriter(self, split, index, source, self._contexts[split])
 
     def finalize(self) -> None:
-        """Check all that was committed, write the statistics and declare the cache complete; once, by one process."""
+        """Check all that was committed, write the statistics and declare the part complete; once, by one process.
+
+        An extension is then entered in the index of its cache; one killed in between is checked again first.
+        """
         self.settle()
         missing = self.pending()
         assert not missing, f"{len(missing)} shards are not committed"
         create = hold(self.path / CREATE, lambda: self._notify(f"waiting for another process to finish {self.path}"))
         try:
-            if (self.path / MANIFEST).exists():
+            if (self.path / MANIFEST).exists() and (self.plan.extends is None or is_listed(self.path)):
                 return
+            digest = calibration_digest(self.plan, read_calibrations(self.path, self.plan))
             for split, index in self._order:
-                self._check_shard(split, index)
+                self._check_shard(split, index, digest)
+            self.repair_plan()
             self.write_statistics(range(self.plan.splits["train"].shards))
-            self._collect(self.path.rglob("*.tmp"))
+            self._collect(self._leftovers())
             publish_manifest(self.path, self.plan)
             self._collect(self.path.glob("commits/*.lock"))
         finally:
             create.release()
+        if self.plan.extends is not None:
+            cache = self.path.parent.parent
+            create = hold(cache / CREATE, lambda: self._notify(f"waiting for another process to plan {cache}"))
+            try:
+                enter(cache, self.path.name, self.plan)
+            finally:
+                create.release()
+
+    def repair_plan(self) -> None:
+        """Write anew what follows from the plan and is not as it was written, so that no manifest vouches for it."""
+        root = {"thresher": {**self.plan.to_json(), "facts": read_root(self.path).facts}}
+        wrong = []
+        for name, document in {ROOT: group_json(root), **self.plan.documents()}.items():
+            if read_file(self.path / name) != canonical(document):
+                write_json(self.path / name, document)
+                wrong.append(self.path / name)
+        for split, packed in self._contexts.items():
+            for name, spec in self.plan.context_arrays(split).items():
+                folder = self.path / split / "contexts" / name
+                wrong += repair_sharded(folder, spec, context_array(packed, name))
+        for path in wrong:
+            self._notify(f"{path} was damaged or changed; it was written anew")
 
     def write_statistics(self, shards: Iterable[int]) -> None:
-        """Publish the statistics over some train shards: their moments merged, in the order given."""
+        """Publish the statistics over some train shards: their moments merged, in the order given.
+
+        Raises UserError when the moments are not those of the shard's commit record.
+        """
         plan, spec = self.plan, self.plan.moments_array("train")
         folder = self.path / "train" / "moments"
-        packed = [read_plain(folder, spec, i)[0] for i in shards]
+        packed = []
+        for i in shards:
+            packed.append(read_plain(folder, spec, i)[0])
+            if read_commit(self.path, plan, "train", i)["arrays"]["moments"] != _moments_entry(packed[-1]):
+                raise UserError(
+                    f"{folder / spec.file_name(i)} is damaged: it does not match the checksum in its commit record. "
+                    f"Restore the file, or have the shard written anew. {repair(self.path, plan, 'train', i)}"
+                )
         by_mask = [[stats.unpack(plan.sites, shard[mask]) for shard in packed] for mask in range(2)]
         for site in plan.sites:
             kept, special = (stats.merged(s[site.name] for s in each) for each in by_mask)
@@ -274,12 +331,17 @@ class CacheWriter:
         lock = try_hold(commit_path(self.path, split, index).with_suffix(".lock"))
         if lock is None:
             return
-        arrays = read_commit(self.path, self.plan, split, index)["arrays"]
-        commit_path(self.path, split, index).unlink(missing_ok=True)
-        flush_directory(self.path / "commits")
-        self._committed.discard((split, index))
-        self._collect(self.path / name for name in shard_files(self.plan, split, index, arrays))
-        lock.remove()
+        try:
+            self._committed.discard((split, index))
+            if not commit_path(self.path, split, index).exists():  # another was faster
+                return
+            arrays = read_commit(self.path, self.plan, split, index)["arrays"]
+            commit_path(self.path, split, index).unlink()
+            flush_directory(self.path / "commits")
+            self._collect(self.path / name for name in shard_files(self.plan, split, index, arrays))
+            lock.remove()
+        finally:
+            lock.release()
 
     def settle(self) -> None:
         """Wait for the shard being published, and raise what went wrong with it."""
@@ -337,6 +399,9 @@ class CacheWriter:
     def _publish(self, split: str, index: int, finish: Callable[[], ShardData]) -> None:
         try:
             self._publish_held(split, index, finish)
+        except DiskFullError as error:
+            needed, free = int(_SLACK * self._bytes_of([(split, index)])), free_bytes(self.path)
+            raise UserError(f"{error.reason} For the cache {self.path}, {self._lack(needed, free)}") from error
         finally:
             if (split, index) in self._held:
                 self._held.pop((split, index)).release()
@@ -352,12 +417,15 @@ class CacheWriter:
                 publish(self.path / split / name / spec.file_name(index), file.pieces, direct=self.direct)
             return name, file.entry
 
-        arrays = dict(self._files.map(one, specs))
+        files = [self._files.submit(one, name) for name in specs]
+        wait(files)  # all of them, also when one failed: the shard's lock is free after this
+        arrays = dict(file.result() for file in files)
         moments = self.plan.moments_array(split)
         if not there:
             write_plain(self.path / split / "moments", moments, data.moments[None], index)
-        arrays["moments"] = {"bytes": data.moments.nbytes + 4, "crc32c": [f"{crc32c(data.moments):08x}"]}
-        publish_commit(self.path, self.plan, split, index, arrays, data.quality, self._calibration_digest())
+        arrays["moments"] = _moments_entry(data.moments)
+        digest = calibration_digest(self.plan, self._calibrations)
+        publish_commit(self.path, self.plan, split, index, arrays, data.quality, digest)
         self.buffers.give(data.arrays.values())
         self._committed.add((split, index))
 
@@ -398,6 +466,13 @@ class CacheWriter:
         self._held[shard] = lock
         return True
 
+    def _leftovers(self) -> Iterator[Path]:
+        """Temporary files of this part; those below parts/ are of others, which may be at work."""
+        for folder, inside, names in os.walk(self.path):
+            if Path(folder) == self.path and PARTS in inside:
+                inside.remove(PARTS)
+            yield from (Path(folder) / name for name in names if name.endswith(".tmp"))
+
     def _collect(self, leftovers: Iterable[Path]) -> None:
         """Remove files that nobody needs any more."""
         for file in list(leftovers):
@@ -422,8 +497,10 @@ class CacheWriter:
             self._check_same(read_root(self.path).plan)
         self._committed = committed(self.path, self.plan)
         self._require_space(self._to_come(), planned=root.exists())
+        if self.plan.extends is not None:
+            begin_index(self.path.parent.parent)
         if not root.exists():
-            self._collect(self.path.rglob("*.tmp"))
+            self._collect(self._leftovers())
             for split, packed in self._contexts.items():
                 for name, spec in self.plan.context_arrays(split).items():
                     write_sharded(self.path / split / "contexts" / name, spec, context_array(packed, name))
@@ -441,32 +518,50 @@ class CacheWriter:
 
     def _check_same(self, stored: Plan) -> None:
         """Raise UserError when the directory was planned otherwise."""
-        lines = differences(stored.identity, self.plan.identity)
-        lines = lines or differences(stored.to_json(), self.plan.to_json())
+        lines = differences(self.plan.identity, stored.identity)
+        lines = lines or differences(self.plan.to_json(), stored.to_json())
         if lines:
             raise UserError(
-                f"{self.path} holds another cache; what differs (stored, then asked for): {'; '.join(lines)}. Choose "
+                f"{self.path} holds another cache: {'; '.join(lines)} ('expected' is this recipe's). Choose "
                 f"another place with --cache PATH, or remove that directory if it is no longer wanted."
             )
 
     def _require_space(self, shards: Sequence[Shard], *, planned: bool = True) -> None:
         """Raise UserError unless the disk has room for shards, those being published, and the plan if it is to come."""
         tokens = 0 if planned else self.bytes_needed() - self._bytes_of(self._to_come())
-        needed = int(_SLACK * (self._bytes_of([*shards, *(s for s in list(self._held) if s not in shards)]) + tokens))
-        free = free_bytes(self.path)
+        at_once = [*shards, *(s for s in list(self._held) if s not in shards)]
+        needed, free = int(_SLACK * (self._bytes_of(at_once) + tokens)), free_bytes(self.path)
         if needed > free:
-            raise UserError(
-                f"not enough disk space for the cache {self.path}: it needs {needed:,} bytes more and {free:,} are "
-                f"free; {needed - free:,} are missing. Make room, choose another place with --cache PATH, or harvest "
-                f"fewer tokens or sites. What was committed before stays valid."
-            )
+            raise UserError(f"not enough disk space for the cache {self.path}: {self._lack(needed, free)}")
 
-    def _check_shard(self, split: str, index: int) -> None:
-        """Raise UserError unless the shard's record is sound and its files have their sizes."""
-        arrays = read_commit(self.path, self.plan, split, index)["arrays"]
-        for name, size in shard_files(self.plan, split, index, arrays).items():
-            file = self.path / name
-            check_size(file, file.stat().st_size if file.exists() else 0, size)
+    def _lack(self, needed: int, free: int) -> str:
+        """What is missing for what comes next, which needs so many bytes, and for all that is to come."""
+        in_all = int(_SLACK * self.bytes_needed())
+        missing = [(needed - free, "for the next shard"), (in_all - free, "for all that is to come")]
+        lines = [f"{count:,} are missing {what}" for count, what in missing[needed >= in_all :] if count > 0]
+        return (
+            f"it needs {in_all:,} bytes more and {free:,} are free{'; ' if lines else ''}{', '.join(lines)}. Make "
+            f"room, choose another place with --cache PATH, or harvest fewer tokens or sites. What was committed "
+            f"before stays valid: run the same command again and it goes on from there."
+        )
+
+    def _check_shard(self, split: str, index: int, calibration: str | None) -> None:
+        """Raise UserError unless the shard's record is sound, its files have their sizes, and it was stored with the
+        calibration of that digest."""
+        record = read_commit(self.path, self.plan, split, index)
+        check_calibration(self.path, record, calibration)
+        for name, size in shard_files(self.plan, split, index, record["arrays"]).items():
+            got = file_size(self.path / name)
+            check_size(self.path / name, got, size, repair(self.path, self.plan, split, index) if got != size else "")
+
+    def _check_there(self, split: str, index: int, calibration: str | None) -> None:
+        """`_check_shard`, but for a shard that another process evicts from a ring at this moment."""
+        try:
+            self._check_shard(split, index, calibration)
+        except UserError:
+            if self.plan.window_shards is None or commit_path(self.path, split, index).exists():
+                raise
+            self._committed.discard((split, index))
 
     def _load_calibrations(self) -> None:
         if self.plan.codec != "int8z":
@@ -478,7 +573,7 @@ class CacheWriter:
                     f"or remove the cache {self.path} and harvest again."
                 )
             return
-        self._calibrations = {site.name: read_calibration(self.path, site) for site in self.plan.sites}
+        self._calibrations = read_calibrations(self.path, self.plan)
 
     def _inherit_calibrations(self) -> None:
         """Copy μ and σ of sites that the cache knows already: there is one calibration per site in all its parts."""
@@ -491,12 +586,10 @@ class CacheWriter:
                 values = read_calibration(holder, site).as_array()
                 write_plain(self.path / "calibration" / site.name, calibration_array(site), values)
 
-    def _calibration_digest(self) -> str | None:
-        digest = hashlib.sha256()
-        for site in self.plan.sites:
-            if site.name in self._calibrations:
-                digest.update(self._calibrations[site.name].as_array().data)
-        return digest.hexdigest() if self._calibrations else None
+
+def _moments_entry(moments: np.ndarray) -> dict[str, Any]:
+    """What the commit record says of a shard's moments [2, P]."""
+    return {"bytes": moments.nbytes + 4, "crc32c": [f"{crc32c(moments):08x}"]}
 
 
 def planning(path: Path, notify: Callable[[str], None] = lambda line: None) -> Lock:
