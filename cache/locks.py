@@ -27,6 +27,9 @@ SOLE = "writer.lock"
 
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _POLL_SECONDS = 0.1
+_PROBED_SECONDS = 0.01
+_PATIENCE_SECONDS = 1.0
+"""Whoever only looks whether a lock is held (`is_held`) has it for microseconds; who has it longer keeps it."""
 
 
 @dataclass
@@ -50,8 +53,12 @@ class Lock:
         self.release()
 
 
-def try_hold(path: Path) -> Lock | None:
-    """The lock on `path`, or None when another holds it. Raises UserError where this user may not write."""
+def try_hold(path: Path, patience: float = 0.0) -> Lock | None:
+    """The lock on `path`, or None when another holds it for `patience` seconds.
+
+    Without patience another's `is_held` may be taken for a holder. Raises UserError where this user may not write.
+    """
+    end = time.monotonic() + patience
     while True:
         descriptor, fresh = _open(path)
         try:
@@ -60,27 +67,64 @@ def try_hold(path: Path) -> Lock | None:
             if error.errno in _UNSUPPORTED:
                 return Lock(path, descriptor, fresh)
             os.close(descriptor)
-            if isinstance(error, BlockingIOError):
+            if not isinstance(error, BlockingIOError):
+                raise
+            if time.monotonic() >= end:
                 return None
-            raise
+            time.sleep(_PROBED_SECONDS)
+            continue
         if _names(path, descriptor):
             return Lock(path, descriptor, fresh)
         os.close(descriptor)
 
 
 def share(path: Path) -> Lock | None:
-    """A shared lock on a file that is there; None where it is not, where locks are not to be had, or where it is held
-    exclusively."""
+    """A shared lock on a file that is there; None where it is not, or where locks are not to be had.
+
+    Raises UserError when another keeps it exclusively, as only prune does.
+    """
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"cannot use the cache of {path}: it is being pruned by another process. Wait for it to end."
+                ) from None
+            time.sleep(_PROBED_SECONDS)
+            continue
+        except OSError:
+            os.close(descriptor)
+            return None
+        if _names(path, descriptor):
+            return Lock(path, descriptor, False)
+        os.close(descriptor)  # removed before it was locked
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds a lock, shared or not; asked without creating its file.
+
+    `flock` tells that only by giving the lock, so whoever asks for it in that moment has to be patient. It is freed
+    by name: closing would leave it with a child that another thread forks meanwhile.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
+    except FileNotFoundError:
+        return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    finally:
         os.close(descriptor)
-        return None
-    return Lock(path, descriptor, False)
+    return False
 
 
 def hold(path: Path, waiting: Callable[[], None]) -> Lock:

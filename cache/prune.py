@@ -10,7 +10,6 @@
    cache, and the same prune again finishes it.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 from thresher.cache.commit import MANIFEST, ROOT
 from thresher.cache.contracts import UserError
 from thresher.cache.layout import FORMAT
-from thresher.cache.locks import CREATE, READ, SOLE, Lock, excludes, try_hold
+from thresher.cache.locks import CREATE, READ, SOLE, Lock, excludes, is_held, try_hold
 from thresher.cache.order import SPLITS
 from thresher.cache.publish import explained, flush_directory
 from thresher.cache.ring import CURSOR, FILLER, READER, READY
@@ -216,7 +215,9 @@ def remove(path: Path, policy: Policy, *, named: bool, runs: Sequence[Run] = ())
         return decide(before, policy, named=named, now=time.time())
     try:
         with _locked(before) as forbidden:
-            found = survey(path, runs)._replace(busy=forbidden)
+            found = survey(path, runs)
+            fresh = _lockable(found) - _lockable(before)  # begun meanwhile: nobody else is kept out of it
+            found = found._replace(busy=forbidden or ("being written" if fresh else ""))
             decision = decide(found, policy, named=named, now=time.time())
             _delete(path, decision.files)
     except OSError as error:
@@ -293,26 +294,16 @@ def _busy(path: Path) -> str:
     """Who holds a lock, if anybody does."""
     for folder in (path, *sorted(path.glob("parts/*"))):
         writing = (folder / CREATE, *folder.glob("commits/*.lock"), folder / FILLER)
-        if (folder / SOLE).exists() or any(map(_is_held, writing)):
+        if (folder / SOLE).exists() or any(map(is_held, writing)):
             return "being written"
-        if any(map(_is_held, (folder / READ, folder / READER))):
+        if any(map(is_held, (folder / READ, folder / READER))):
             return "being read"
     return ""
 
 
-def _is_held(file: Path) -> bool:
-    """Whether somebody holds a lock on a file, shared or not; asked without creating it."""
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+def _lockable(found: Found) -> set[str]:
+    """Names of the locks that together keep everybody out of the parts that were found."""
+    return {p.prefix + name for p in found.parts for name in (CREATE, READ, *((FILLER, READER) if p.ring else ()))}
 
 
 @contextmanager
@@ -323,14 +314,13 @@ def _locked(found: Found) -> Iterator[str]:
     """
     with ExitStack() as stack:
         held: list[Lock] = []
-        for part in found.parts:
-            for name in (CREATE, READ, *((FILLER, READER) if part.ring else ())):
-                lock = try_hold(found.path / part.prefix / name)
-                if lock is None:
-                    yield "being written" if name == CREATE else "in use"
-                    return
-                stack.callback(lock.release)
-                held.append(lock)
+        for name in sorted(_lockable(found)):
+            lock = try_hold(found.path / name)
+            if lock is None:
+                yield "being written" if name.endswith(CREATE) else "in use"
+                return
+            stack.callback(lock.release)
+            held.append(lock)
         yield "" if all(map(excludes, held)) else "its file system has no locks, so nobody can tell who uses it"
 
 

@@ -25,7 +25,7 @@ from thresher.cache.commit import ROOT, commit_path, side_digests
 from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.layout import FORMAT, VERSION
-from thresher.cache.locks import share, try_hold
+from thresher.cache.locks import is_held, share, try_hold
 from thresher.cache.part import Part
 from thresher.cache.plan import Plan
 from thresher.cache.publish import publish, read_sealed, sealed
@@ -128,7 +128,7 @@ class RingShards:
 
     def __init__(self, path: Path, plan: Plan, make: Callable[[], Part], notify: Callable[[str], None]) -> None:
         """`make` opens the directory anew: with nothing mapped, nothing remembered."""
-        lock = try_hold(path / READER)
+        lock = try_hold(path / READER, patience=1.0)
         if lock is None:
             raise UserError(
                 f"another training reads the ring {path}, and a ring follows one training only. Wait for it to end, "
@@ -240,9 +240,6 @@ def _check_same(path: Path, identity: Mapping[str, Any]) -> None:
 
 def _state(path: Path) -> str:
     """Whether anybody fills the ring."""
-    if (path / FILLER).exists():
-        lock = try_hold(path / FILLER)
-        if lock is None:
-            return "harvest is making it"
-        lock.release()
+    if is_held(path / FILLER):
+        return "harvest is making it"
     return "no harvest is running; start `thresher harvest` with the same recipe beside this"

@@ -1,5 +1,6 @@
 """What was written comes back: rows, tokens, statistics; through our reader and through others."""
 
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 import zarr
 
 from thresher.cache import bfloat16
+from thresher.cache import reader as reader_module
 from thresher.cache.contracts import UserError
 from thresher.cache.layout import estimate_bytes, row_sizes
+from thresher.cache.locks import is_held
 from thresher.cache.reader import CacheReader, find_complete
 
 SETTINGS = [{"codec": c, "store": s} for c in ("int8z", "bf16") for s in ("kept", "all")]
@@ -202,6 +205,37 @@ def test_only_a_finished_cache_of_the_same_identity_is_found(
     assert found.fingerprint == CacheReader.open(finished()).fingerprint
     assert find_complete(finished(), toy.IDENTITY | {"seed": 4}) is None
     assert find_complete(tmp_path, toy.IDENTITY) is None
+
+
+def test_a_cache_is_locked_before_it_is_looked_at_and_free_again_when_it_cannot_be_opened(
+    copied: Path, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, joined, seen = copied / "read.lock", reader_module._joined, []
+    lock.touch()
+
+    def looking(path: Path) -> Any:
+        seen.append(is_held(lock))
+        return joined(path)
+
+    monkeypatch.setattr(reader_module, "_joined", looking)
+    with CacheReader.open(copied):
+        assert is_held(lock)
+    assert not is_held(lock)
+    with pytest.raises(UserError, match="made of something else"):
+        CacheReader.open(copied, identity=toy.IDENTITY | {"seed": 4})
+    (copied / "zarr.json").unlink()
+    with pytest.raises(UserError, match="no cache"):
+        CacheReader.open(copied)
+    assert not is_held(lock)
+    assert seen == [True] * 3
+
+
+def test_a_cache_that_is_being_pruned_is_refused(copied: Path) -> None:
+    with (copied / "read.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="being pruned"):
+            CacheReader.open(copied)
+    CacheReader.open(copied).close()
 
 
 def test_unknown_names_list_the_known_ones(finished: Callable[..., Path]) -> None:

@@ -13,9 +13,13 @@ from types import ModuleType
 
 import pytest
 
-from thresher.cache.contracts import UserError
+from thresher.cache import prune
+from thresher.cache.contracts import Site, UserError
+from thresher.cache.locks import Lock, is_held, share, try_hold
+from thresher.cache.plan import Extends
 from thresher.cache.prune import Policy, Run, decide, find, is_cache, remove, survey
 from thresher.cache.reader import CacheReader
+from thresher.cache.stored import read_root
 
 Tree = Callable[[Path], dict[str, bytes]]
 DEFAULT = Policy()
@@ -257,6 +261,84 @@ def test_unknown_files_survive_their_cache(copied: Path) -> None:
     remove(copied, DEFAULT, named=True)
     assert sorted(file for file in copied.rglob("*") if file.is_file()) == sorted(mine)
     assert not is_cache(copied)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_an_extension_that_is_begun_while_the_locks_are_taken_is_not_deleted(
+    copied: Path, toy: ModuleType, tree: Tree, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Begun between the first look and the locks, or after them."""
+    writers, hold = [], prune.try_hold
+
+    def late(path: Path, patience: float = 0.0) -> Lock | None:
+        lock = None if before else hold(path, patience)
+        if not writers:
+            extends = Extends("sites", read_root(copied).plan.fingerprint)
+            changes = {"identity": {**toy.IDENTITY, "more": 1}, "sites": (Site("L00.new", 0, "new", 8),)}
+            writers.append(toy.open_writer(copied / "parts" / "01-sites", extends=extends, codec="bf16", **changes))
+        return hold(path, patience) if before else lock
+
+    monkeypatch.setattr(prune, "try_hold", late)
+    whole = tree(copied)
+    decision = remove(copied, DEFAULT, named=True)
+    assert (decision.files, decision.why) == ((), "kept: being written")
+    left = tree(copied)
+    assert {name: left[name] for name in whole} == whole
+    assert "parts/01-sites/zarr.json" in left
+    writers[0].close()
+    assert remove(copied, DEFAULT, named=True).files
+    assert not copied.exists()
+
+
+def test_looking_at_a_cache_disturbs_nobody_who_opens_it(copied: Path) -> None:
+    """What `is_held` takes for a moment is asked for again; a lock that is kept is told."""
+    (copied / "read.lock").touch()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            is_held(copied / "read.lock")
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(3000):
+            lock = share(copied / "read.lock")
+            assert lock is not None
+            lock.release()
+    finally:
+        stop.set()
+        looking.join()
+
+
+@pytest.mark.parametrize("take", [share, lambda file: try_hold(file, patience=1.0)])
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path, take: Callable[[Path], Lock | None]) -> None:
+    file = tmp_path / "read.lock"
+    descriptor = locked(file)
+    assert is_held(file)
+    asked = threading.Timer(0.1, os.close, (descriptor,))
+    asked.start()
+    lock = take(file)
+    asked.join()
+    assert lock is not None
+    assert is_held(file)
+    lock.release()
+    assert not is_held(file)
+
+
+def test_a_lock_file_that_is_removed_before_it_is_shared_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "read.lock"
+    file.touch()
+    flock = fcntl.flock
+
+    def removing(descriptor: int, operation: int) -> None:
+        file.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removing)
+    assert share(file) is None
 
 
 def test_an_unfinished_part_goes_and_the_base_stays(copied: Path, tree: Tree) -> None:
