@@ -239,7 +239,7 @@ def cache_verify(path: Annotated[Path, typer.Argument(help="A cache directory.")
     """Read every byte, check every checksum, name every fault; exits with 1 if there is one."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from thresher.cache.verify import faults, total_bytes
+    from thresher.cache.verify import faults, in_the_making, total_bytes
 
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, transient=True) as progress:
@@ -247,6 +247,8 @@ def cache_verify(path: Annotated[Path, typer.Argument(help="A cache directory.")
         found = faults(path, lambda count: progress.advance(task, count))
     for fault in found:
         out.print(fault, markup=False, highlight=False, soft_wrap=True)
+    for name in in_the_making(path):
+        out.print(f"{name} is in the making: it was not read, and does not count.", highlight=False, soft_wrap=True)
     out.print(f"{len(found)} faults in {path}" if found else f"{path} is whole: every checksum holds.", soft_wrap=True)
     if found:
         raise typer.Exit(1)
@@ -626,7 +628,11 @@ def _open_cache(recipe: "Recipe", cache: Path | None) -> "CacheReader":
     path = cache or default_cache(recipe)
     if not path.exists():
         raise UserError(f"There is no cache at {path}. Fill it first: thresher harvest {recipe.name}.")
-    return CacheReader.open(path, identity=_identity(recipe.tables))
+    reader = CacheReader.open(path, identity=_identity(recipe.tables))
+    if reader.incomplete:
+        names = ", ".join(reader.incomplete)
+        out.print(f"Note: {names} of {path} is in the making and does not count.", highlight=False, soft_wrap=True)
+    return reader
 
 
 def _run_directories(folders: Sequence[Path]) -> list[Path]:

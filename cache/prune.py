@@ -19,8 +19,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from thresher.cache.commit import MANIFEST, ROOT
+from thresher.cache.commit import MANIFEST, PARTS, ROOT
 from thresher.cache.contracts import UserError
+from thresher.cache.index import read_index, strike
 from thresher.cache.layout import FORMAT
 from thresher.cache.locks import CREATE, READ, SOLE, Lock, excludes, is_held, try_hold
 from thresher.cache.order import SPLITS
@@ -37,7 +38,7 @@ _PART = r"(?P<part>(?:parts/\d\d+-(?:sites|tokens)/)?)"
 _OURS = re.compile(
     rf"""{_PART}(?:
         zarr\.json | MANIFEST\.json | (?:create|read|writer)\.lock | commits/{_SPLIT}\.\d+\.(?:json|lock)
-        | {"|".join(map(re.escape, (READY, CURSOR, FILLER, READER)))}
+        | parts/INDEX\.json | {"|".join(map(re.escape, (READY, CURSOR, FILLER, READER)))}
         | (?:{_SPLIT}|calibration|stats)/(?:[^/]+/){{0,2}}(?:zarr\.json|c(?:\.\d+)+)
     )(?P<temporary>\.[0-9a-f]{{12}}\.tmp)?""",
     re.VERBOSE,
@@ -81,6 +82,8 @@ class Part(NamedTuple):
     files: tuple[File, ...]
     leftovers: tuple[File, ...]
     """Files that no reader and no resumed harvest would miss."""
+    listed: bool
+    """Whether the cache's index has it as finished: what is lost of it may be written anew."""
 
     @property
     def state(self) -> str:
@@ -181,7 +184,8 @@ def survey(path: Path, runs: Sequence[Run] = ()) -> Found:
         times = (status.st_mtime, status.st_atime if entry.name == MANIFEST else 0.0)
         changed = 0.0 if entry.name.endswith(".lock") else max(times)
         parts.setdefault(ours["part"], []).append(File(name, status.st_size, changed))
-    surveyed = tuple(_part(path, prefix, files) for prefix, files in sorted(parts.items()))
+    listed = _listed(path)
+    surveyed = tuple(_part(path, prefix, files, listed) for prefix, files in sorted(parts.items()))
     root = _plan(path / ROOT) or {}
     users = sorted(run.path for run in runs if run.fingerprint == root.get("fingerprint") or _same(run.cache, path))
     used = max((file.changed for part in surveyed for file in part.files), default=0.0)
@@ -200,7 +204,8 @@ def decide(found: Found, policy: Policy, *, named: bool, now: float) -> Decision
     files = list(found.parts[0].leftovers)
     for part in found.parts[1:]:
         old = max(file.changed for file in part.files)
-        whole = not part.complete and _whole(part, old, policy, False, now)[0]
+        kept = part.listed and policy.older_than is None
+        whole = not part.complete and not kept and _whole(part, old, policy, False, now)[0]
         files += part.files if whole else part.leftovers
     return Decision(tuple(files), f"leftovers: {_counted(len(files), 'file')}" if files else why)
 
@@ -219,10 +224,18 @@ def remove(path: Path, policy: Policy, *, named: bool, runs: Sequence[Run] = ())
             fresh = _lockable(found) - _lockable(before)  # begun meanwhile: nobody else is kept out of it
             found = found._replace(busy=forbidden or ("being written" if fresh else ""))
             decision = decide(found, policy, named=named, now=time.time())
+            _strike(found, decision)
             _delete(path, decision.files)
     except OSError as error:
         raise explained(error, path, 0) from error
     return decision
+
+
+def _strike(found: Found, decision: Decision) -> None:
+    """Take extensions off the cache's index that go while the base stays."""
+    gone = set(decision.files)
+    if not gone >= set(found.parts[0].files):
+        strike(found.path, [Path(p.prefix).name for p in found.parts[1:] if p.listed and gone >= set(p.files)])
 
 
 def _whole(part: Part, used: float, policy: Policy, named: bool, now: float) -> tuple[bool, str]:
@@ -242,7 +255,7 @@ def _whole(part: Part, used: float, policy: Policy, named: bool, now: float) -> 
     return True, f"all of it: not used for {limit:g} days"
 
 
-def _part(path: Path, prefix: str, files: list[File]) -> Part:
+def _part(path: Path, prefix: str, files: list[File], listed: set[str]) -> Part:
     names = {file.name for file in files}
     ring = prefix + READY in names
     complete = ring or prefix + MANIFEST in names
@@ -255,7 +268,17 @@ def _part(path: Path, prefix: str, files: list[File]) -> Part:
         pending = [] if complete else [shard for shard in each if shard not in commits]
         rows = ((file, _ROWS.fullmatch(file.name)) for file in files)
         leftovers += [file for file, m in rows if m and f"{m['split']}.{m['shard']}" in pending]
-    return Part(prefix, complete, ring, len(commits), shards, tuple(pending), tuple(files), tuple(leftovers))
+    return Part(
+        prefix, complete, ring, len(commits), shards, tuple(pending), tuple(files), tuple(leftovers), prefix in listed
+    )
+
+
+def _listed(path: Path) -> set[str]:
+    """Prefixes of the extensions that the index has as finished; none when it cannot be read."""
+    try:
+        return {f"{PARTS}/{name}/" for name in read_index(path, lost_is_empty=True)}
+    except UserError:
+        return set()
 
 
 def _plan(root: Path) -> dict[str, Any] | None:
@@ -292,7 +315,7 @@ def _counted(count: int, noun: str) -> str:
 
 def _busy(path: Path) -> str:
     """Who holds a lock, if anybody does."""
-    for folder in (path, *sorted(path.glob("parts/*"))):
+    for folder in (path, *sorted(path.glob("parts/*-*"))):
         writing = (folder / CREATE, *folder.glob("commits/*.lock"), folder / FILLER)
         if (folder / SOLE).exists() or any(map(is_held, writing)):
             return "being written"

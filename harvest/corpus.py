@@ -142,9 +142,17 @@ def data_identity(config: DataConfig) -> dict[str, Any]:
 
 
 def read_corpus(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", n_ctx: int, n_vocab: int, console: Console
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    n_ctx: int,
+    n_vocab: int,
+    console: Console,
+    *,
+    extending: bool = False,
 ) -> Corpus:
     """Read, tokenise, split and pack.
+
+    Text that is `extending` a cache may be too little for a held-out split, which is then left out: the cache has one.
 
     `n_ctx` and `n_vocab` are the model's limits. Raises UserError for text without a tokenizer, token ids that the
     model does not have, contexts longer than it allows, and splits that come out empty.
@@ -160,7 +168,11 @@ def read_corpus(
             f"{config.skip_documents}); expected at least one. Check the source and the column."
         )
     splits = {name: packer.contexts() for name, packer in packers.items() if packer.documents}
-    _check_splits(config, packers, splits, context)
+    if extending:
+        splits = {name: contexts for name, contexts in splits.items() if len(contexts.token_id)}
+        _check_train(packers["train"], splits, context)
+    else:
+        _check_splits(config, packers, splits, context)
     facts = {
         "context": context,
         "documents_read": read,
@@ -327,4 +339,13 @@ def _check_splits(config: DataConfig, packers: dict[str, Packer], splits: dict[s
             f"{packer.tokens} tokens, and a context takes {context}. Give more documents (for a .txt file, "
             'txt_documents = "paragraph"), a larger share to this split (data.test_fraction, '
             "data.validation_fraction), or a shorter data.context; a fraction of 0 leaves a split out."
+        )
+
+
+def _check_train(packer: Packer, splits: dict[str, Contexts], context: int) -> None:
+    if "train" not in splits:
+        raise UserError(
+            f"the text to add gives train no full context: {packer.documents} documents went to it, with "
+            f"{packer.tokens} tokens, and a context takes {context}. Give more documents (data.max_documents, "
+            "data.max_tokens)."
         )

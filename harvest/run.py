@@ -4,8 +4,8 @@
 2. The model is loaded, its sites resolved. Text is tokenised and packed and the plan written by one process under a
    lock; whoever comes later, or again after a kill, takes the contexts from the cache and needs neither text nor
    tokenizer.
-3. The passes run (fill.py): a kill loses at most the shard being filled, and the same command goes on. Ctrl-C or
-   SIGTERM stops after the current pass.
+3. The passes run (fill.py): a kill loses at most two shards, one being filled and one on its way to the disk, and the
+   same command goes on. Ctrl-C or SIGTERM stops after the current pass.
 
 With `extend`, a cache that is there gets more sites or more text instead (extend.py).
 """
@@ -19,14 +19,14 @@ from typing import Any
 
 from rich.console import Console
 
-from thresher.cache.commit import ROOT
+from thresher.cache.commit import ROOT, harvest_again
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.reader import find_complete
 from thresher.cache.records import differences
 from thresher.cache.stored import read_contexts, read_root
 from thresher.cache.writer import forget_plan, planning
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
-from thresher.harvest.extend import extend_cache
+from thresher.harvest.extend import can_extend, extend_cache
 from thresher.harvest.fill import batch_contexts, fill_part, note_versions, outcome, shown
 from thresher.harvest.settings import HarvestConfig, HarvestResult, identity
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
@@ -98,10 +98,11 @@ def _refuse_other(path: Path, wanted: Mapping[str, Any]) -> None:
         return
     lines = differences(json.loads(json.dumps(dict(wanted))), read_root(path).plan.identity)
     if lines:
+        bridged = can_extend(path, json.loads(json.dumps(dict(wanted))))
+        extension = f"add what is missing to this one with `{harvest_again(path, extend=True)}`, " if bridged else ""
         raise UserError(
             f"{path} holds another cache: {'; '.join(lines)} ('expected' is this recipe's). Choose another place with "
-            "--cache PATH, remove that directory if it is no longer wanted, or, to add sites or text to it, use "
-            "--extend."
+            f"--cache PATH, {extension}or remove that directory if it is no longer wanted."
         )
 
 

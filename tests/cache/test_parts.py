@@ -17,13 +17,15 @@ import torch
 import zarr
 
 from thresher.cache import bfloat16
+from thresher.cache import writer as writer_module
 from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
+from thresher.cache.index import read_index, strike
 from thresher.cache.layout import Contexts
 from thresher.cache.plan import Extends
 from thresher.cache.prune import Policy, remove, survey
 from thresher.cache.reader import CacheReader, find_complete
-from thresher.cache.verify import faults
+from thresher.cache.verify import faults, in_the_making
 
 HARVEST = {"sites": ["mlp_in", "mlp_out"], "layers": [0], "taps": "t"}
 IDENTITY: dict[str, Any] = {"data": "one", "harvest": HARVEST}
@@ -89,6 +91,20 @@ def built(
     return build, path
 
 
+def drop(path: Path, *names: str) -> None:
+    """Remove parts for good."""
+    strike(path, names)
+    for name in names:
+        shutil.rmtree(path / "parts" / name)
+
+
+def raising(kind: type[BaseException]) -> Callable[..., None]:
+    def fail(*arguments: object, **named: object) -> None:
+        raise kind
+
+    return fail
+
+
 @pytest.fixture
 def own(built: tuple[Build, Path], tmp_path: Path) -> Path:
     shutil.copytree(built[1], tmp_path / "c.zarr")
@@ -97,8 +113,7 @@ def own(built: tuple[Build, Path], tmp_path: Path) -> Path:
 
 def test_more_sites_are_as_if_they_had_been_there(built: tuple[Build, Path], own: Path, tmp_path: Path) -> None:
     build, _ = built
-    for number in ("02-tokens", "03-sites"):
-        shutil.rmtree(own / "parts" / number)
+    drop(own, "02-tokens", "03-sites")
     build.fill(tmp_path / "whole", "one", slice(3), MORE)
     joined, whole = CacheReader.open(own), CacheReader.open(tmp_path / "whole")
     assert list(joined.sites) == list(whole.sites) == [site.name for site in build.toy.SITES]
@@ -182,26 +197,123 @@ def test_stock_zarr_and_tensorstore_read_every_part(built: tuple[Build, Path]) -
                 assert array.read().result().tobytes() == ours
 
 
-def test_a_part_that_is_not_complete_does_not_count_and_is_named(own: Path) -> None:
+def test_a_part_in_the_making_does_not_count_and_is_named(own: Path) -> None:
+    strike(own, ["03-sites"])
     (own / "parts" / "03-sites" / "MANIFEST.json").unlink()
     (own / "parts" / "04-tokens").mkdir()
     reader = CacheReader.open(own)
     assert list(reader.sites) == ["L00.mlp_in", "L00.mlp_out"], "the third site is not there for all text"
     assert len(reader.segments) == 2
     assert reader.incomplete == ["parts/03-sites", "parts/04-tokens"]
+    strike(own, ["02-tokens"])
     (own / "parts" / "02-tokens" / "MANIFEST.json").unlink()
     reader = CacheReader.open(own)
     assert len(reader.sites) == 3
     assert len(reader.segments) == 1
     assert reader.summary()["incomplete"] == ["parts/02-tokens", "parts/03-sites", "parts/04-tokens"]
     assert reader.verify() == []
+    assert in_the_making(own) == reader.incomplete
+
+
+@pytest.mark.parametrize("name", ["", "MANIFEST.json", "zarr.json", "train/zarr.json", "stats", "train/L00.mlp_in"])
+def test_what_is_lost_of_a_finished_part_is_refused_and_named(name: str, own: Path) -> None:
+    lost = own / "parts" / "02-tokens" / name
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    found = faults(own)
+    assert found
+    assert all("parts/02-tokens" in line for line in found)
+    if name != "train/zarr.json":  # at which only verify and zarr look
+        with pytest.raises(UserError, match="parts/02-tokens"):
+            CacheReader.open(own).statistics("L00.mlp_in")
+
+
+def test_a_manifest_of_another_part_is_refused(own: Path) -> None:
+    shutil.copy(own / "parts/03-sites/MANIFEST.json", own / "parts/02-tokens/MANIFEST.json")
+    with pytest.raises(UserError, match=r"lists parts/02-tokens as finished, but .* is not the one.*--extend"):
+        CacheReader.open(own)
+    assert any("SHA-256 differs" in line for line in faults(own))
+
+
+def test_every_flipped_bit_and_the_loss_of_the_index_are_found(own: Path) -> None:
+    index = own / "parts" / "INDEX.json"
+    data = index.read_bytes()
+    for at in range(0, len(data), 7):
+        index.write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+        with pytest.raises(UserError, match=r"INDEX\.json is damaged"):
+            CacheReader.open(own)
+    assert [line for line in faults(own) if line.startswith("parts/INDEX.json")] == faults(own)
+    index.unlink()
+    with pytest.raises(UserError, match=r"INDEX\.json is missing"):
+        CacheReader.open(own)
+    assert any(line.startswith("parts/INDEX.json") for line in faults(own))
+
+
+def test_killed_between_manifest_and_index_the_same_again_mends_it(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Callable[[Path], dict[str, bytes]]
+) -> None:
+    build, path = Build(toy, "int8z"), tmp_path / "c"
+    extends = Extends("sites", build.fill(path, "one", slice(2), IDENTITY))
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "enter", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build.fill(path / "parts" / "01-sites", "one", slice(2, 3), MORE, extends)
+    assert (path / "parts" / "01-sites" / "MANIFEST.json").exists()
+    reader = CacheReader.open(path)
+    assert (len(reader.sites), reader.incomplete) == (2, ["parts/01-sites"])
+    assert reader.verify() == []
+    before = tree(path / "parts" / "01-sites")
+    build.fill(path / "parts" / "01-sites", "one", slice(2, 3), MORE, extends)
+    reader = CacheReader.open(path)
+    assert (len(reader.sites), reader.incomplete) == (3, [])
+    assert tree(path / "parts" / "01-sites") == before
+
+
+def test_pruning_a_part_takes_it_off_the_index_first(own: Path) -> None:
+    for file in (own / "parts" / "03-sites").rglob("*.json"):
+        file.unlink()
+    assert not any(f.name.startswith("parts/03") for f in remove(own, Policy(), named=False).files), "it may be mended"
+    base = survey(own)
+    assert base.parts[3].listed
+    for part in ("", "parts/01-sites", "parts/02-tokens"):  # used just now
+        (own / part / "MANIFEST.json").touch()
+    for file in (own / "parts" / "03-sites").rglob("*"):
+        os.utime(file, (1, 1))
+    remove(own, Policy(older_than=1), named=False)
+    assert not (own / "parts" / "03-sites").exists()
+    assert "03-sites" not in read_index(own)
+    assert len(CacheReader.open(own).segments) == 2
+
+
+def test_a_segment_may_lack_a_split(toy: ModuleType, tmp_path: Path) -> None:
+    build, path = Build(toy, "int8z"), tmp_path / "c"
+    whole = build.texts["two"]
+    build.texts["two"] = {"train": whole["train"]}
+    build.texts["three"] = {**whole, "train": toy.toy_contexts(60, 17)}
+    extends = Extends("tokens", build.fill(path, "one", slice(2), IDENTITY))
+    build.fill(path / "parts" / "01-tokens", "two", slice(2), OTHER, extends)
+    build.fill(path / "parts" / "02-tokens", "three", slice(2), {**OTHER, "data": "three"}, extends)
+    reader = CacheReader.open(path)
+    assert reader.verify() == []
+    for split in ("train", "test", "validation"):
+        p, contexts = reader.provenance(split), reader.contexts(split)
+        held = [segment.base.plan.splits.get(split) for segment in reader.segments]
+        assert reader.rows(split) == sum(sizes.rows for sizes in held if sizes) == len(p.context)
+        assert len(contexts.keep) == sum(sizes.contexts for sizes in held if sizes)
+        assert np.array_equal(p.token_id, contexts.token_id[p.context, p.position])
+        assert np.array_equal(p.document_id, contexts.document_id[p.context, p.position])
+    rows = np.arange(reader.rows("test"))
+    inner = reader.segments[2].base
+    assert np.array_equal(
+        reader.chunk("test", "L00.mlp_in", len(rows) // reader.chunk_rows - 1),
+        inner.chunk("test", "L00.mlp_in", inner.rows("test") // reader.chunk_rows - 1),
+    )
 
 
 def test_a_part_of_another_cache_is_refused(own: Path, built: tuple[Build, Path], tmp_path: Path) -> None:
     build, _ = built
     build.fill(tmp_path / "other", "one", slice(2), {**IDENTITY, "data": "three"})
-    shutil.copytree(own / "parts" / "01-sites", tmp_path / "other" / "parts" / "01-sites")
-    with pytest.raises(UserError, match="01-sites extends another cache"):
+    shutil.copytree(own / "parts", tmp_path / "other" / "parts")
+    with pytest.raises(UserError, match=r"0[12]-(sites|tokens) extends another cache"):
         CacheReader.open(tmp_path / "other")
 
 
@@ -233,11 +345,10 @@ def test_the_cache_serves_every_recipe_that_asks_for_less(built: tuple[Build, Pa
 def test_identity_and_fingerprint_change_with_the_rows_alone(own: Path) -> None:
     both = CacheReader.open(own)
     assert both.identity["segments"] == [OTHER]
-    for number in ("02-tokens", "03-sites"):
-        shutil.rmtree(own / "parts" / number)
+    drop(own, "02-tokens", "03-sites")
     one = CacheReader.open(own)
     assert one.identity == IDENTITY
-    shutil.rmtree(own / "parts" / "01-sites")
+    drop(own, "01-sites")
     base = CacheReader.open(own)
     assert base.fingerprint == one.fingerprint != both.fingerprint
     with pytest.raises(UserError, match="segments"):
@@ -267,7 +378,7 @@ def test_the_summary_names_parts_and_sums_sites(built: tuple[Build, Path]) -> No
         assert summary["sites"][site.name]["bytes"] == sum(file.stat().st_size for file in files)
     locks = sum(file.stat().st_size for file in path.rglob("*.lock"))
     records = sum(file.stat().st_size for file in path.rglob("*.json") if file.parent.name == "commits")
-    manifests = sum(file.stat().st_size for file in path.rglob("MANIFEST.json"))
+    manifests = sum(file.stat().st_size for name in ("MANIFEST.json", "INDEX.json") for file in path.rglob(name))
     everything = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert summary["bytes"] == everything - locks - records - manifests
 

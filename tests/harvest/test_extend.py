@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from rich.console import Console
 
 from thresher.cache.arrays import read_plain
 from thresher.cache.contracts import UserError
+from thresher.cache.index import strike
 from thresher.cache.reader import CacheReader, find_complete
 from thresher.cache.stats import unpack
 from thresher.cache.stored import parts
@@ -147,6 +150,107 @@ def test_killed_in_the_middle_the_base_stays_and_the_rerun_ends_in_the_same_byte
         make(path, BASE, other, extend=True)
     make(path, config, data, extend=True)
     assert files(path) == files(whole)
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "data", "extend"),
+    [
+        ("parts/01-sites", ALL, DATA, True),
+        ("parts/02-tokens", ALL, MORE, True),
+        ("", ALL, DATA, True),
+        ("", BASE, DATA, True),
+        ("", BASE, DATA, False),
+    ],
+)
+def test_a_damaged_shard_is_written_anew_as_the_message_says(
+    part: str, config: HarvestConfig, data: DataConfig, extend: bool, extended: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "c"
+    shutil.copytree(extended, path)
+    before, reader = files(path), CacheReader.open(path)
+    own = next(p for p in reader.parts() if p.path == path / part)
+    file = own.path / "test" / next(iter(own.sites)) / "c.0.0"
+    content = bytearray(file.read_bytes())
+    content[40] ^= 2
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="does not match its checksum") as raised:
+        own.chunk("test", next(iter(own.sites)), 0)
+    reader.close()
+    told = re.search(
+        r"Delete (\S+) and (\S+), then run `thresher harvest RECIPE --cache (\S+) --extend`", str(raised.value)
+    )
+    assert told is not None
+    assert told[3] == str(path)
+    for name in told.groups()[:2]:
+        Path(name).unlink()
+    with pytest.raises(UserError, match=r"--extend`|incomplete"):
+        CacheReader.open(path)
+    make(path, config, data, extend=extend)
+    assert files(path) == before
+    assert CacheReader.open(path).verify() == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "data"), [("02-tokens", MORE), ("01-sites", DATA), ("02-tokens/zarr.json", MORE), ("INDEX.json", MORE)]
+)
+def test_a_lost_part_is_written_anew_in_its_place(lost: str, data: DataConfig, extended: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    shutil.copytree(extended, path)
+    before, gone = files(path), path / "parts" / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    with pytest.raises(UserError, match=lost):
+        CacheReader.open(path)
+    if lost != "INDEX.json":
+        for other in (dataclasses.replace(MORE, skip_documents=70), *([DATA] if data is MORE else [])):
+            with pytest.raises(UserError, match=f"{lost.split('/')[0]}.*--extend` with the recipe that added it"):
+                make(path, ALL, other, extend=True)
+    make(path, ALL, data, extend=True)
+    if lost == "INDEX.json":
+        with CacheReader.open(path) as reader:
+            assert reader.incomplete == ["parts/01-sites"]
+        make(path, ALL, DATA, extend=True)
+    assert files(path) == before
+
+
+def test_killed_before_it_was_listed_the_same_command_goes_on(
+    extended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c"
+    shutil.copytree(extended, path)
+    before = files(path)
+    strike(path, ["02-tokens"])
+    assert CacheReader.open(path).incomplete == ["parts/02-tokens"]
+    monkeypatch.setattr(extend_module, "read_corpus", lambda *args, **named: pytest.fail("text was read"))
+    make(path, ALL, MORE, extend=True)
+    assert files(path) == before
+
+
+def test_few_documents_may_leave_a_held_out_split_without_a_context(extended: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    shutil.copytree(extended, path)
+    before = CacheReader.open(path)
+    few = dataclasses.replace(MORE, skip_documents=70, max_documents=3)
+    make(path, ALL, few, extend=True)
+    after = CacheReader.open(path)
+    assert "test" not in after.segments[2].base.plan.splits
+    assert after.rows("train") > before.rows("train")
+    assert after.rows("test") == before.rows("test")
+    assert after.verify() == []
+    with pytest.raises(UserError, match=r"train no full context.*Give more documents"):
+        make(path, ALL, dataclasses.replace(few, skip_documents=73, max_tokens=20), extend=True)
+
+
+def test_extending_is_suggested_only_where_it_can_be_done(extended: Path) -> None:
+    more = dataclasses.replace(ALL, layers=(0, 1))
+    with pytest.raises(UserError, match=r"expected \[0, 1\], got \[0\].* --extend`"):
+        make(extended, more)
+    for config, data in (
+        (dataclasses.replace(more, codec="bf16"), DATA),
+        (more, dataclasses.replace(DATA, separator="none")),
+    ):
+        with pytest.raises(UserError, match="holds another cache") as raised:
+            make(extended, config, data)
+        assert "--extend" not in str(raised.value)
 
 
 def test_what_no_extension_bridges_is_refused_with_keys(extended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
