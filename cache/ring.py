@@ -112,6 +112,7 @@ class RingKeeper:
             return True
         if not all(commit_path(self.path, *shard).exists() for shard in needed):
             return False
+        self._writer.repair_plan()
         self._writer.write_statistics(first)
         record = {
             "format": f"{FORMAT}-ring",
