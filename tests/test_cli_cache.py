@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -124,3 +127,26 @@ def test_prune_of_what_is_not_there(tmp_path: Path) -> None:
     assert "0 bytes would be freed in caches." in thresher(tmp_path, "cache", "prune")
     with pytest.raises(UserError, match="nowhere is no directory"):
         thresher(tmp_path, "cache", "prune", "nowhere")
+
+
+def test_a_terminated_harvest_says_so_and_goes_on_to_the_same_bytes(house: Path, tmp_path: Path) -> None:
+    extra = [part for item in SETS for part in ("--set", item)]
+    command = [sys.executable, "-m", "thresher", "harvest", "books-demo", "--cache", "c", *extra]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        first = tmp_path / "c" / "commits" / "train.0.json"
+        while not first.exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate()[0]
+    assert process.returncode == 130, told
+    assert "run the same harvest again" in " ".join(told.split())
+    kept = {file: file.read_bytes() for file in (tmp_path / "c" / "train").rglob("c.0*")}
+    assert first.exists()
+    assert not (tmp_path / "c" / "MANIFEST.json").exists()
+    assert "Harvested" in thresher(tmp_path, "harvest", "books-demo", "--cache", "c", sets=SETS)
+    whole = the_cache(house)
+    assert all(file.read_bytes() == data for file, data in kept.items())
+    for file in (file for file in whole.rglob("*") if file.is_file() and file.suffix != ".lock"):
+        assert (tmp_path / "c" / file.relative_to(whole)).read_bytes() == file.read_bytes(), file.name

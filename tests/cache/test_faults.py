@@ -196,10 +196,60 @@ def test_a_full_disk_stops_with_what_is_missing_and_goes_on_once_there_is_room(
     disk = small_disk(tmp_path, 4 << 20)
     said = disk(tmp_path / "c", hog_after=3)
     assert said.startswith("UserError:")
-    assert re.search(r"[\d,]+ (bytes )?(more )?.*free.*stays valid", said), said
+    needed, free, shard, total = missing(said)
+    assert 0 <= free < 100_000, "the hog took the rest"
+    assert 0 < shard < total == needed - free
     assert disk(tmp_path / "c", digest=True) != toy.digest(finished())
     assert disk(tmp_path / "c", unhog=True) == "done"
     assert disk(tmp_path / "c", digest=True) == toy.digest(finished())
+
+
+def missing(said: str) -> tuple[int, int, int, int]:
+    """Bytes needed in all, free, missing for the next shard and missing in all, as an error tells them."""
+    numbers = re.search(
+        r"needs ([\d,]+) bytes more and ([\d,]+) are free; ([\d,]+) are missing for the next shard, "
+        r"([\d,]+) are missing for all that is to come\..*stays valid",
+        said,
+    )
+    assert numbers, said
+    needed, free, shard, total = (int(number.replace(",", "")) for number in numbers.groups())
+    return needed, free, shard, total
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_full_disk_tells_what_the_next_shard_and_all_to_come_lack(
+    begun: bool, toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with toy.open_writer(tmp_path / "c", codec="bf16") as writer:
+        real, in_all = os.write, writer.bytes_needed()
+
+        def write(descriptor: int, data: memoryview) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        shard = writer.shard(*(writer.claim() or ("", 0)))
+        monkeypatch.setattr(writer_module, "free_bytes", lambda path: 1000)
+        if begun:  # the kernel says so, in the middle of the shard
+            shard.add(toy.activations("train", shard.contexts))
+            monkeypatch.setattr(os, "write", write)
+            shard.commit()
+        with pytest.raises(UserError, match="No space left" if begun else "not enough disk space") as caught:
+            writer.settle() if begun else writer.take()
+        monkeypatch.setattr(os, "write", real)
+        needed, free, of_shard, total = missing(str(caught.value))
+        assert needed == int(1.02 * in_all)
+        assert (free, total) == (1000, needed - 1000)
+        row_bytes = sum(spec.row_bytes for spec in writer.plan.sharded_arrays("train").values())
+        shards = 1 if begun else 2  # the one in hand is still to be written
+        assert of_shard + 1000 == pytest.approx(1.02 * shards * writer.plan.shard_rows * row_bytes, rel=0.2)
+
+
+def test_a_failing_device_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(UserError, match=r"Input/output error. The device failed, it is not full"):
+        publish(tmp_path / "file", [b"1"])
 
 
 READ_ONLY = """
@@ -271,7 +321,7 @@ def test_a_disk_that_fills_up_keeps_what_was_committed(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write)
-        with pytest.raises(UserError, match=r"No space left.*needs .* bytes and .* are free.*stays valid"):
+        with pytest.raises(UserError, match=r"No space left.*needs [\d,]+ bytes more and [\d,]+ are free.*stays valid"):
             toy.fill(tmp_path / "c")
     assert not list((tmp_path / "c").rglob("*.tmp"))
     with toy.open_writer(tmp_path / "c") as writer:
