@@ -8,6 +8,7 @@ The first shard of a cache with codec int8z has no calibration yet. Its first ke
 contexts are drawn in the order of a keyed hash, wait in host memory, yield μ and σ, and are encoded then.
 """
 
+import mmap
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn, Protocol
@@ -153,7 +154,7 @@ class ShardWriter:
     def _wait(self, lane: Lane, acts: Mapping[str, Tensor], picked: np.ndarray) -> None:
         """Keep rows on the host until there are enough to calibrate with."""
         index = torch.from_numpy(picked).to(self._device)
-        self._waiting.append((lane, {name: x_RD.index_select(0, index).cpu() for name, x_RD in acts.items()}))
+        self._waiting.append((lane, {name: _mapped(x_RD.index_select(0, index)) for name, x_RD in acts.items()}))
         if lane is self._lanes[KEPT]:
             lane.done += len(picked)
             if lane.done >= CALIBRATION_ROWS:
@@ -232,3 +233,9 @@ class ShardWriter:
             "source": np.stack([context, position], axis=1).astype(np.int32),
             "keep": self._packed.keep[context, position].astype(np.uint8),
         }
+
+
+def _mapped(x_ND: Tensor) -> Tensor:
+    """A copy on the host in memory of its own, which goes back to the kernel with it: a heap would keep it for good."""
+    out = torch.frombuffer(mmap.mmap(-1, x_ND.numel() * x_ND.itemsize), dtype=x_ND.dtype, count=x_ND.numel())
+    return out.view(x_ND.shape).copy_(x_ND)

@@ -239,9 +239,9 @@ def test_memory_is_two_shards_contexts_and_passes_by_hand_worked_numbers(toy: Mo
     widths, contexts = 24 + 24 + 7, (100 + 20 + 3) * 32
     shards = 2 * rows * (2 * widths + 60)
     arguments = {"pass_tokens": 64, "passes": 3, "hidden": 24, "item_bytes": 4}
-    beside = shards + 10 * contexts + 40_000_000
+    beside = shards + 10 * contexts + 48_000_000
     assert estimate_memory(plan, **arguments, on_host=False) == beside
-    flowing = 5 * 64 * widths * 4 + 3 * 64 * 17 * 24 * 4
+    flowing = (5 + 3) * 64 * widths * 4 + 3 * 64 * 17 * 24 * 4
     assert estimate_memory(plan, **arguments, on_host=True) == beside + flowing
 
 
