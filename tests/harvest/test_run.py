@@ -288,7 +288,7 @@ def test_damaged_contexts_are_not_resumed_from(made: HarvestResult, tmp_path: Pa
     data = bytearray(file.read_bytes())
     data[100] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"train/contexts/token_id is damaged: its digest"):
+    with pytest.raises(UserError, match=r"train/contexts/token_id is damaged: the digest"):
         harvest(TARGET, DATA, CONFIG, path=path, console=QUIET)
 
 
