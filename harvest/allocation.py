@@ -4,7 +4,7 @@ glibc keeps freed blocks of up to 32 MB in a heap per thread. Here one thread ma
 so such heaps grow to several times what is in use, by an amount that nobody can predict. With a fixed threshold every
 large tensor is mapped and unmapped by itself. The page faults are not free: 7 to 11 % more CPU time for the bundled
 model (two runs of each), whose MLP has tensors of 8 MB. Without it, a model of two layers in GPT-2 small's shape took
-1.5 GB of memory where the estimate says 0.8. From 1 MiB on it would cost the bundled model more still.
+1.5 GB of memory where the estimate says 0.8.
 """
 
 import ctypes
