@@ -8,8 +8,9 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/thresher demo
 
+# One worker per core, each with one thread: tests of small tensors gain nothing from more.
 test: $(VENV)/ready lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
