@@ -1,6 +1,8 @@
 """Training losses: reconstruction, AuxK, and the penalties that make ReLU and JumpReLU codes sparse.
 
-All are means over tokens with denominators that no batch decides, so that a batch split in two gives the same sum.
+All are means over tokens. Where a batch is taken in parts, every term is the part's share of the whole batch's: values
+and gradients of the parts add up to those of one pass. What couples the tokens of a batch (their number, the mean L0,
+the residual's variance) is then known beforehand and comes in as a `Whole`.
 
 - Reconstruction is the fraction of variance unexplained, ⟨‖y − ŷ‖²⟩ / V with V from the cache's statistics; a CLT's is
   the mean over its layers.
@@ -27,8 +29,19 @@ from thresher.train.dictionary.rules import JumpReLU
 from thresher.train.kernels.sparse import spread
 
 
+class Whole(NamedTuple):
+    """What the parts of one batch have to know of all of it."""
+
+    tokens: int
+    """N of the whole batch."""
+    l0: Tensor | None = None
+    """[sources] mean number of latents that fire per token, detached; for the target_l0 penalty alone."""
+    residual: Tensor | None = None
+    """[S] Σ‖e − ē‖² over the whole batch, e what the dictionary left of a destination; for AuxK alone."""
+
+
 class Losses(NamedTuple):
-    """The terms of one step; scalars, `total` with gradient."""
+    """The terms of one step, or of one part of it; scalars, `total` with gradient."""
 
     total: Tensor
     """What is minimised."""
@@ -47,20 +60,24 @@ def losses(
     ys: Sequence[Tensor],
     variances: Sequence[float],
     ramp: float,
+    whole: Whole | None = None,
 ) -> Losses:
-    """All terms of one batch in training space; xs, ys: [N, width] by source and destination; `ramp`: of penalties."""
+    """All terms of one batch in training space; xs, ys: [N, width] by source and destination; `ramp`: of penalties.
+
+    `whole`: these rows are a part of a larger batch, and the terms are their shares of it; None: they are all.
+    """
     spec = coder.spec
-    tokens = xs[0].shape[0]
+    tokens = xs[0].shape[0] if whole is None else whole.tokens
     outputs = [done.y.flatten(1)] if len(ys) == 1 else done.y.unbind(1)
     errors = [squared_error(out, y) for out, y in zip(outputs, ys, strict=True)]
     fvu = torch.stack(errors) / torch.tensor([tokens * v for v in variances], dtype=done.y.dtype).to(done.y.device)
     total = fvu.mean()
     aux = penalty = total.new_zeros(())
     if spec.aux > 0:
-        aux = auxiliary(coder, done, xs, ys)
+        aux = auxiliary(coder, done, xs, ys, whole)
         total = total + spec.aux * aux
     if ramp > 0 and (spec.sparsity > 0 or spec.preact > 0):
-        penalty = ramp * penalties(coder, done.fired, xs)
+        penalty = ramp * penalties(coder, done.fired, xs, whole)
         total = total + penalty
     return Losses(total, fvu.detach(), aux.detach(), penalty.detach())
 
@@ -85,18 +102,28 @@ def squared_error(guess: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def auxiliary(coder: Coder, done: Pass, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+def auxiliary(
+    coder: Coder, done: Pass, xs: Sequence[Tensor], ys: Sequence[Tensor], whole: Whole | None = None
+) -> Tensor:
     """AuxK, the mean over the sources that have dead latents; 0 when none has."""
     terms = []
     for source, (x_ND, y_NE) in enumerate(zip(xs, ys, strict=True)):
         dead = torch.nonzero(coder.encoder(source).dead(coder.spec.dead_after)).view(-1)
         if dead.shape[0]:
             residual = y_NE - done.y[:, source].detach()
-            terms.append(_auxiliary_of(coder, source, dead, x_ND, residual))
+            total = variation(residual) if whole is None or whole.residual is None else whole.residual[source]
+            terms.append(_auxiliary_of(coder, source, dead, x_ND, residual, total))
     return torch.stack(terms).mean() if terms else done.y.new_zeros(())
 
 
-def _auxiliary_of(coder: Coder, source: int, dead: Tensor, x_ND: Tensor, residual_NE: Tensor) -> Tensor:
+def variation(residual_NE: Tensor) -> Tensor:
+    """Σ‖e − ē‖², a scalar."""
+    return (residual_NE - residual_NE.mean(0)).square().sum()
+
+
+def _auxiliary_of(
+    coder: Coder, source: int, dead: Tensor, x_ND: Tensor, residual_NE: Tensor, variance: Tensor
+) -> Tensor:
     """One source's AuxK on the gathered rows of its dead latents, where dense products are cheap."""
     k_aux = coder.spec.resolved_aux_k
     count = dead.shape[0]
@@ -107,7 +134,6 @@ def _auxiliary_of(coder: Coder, source: int, dead: Tensor, x_ND: Tensor, residua
         kept = torch.topk(a_Nn.detach(), k_aux, dim=1, sorted=False).indices
         z_Nn = z_Nn * torch.zeros_like(z_Nn).scatter_(1, kept, 1.0)
     guess_NE = z_Nn @ coder.W_dec[source][dead, 0]
-    variance = (residual_NE - residual_NE.mean(0)).square().sum()
     share = squared_error(guess_NE, residual_NE) / variance.where(variance > 0, torch.inf)  # nothing to explain: 0
     return min(count / k_aux, 1.0) * share
 
@@ -119,44 +145,56 @@ def _pre_bias(coder: Coder, source: int, dead: Tensor) -> Tensor:
     return -(coder.encoder(source).W_enc[dead] @ coder.b_dec[source].detach())
 
 
-def penalties(coder: Coder, fired: Sequence[Fired], xs: Sequence[Tensor]) -> Tensor:
+def penalties(coder: Coder, fired: Sequence[Fired], xs: Sequence[Tensor], whole: Whole | None = None) -> Tensor:
     """Weighted sparsity and pre-activation terms, the mean over sources."""
     spec = coder.spec
     terms = []
     for source, part in enumerate(fired):
-        term = spec.sparsity * PENALTIES[spec.resolved_penalty or "l1"](coder, source, part)
+        tokens = part.tokens if whole is None else whole.tokens
+        if spec.resolved_penalty == "target_l0":
+            term = _target_l0(coder, part, tokens, None if whole is None or whole.l0 is None else whole.l0[source])
+        else:
+            term = PENALTIES[spec.resolved_penalty or "l1"](coder, source, part) / tokens
+        term = spec.sparsity * term
         if spec.preact > 0:
-            term = term + spec.preact * preactivation_loss(coder, source, xs[source])
+            term = term + spec.preact * preactivation_loss(coder, source, xs[source]) / tokens
         terms.append(term)
     return torch.stack(terms).mean()
 
 
 def _l1(coder: Coder, source: int, part: Fired) -> Tensor:
     if coder.spec.unit_norm:
-        return part.z.sum() / part.tokens
-    return (part.z * spread(coder.decoder_norm(source), part.selection)).sum() / part.tokens
+        return part.z.sum()
+    return (part.z * spread(coder.decoder_norm(source), part.selection)).sum()
 
 
 def _l0(coder: Coder, source: int, part: Fired) -> Tensor:
     assert part.gate is not None
-    return part.gate.sum() / part.tokens
-
-
-def _target_l0(coder: Coder, source: int, part: Fired) -> Tensor:
-    assert coder.spec.k is not None
-    return (_l0(coder, source, part) / coder.spec.k - 1).square()
+    return part.gate.sum()
 
 
 def _tanh(coder: Coder, source: int, part: Fired) -> Tensor:
     norm = spread(coder.decoder_norm(source), part.selection)
-    return torch.tanh(coder.spec.tanh_scale * norm * part.z).sum() / part.tokens
+    return torch.tanh(coder.spec.tanh_scale * norm * part.z).sum()
 
 
-PENALTIES = {"l1": _l1, "l0": _l0, "target_l0": _target_l0, "tanh": _tanh}
+def _target_l0(coder: Coder, part: Fired, tokens: int, mean: Tensor | None) -> Tensor:
+    """(L0/k − 1)². Of a part: its share by tokens in value, and the gradient that L0's chain rule gives its gates."""
+    assert coder.spec.k is not None
+    assert part.gate is not None
+    l0 = part.gate.sum() / tokens
+    if mean is None:
+        return (l0 / coder.spec.k - 1).square()
+    miss = mean / coder.spec.k - 1
+    return miss.square() * (part.tokens / tokens) + 2 * miss / coder.spec.k * (l0 - l0.detach())
+
+
+PENALTIES = {"l1": _l1, "l0": _l0, "tanh": _tanh}
+"""Those that are sums over tokens, before the division by N."""
 
 
 def preactivation_loss(coder: Coder, source: int, x_ND: Tensor) -> Tensor:
-    """⟨Σ n_f relu(θ_f − a_f)⟩ over dead latents, or over all: a dense pass on their rows, by ordinary autograd."""
+    """Σ n_f relu(θ_f − a_f) over tokens and dead latents, or all: a dense pass on their rows, by plain autograd."""
     spec, encoder = coder.spec, coder.encoder(source)
     assert isinstance(encoder.rule, JumpReLU)
     chosen = torch.arange(spec.n_latents, device=x_ND.device)
@@ -164,4 +202,4 @@ def preactivation_loss(coder: Coder, source: int, x_ND: Tensor) -> Tensor:
         chosen = torch.nonzero(encoder.dead(spec.dead_after)).view(-1)
     a_Nn = F.linear(x_ND, encoder.W_enc[chosen], coder.bias(source)[chosen])
     below = torch.relu(encoder.rule.theta()[chosen] - a_Nn)
-    return (below.sum(0) * coder.decoder_norm(source)[chosen]).sum() / x_ND.shape[0]
+    return (below.sum(0) * coder.decoder_norm(source)[chosen]).sum()

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.crosslayer import build
+from thresher.train.dictionary.encoder import Chosen, Fired
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels import firing
-from thresher.train.losses import auxiliary, losses
+from thresher.train.kernels.sparse import Selection, add_decoded
+from thresher.train.losses import Whole, auxiliary, losses, variation
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -199,6 +201,59 @@ def test_the_reconstruction_term_of_a_batch_is_the_mean_of_its_halves() -> None:
         for part in (slice(0, N // 2), slice(N // 2, N))
     ]
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)
+
+
+@pytest.mark.parametrize(("kind", "rule"), itertools.product(["sae", "clt"], RULES))
+def test_the_parts_of_a_batch_add_up_to_the_whole(kind: str, rule: str) -> None:
+    coder = make(kind, pre_bias=kind == "sae", **RULES[rule])
+    xs, ys = batch(coder)
+    variances = [2.0 + i for i in range(len(ys))]
+    done = coder(xs)
+    whole = Whole(
+        N,
+        torch.stack([mean_l0(part) for part in done.fired]),
+        torch.stack([variation(y - done.y[:, i].detach()) for i, y in enumerate(ys)]),
+    )
+    one = losses(coder, done, xs, ys, variances, 1.0)
+    parameters = list(coder.parameters())
+    expected = torch.autograd.grad(one.total, parameters, allow_unused=True, materialize_grads=True)
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    terms = []
+    for rows in (slice(0, 7), slice(7, 30), slice(30, N)):
+        x, y = [x[rows] for x in xs], [y[rows] for y in ys]
+        part = pass_over(coder, x, [rows_of(fired, rows) for fired in done.fired])
+        terms.append(losses(coder, part, x, y, variances, 1.0, whole))
+        for total, grad in zip(
+            sums,
+            torch.autograd.grad(terms[-1].total, parameters, allow_unused=True, materialize_grads=True),
+            strict=True,
+        ):
+            total += grad
+    for got, wanted in zip(zip(*terms, strict=True), one, strict=True):
+        torch.testing.assert_close(sum(got), wanted)
+    torch.testing.assert_close(sums, list(expected))
+
+
+def mean_l0(fired: Fired) -> Tensor:
+    return (fired.z if fired.gate is None else fired.gate).detach().gt(0).double().sum() / fired.tokens
+
+
+def rows_of(fired: Fired, rows: slice) -> Chosen:
+    """What was chosen of some rows of a batch."""
+    if fired.selection is None:
+        return Chosen(None, fired.a.detach()[rows])
+    offsets = fired.selection.offsets[rows.start : rows.stop + 1]
+    entries = slice(int(offsets[0]), int(offsets[-1]))
+    return Chosen(Selection(fired.selection.latents[entries], offsets - offsets[0], LATENTS), fired.a.detach()[entries])
+
+
+def pass_over(coder: Coder, xs: list[Tensor], chosen: list[Chosen]) -> Pass:
+    """A training pass with selections made before."""
+    fired = tuple(coder.encoder(i)(x, coder.bias(i), chosen[i]) for i, x in enumerate(xs))
+    y_NSE = coder.b_dec.expand(xs[0].shape[0], -1, -1).clone()
+    for i, part in enumerate(fired):
+        y_NSE = add_decoded(y_NSE, part.z, coder.W_dec[i], part.selection, coder.written(i).start)
+    return Pass(fired, y_NSE)
 
 
 def test_counters_and_thresholds_move_only_when_told_to() -> None:

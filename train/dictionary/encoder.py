@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from thresher.cache.contracts import Codes
 from thresher.train.dictionary.rules import rule
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.gradients import Sink
 from thresher.train.kernels.sparse import Selection, gathered_linear
 
 
@@ -30,6 +32,15 @@ class Fired(NamedTuple):
     """[A] (or [N, F]) 1 where the latent fires, with gradient to a learned threshold; None without one."""
     tokens: int
     """N."""
+
+
+class Chosen(NamedTuple):
+    """What an encoder looks at of a batch, found without gradient."""
+
+    selection: Selection | None
+    """Entries; None: all."""
+    values: Tensor
+    """[A] (or [N, F]) pre-activations there."""
 
 
 class Workspace:
@@ -63,6 +74,8 @@ class Encoder(nn.Module):
         self.tokens_since_fired: Tensor
         self.matmul_dtype: torch.dtype | None = None
         self.workspace = Workspace()
+        self.kernels = Kernels()
+        self.sink: Sink | None = None  # where W_enc's gradient goes; None: to autograd
 
     def preactivations(self, x_ND: Tensor, bias_F: Tensor, out: Tensor | None = None) -> Tensor:
         """a [N, F] in the parameters' dtype, without gradient; into `out` where possible."""
@@ -72,13 +85,20 @@ class Encoder(nn.Module):
             low_x, low_W = x_ND.to(self.matmul_dtype), self.W_enc.to(self.matmul_dtype)
             return (low_x @ low_W.T).to(bias_F.dtype).add_(bias_F)
 
-    def forward(self, x_ND: Tensor, bias_F: Tensor) -> Fired:
-        """Training codes; `bias_F` is b_enc with any pre-bias folded in, with gradient."""
+    @torch.no_grad()
+    def choose(self, x_ND: Tensor, bias_F: Tensor) -> Chosen:
+        """The product and the selection of a batch."""
         a_NF = self.preactivations(x_ND, bias_F, self.workspace.block(x_ND.shape[0], self.W_enc))
-        with torch.no_grad():
-            selection = self.rule.select(a_NF)
-            values = a_NF.clone() if selection is None else selection.take(a_NF)
-        a = gathered_linear(x_ND, self.W_enc, bias_F, values, selection)
+        selection = self.rule.select(a_NF)
+        return Chosen(selection, a_NF.clone() if selection is None else selection.take(a_NF))
+
+    def forward(self, x_ND: Tensor, bias_F: Tensor, chosen: Chosen | None = None) -> Fired:
+        """Training codes; `bias_F` is b_enc with any pre-bias folded in, with gradient.
+
+        `chosen`: what was chosen of these rows before with the same weights, so that no product is done twice.
+        """
+        selection, values = self.choose(x_ND, bias_F) if chosen is None else chosen
+        a = gathered_linear(x_ND, self.W_enc, bias_F, values, selection, self.kernels, self.sink)
         return Fired(selection, a, *self.rule.fire(a, selection), x_ND.shape[0])
 
     @torch.no_grad()
