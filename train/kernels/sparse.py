@@ -27,6 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.gradients import Sink
+
 DENSE_SHARE = 1 / 12
 """Share of selected entries above which the products go dense. Forward and backward break even at 0.09 for N × D × F =
 1024 × 768 × 6144 and at 0.18 for 2048 × 128 × 1024 (one CPU thread); not measured on CUDA."""
@@ -156,11 +159,19 @@ class _GatheredLinear(torch.autograd.Function):
         return grad_x, grad_W, grad_b, None, None
 
 
-def gathered_linear(x_ND: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, selection: Selection | None) -> Tensor:
+def gathered_linear(
+    x_ND: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    values: Tensor,
+    selection: Selection | None,
+    kernels: Kernels | None = None,
+    sink: Sink | None = None,
+) -> Tensor:
     """Pre-activations x W_encᵀ + b_enc at the selected entries, [A] (or [N, F]), with gradients to x, W_enc, b_enc.
 
     `values` are those numbers, taken from the dense product that the selection was made from: nothing is computed
-    twice. Specification: `plain_gathered_linear`.
+    twice. W_enc's gradient goes to its sink where there is one. Specification: `plain_gathered_linear`.
     """
     out: Tensor = _GatheredLinear.apply(x_ND, W_enc, b_enc, values, selection)
     return out

@@ -1,0 +1,140 @@
+"""Where the gradient of a large weight is gathered: one permanent buffer, written by kernels and not by autograd.
+
+Autograd makes a new tensor for every gradient and adds it to what is there: for a weight of 400 MB that is page
+faults, a write and two reads for each term of the loss. Here a kernel writes or adds its own term, rows that few
+latents need (AuxK) go to those rows alone, and a multiple of the weight itself (the gradient of a row's norm) is only
+noted, one number per row: the update has the row at hand. Autograd then gets None for the weight.
+
+A sink without terms is `fresh`, which is when `parameter.grad` is None. Terms that autograd adds itself, before or
+after, are welcome: the buffer simply becomes `parameter.grad`, or a tensor that autograd put there the buffer.
+
+Each row's facts, ‖g‖², g · w and ‖w‖², which clipping and projection ask for, fall out of the kernel that writes the
+row. They hold until anything else is added.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Facts(NamedTuple):
+    """Of every row of a gradient g and its weight w; float64, so that differences of them keep their digits."""
+
+    squares: Tensor
+    """[F] ‖g‖²."""
+    dots: Tensor
+    """[F] g · w."""
+    weights: Tensor
+    """[F] ‖w‖²."""
+
+
+class Sink:
+    """The gradient of one parameter [F, …], rows first."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.along: Tensor | None = None
+        """[F]: the gradient has this multiple of the weight's row added; None: nothing."""
+        self._buffer: Tensor | None = None
+        self._late: list[tuple[Tensor, Tensor]] = []
+        self._facts: Facts | None = None
+        self._version = -1
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was written yet: `open` then gives memory with anything in it."""
+        return self.parameter.grad is None
+
+    def open(self, facts: bool = False) -> tuple[Tensor, bool, Facts | None]:
+        """The matrix [F, M] to write, whether it is to be overwritten, and where facts go if they are wanted.
+
+        Facts are only given out for a matrix that is overwritten. `close` must follow.
+        """
+        grad = self.parameter.grad
+        fresh = grad is None
+        if grad is None:
+            grad = self.parameter.grad = self._memory()
+        self._facts = self._room() if facts and fresh else None
+        return grad.flatten(1), fresh, self._facts
+
+    def close(self) -> None:
+        """All of `open`'s matrix is written."""
+        assert self.parameter.grad is not None
+        self._version = self.parameter.grad._version
+        late, self._late = self._late, []
+        for rows, values in late:
+            self.add_rows(rows, values)
+
+    def add_rows(self, rows: Tensor, values: Tensor) -> None:
+        """Add `values` [n, …] to some rows [n], all different; at once, or after the first term that has all rows."""
+        if self.parameter.grad is None:
+            self._late.append((rows, values))
+            return
+        self.parameter.grad.flatten(1).index_add_(0, rows, values.flatten(1))
+        self._facts = None
+
+    def add_along(self, multiples_F: Tensor) -> None:
+        """Add a multiple of the weight's own row to every row."""
+        self.along = multiples_F if self.along is None else self.along + multiples_F
+
+    def facts(self) -> Facts | None:
+        """Of the matrix alone, without `along`; None when it was added to since the kernel that knew them."""
+        grad = self.parameter.grad
+        if grad is None or self._facts is None or grad._version != self._version:
+            return None
+        return self._facts
+
+    def settle(self, whole: bool = False) -> None:
+        """Write what waits: rows without a first term, and, for a `whole` gradient, the multiples of the weight."""
+        if self._late and self.parameter.grad is None:
+            self.parameter.grad = self._memory().zero_()
+            self.close()
+        if whole and self.along is not None:
+            grad = self.parameter.grad
+            if grad is None:
+                grad = self.parameter.grad = self._memory().zero_()
+            grad.flatten(1).addcmul_(self.parameter.detach().flatten(1), self.along[:, None])
+            self.along = None
+
+    def clear(self) -> None:
+        """Forget all terms; the memory stays."""
+        self.parameter.grad = None
+        self.along = self._facts = None
+        self._late.clear()
+
+    def release(self) -> None:
+        """Forget all terms and give the memory back."""
+        self.clear()
+        self._buffer = None
+
+    def _memory(self) -> Tensor:
+        if self._buffer is None or self._buffer.device != self.parameter.device:
+            self._buffer = torch.empty_like(self.parameter, memory_format=torch.contiguous_format)
+        return self._buffer
+
+    def _room(self) -> Facts:
+        rows = self.parameter.shape[0]
+        return Facts(*torch.zeros(3, rows, dtype=torch.float64, device=self.parameter.device).unbind(0))
+
+
+class Sinks:
+    """The sinks of a dictionary's encoders and decoders; everything else stays with autograd."""
+
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        self._sinks = {weight: Sink(weight) for weight in weights}
+
+    def of(self, weight: nn.Parameter) -> Sink:
+        """A weight's sink."""
+        return self._sinks[weight]
+
+    def clear(self) -> None:
+        """Forget all terms."""
+        for sink in self._sinks.values():
+            sink.clear()
+
+    def release(self) -> None:
+        """Forget all terms and give the memory back."""
+        for sink in self._sinks.values():
+            sink.release()
