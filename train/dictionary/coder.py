@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from thresher.cache.contracts import Codes
-from thresher.train.dictionary.encoder import Encoder, Fired
+from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.sparse import add_decoded, bags
 
@@ -116,9 +116,10 @@ class Coder(nn.Module):
             return encoder.b_enc
         return encoder.b_enc - encoder.W_enc @ self.b_dec[source]
 
-    def forward(self, xs: Sequence[Tensor]) -> Pass:
-        """Training codes and reconstructions of one batch; xs: per source [N, D]."""
-        fired = tuple(self.encoder(source)(x_ND, self.bias(source)) for source, x_ND in enumerate(xs))
+    def forward(self, xs: Sequence[Tensor], chosen: Sequence[Chosen | None] | None = None) -> Pass:
+        """Training codes and reconstructions of one batch; xs: per source [N, D]; `chosen`: selections made before."""
+        before = chosen or [None] * len(xs)
+        fired = tuple(self.encoder(source)(x_ND, self.bias(source), before[source]) for source, x_ND in enumerate(xs))
         y_NSE = self.b_dec.expand(xs[0].shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
         for source, part in enumerate(fired):
             y_NSE = add_decoded(y_NSE, part.z, self.W_dec[source], part.selection, self.written(source).start)
