@@ -27,6 +27,7 @@ from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Fired
 from thresher.train.dictionary.rules import JumpReLU
 from thresher.train.kernels.sparse import spread
+from thresher.train.stages import stage
 
 
 class Whole(NamedTuple):
@@ -74,7 +75,8 @@ def losses(
     total = fvu.mean()
     aux = penalty = total.new_zeros(())
     if spec.aux > 0:
-        aux = auxiliary(coder, done, xs, ys, whole)
+        with stage("auxk"):
+            aux = auxiliary(coder, done, xs, ys, whole)
         total = total + spec.aux * aux
     if ramp > 0 and (spec.sparsity > 0 or spec.preact > 0):
         penalty = ramp * penalties(coder, done.fired, xs, whole)

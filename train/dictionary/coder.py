@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from thresher.cache.contracts import Codes
 from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.sparse import add_decoded, bags
+from thresher.train.stages import stage
 
 
 class Pass(NamedTuple):
@@ -39,6 +41,7 @@ class Coder(nn.Module):
         self.label = name
         self.deployed = deployed
         self.encoders = nn.ModuleList(Encoder(spec, deployed) for _ in spec.reads)
+        self.use(Kernels())
         self.W_dec = nn.ParameterList(
             torch.zeros(spec.n_latents, len(self.written(source)), spec.d_out) for source in range(len(spec.reads))
         )
@@ -103,6 +106,12 @@ class Coder(nn.Module):
 
     # What training asks for.
 
+    def use(self, kernels: Kernels) -> None:
+        """Let its choices hold here and in the encoders."""
+        self.kernels = kernels
+        for source in range(len(self.spec.reads)):
+            self.encoder(source).kernels = kernels
+
     def encoder(self, source: int) -> Encoder:
         """One source's encoder."""
         module = self.encoders[source]
@@ -120,9 +129,10 @@ class Coder(nn.Module):
         """Training codes and reconstructions of one batch; xs: per source [N, D]; `chosen`: selections made before."""
         before = chosen or [None] * len(xs)
         fired = tuple(self.encoder(source)(x_ND, self.bias(source), before[source]) for source, x_ND in enumerate(xs))
-        y_NSE = self.b_dec.expand(xs[0].shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
-        for source, part in enumerate(fired):
-            y_NSE = add_decoded(y_NSE, part.z, self.W_dec[source], part.selection, self.written(source).start)
+        with stage("decode"):
+            y_NSE = self.b_dec.expand(xs[0].shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
+            for source, part in enumerate(fired):
+                y_NSE = add_decoded(y_NSE, part.z, self.W_dec[source], part.selection, self.written(source).start)
         return Pass(fired, y_NSE)
 
     def decoder_norm(self, source: int) -> Tensor:

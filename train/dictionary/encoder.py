@@ -17,6 +17,7 @@ from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
 from thresher.train.kernels.sparse import Selection, gathered_linear
+from thresher.train.stages import stage
 
 
 class Fired(NamedTuple):
@@ -88,9 +89,11 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def choose(self, x_ND: Tensor, bias_F: Tensor) -> Chosen:
         """The product and the selection of a batch."""
-        a_NF = self.preactivations(x_ND, bias_F, self.workspace.block(x_ND.shape[0], self.W_enc))
-        selection = self.rule.select(a_NF)
-        return Chosen(selection, a_NF.clone() if selection is None else selection.take(a_NF))
+        with stage("encode"):
+            a_NF = self.preactivations(x_ND, bias_F, self.workspace.block(x_ND.shape[0], self.W_enc))
+        with stage("select"):
+            selection = self.rule.select(a_NF)
+            return Chosen(selection, a_NF.clone() if selection is None else selection.take(a_NF))
 
     def forward(self, x_ND: Tensor, bias_F: Tensor, chosen: Chosen | None = None) -> Fired:
         """Training codes; `bias_F` is b_enc with any pre-bias folded in, with gradient.
