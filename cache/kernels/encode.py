@@ -4,9 +4,11 @@ A row is read once. It is checked, encoded, written to its stored place, and add
 and quality follow from. PyTorch needs about ten passes over a block for the same, and each costs more than the
 arithmetic. The specification is `codec.encode_plain` and `stats.of_rows`; the codes here are the same bit for bit.
 
-Two things decide the speed. Stored places are random, so a plain store would first fetch the line that it is about to
-overwrite: rows of whole cache lines are written past the cache instead (non-temporal stores, twice as fast). And two
-rows are added together, so that each sum is loaded and stored half as often.
+Memory decides the speed, so rows go four at a time through each step. Stored places are random, and a plain store would
+first fetch the line that it is about to overwrite: rows of whole cache lines are written past the cache instead
+(non-temporal stores, twice as fast). A store to a page that has to be looked up holds up all after it: four rows are
+stored one after the other, so that they wait together, and the places of the next are announced before. Sums are
+loaded and stored once for four rows (`sums`), while the next rows are fetched.
 
 Sums take the rows one by one in their order, in float64, where the square of a float32 is exact. So they do not depend
 on how the rows were cut into calls, nor on whether multiplication and addition are fused, and massive rows do not
@@ -21,26 +23,21 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from thresher.cache.kernels.jit import compiled
-from thresher.cache.kernels.lines import inlined, put
+from thresher.cache.kernels.lines import announce, inlined, put
+from thresher.cache.kernels.sums import add_rows, add_squares, float_of, wide
 
 _intrinsic: Any = intrinsic  # the type checker does not know that the first argument is not given in calls
+
+TOGETHER = 4
+"""Rows that pass through each step together: with more, they and their sums outgrow the core's first cache."""
+
 _ROUND = np.float32(1.5 * 2**23)  # x + this − this is x rounded to an integer, half to even, for |x| < 2²²
 _PER_LEVEL = np.float32(1 / 127)
 _SMALLEST = np.float32(2.0**-14)
 _SIGN, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-
-
-@_intrinsic
-def _float_of(typing_context, bits):  # type: ignore[no-untyped-def]
-    """The float32 with these 32 bits."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
 
 
 @_intrinsic
@@ -53,43 +50,14 @@ def _bits_of(typing_context, value):  # type: ignore[no-untyped-def]
     return types.uint32(types.float32), generate
 
 
-def _wide(value):  # type: ignore[no-untyped-def]
-    """An element of x as float32."""
-    raise NotImplementedError
-
-
-@overload(_wide, inline="always")
-def _wide_of(value):  # type: ignore[no-untyped-def]
-    if value == types.uint16:
-        return lambda value: _float_of(np.uint32(value) << np.uint32(16))
-    return lambda value: value
-
-
 @inlined(fastmath={"reassoc", "nsz", "contract"})
 def _squares(row):  # type: ignore[no-untyped-def]
     """Σx², not finite as soon as an element is not."""
     total = np.float32(0)
     for j in range(row.shape[0]):
-        x = _wide(row[j])
+        x = wide(row[j])
         total += x * x
     return total
-
-
-@inlined(fastmath={"contract"})
-def _add_pair(a, b, sum_D, square_D):  # type: ignore[no-untyped-def]
-    """Add x and x² of row a, then of row b."""
-    for j in range(a.shape[0]):
-        x, y = np.float64(_wide(a[j])), np.float64(_wide(b[j]))
-        sum_D[j] = (sum_D[j] + x) + y
-        square_D[j] = (square_D[j] + x * x) + y * y
-
-
-@inlined(fastmath={"contract"})
-def _add_errors(a, b, error_D):  # type: ignore[no-untyped-def]
-    """Add e² of row a, then of row b."""
-    for j in range(a.shape[0]):
-        x, y = np.float64(a[j]), np.float64(b[j])
-        error_D[j] = (error_D[j] + x * x) + y * y
 
 
 @inlined()
@@ -101,30 +69,38 @@ def _measure(x, row, norms):  # type: ignore[no-untyped-def]
     return np.isfinite(square)
 
 
+@inlined()
+def _announce(out, at, stop):  # type: ignore[no-untyped-def]
+    """Say where the next rows will go, while there is time."""
+    for i in range(stop, min(stop + TOGETHER, at.shape[0])):
+        announce(out, at[i])
+
+
 @compiled()
 def measure(x, sums, norms):  # type: ignore[no-untyped-def]
     """Add all rows of x: Σx and Σx² [2, D] to `sums`, Σ‖x‖ and Σ‖x‖² [2] to `norms`."""
-    none = np.zeros(x.shape[1], x.dtype)
-    for k in range(0, x.shape[0], 2):
-        pair = k + 1 < x.shape[0]
-        for i in range(k, k + 1 + pair):
+    rows = np.arange(x.shape[0])
+    for k in range(0, rows.shape[0], TOGETHER):
+        stop = min(k + TOGETHER, rows.shape[0])
+        for i in range(k, stop):
             if not _measure(x, i, norms):
                 return i
-        _add_pair(x[k], x[k + 1] if pair else none, sums[0], sums[1])
+        add_rows(x, rows, k, stop, sums)
     return -1
 
 
 @compiled()
 def copy_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-untyped-def]
     """Store bit patterns as they are: out [S, D] uint16, sums [3, D] of which the third stays as it is, norms [2]."""
-    none = np.zeros(x.shape[1], x.dtype)
-    for k in range(0, rows.shape[0], 2):
-        pair = k + 1 < rows.shape[0]
-        for i in range(k, k + 1 + pair):
+    for k in range(0, rows.shape[0], TOGETHER):
+        stop = min(k + TOGETHER, rows.shape[0])
+        for i in range(k, stop):
             if not _measure(x, rows[i], norms):
                 return i
+        for i in range(k, stop):
             put(out, at[i], x[rows[i]], whole_lines)
-        _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
+        _announce(out, at, stop)
+        add_rows(x, rows, k, stop, sums)
     return -1
 
 
@@ -136,25 +112,25 @@ def _round_bf16(row, codes, error):  # type: ignore[no-untyped-def]
         half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
         code = np.uint32(np.uint32(bits + half) >> np.uint32(16))
         codes[j] = code
-        error[j] = row[j] - _float_of(code << np.uint32(16))
+        error[j] = row[j] - float_of(code << np.uint32(16))
 
 
 @compiled()
 def round_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-untyped-def]
     """Store float32 rows rounded to bfloat16: out [S, D] uint16, sums [3, D] Σx, Σx², Σe², norms [2]."""
-    codes, none = np.empty(x.shape[1], np.uint16), np.zeros(x.shape[1], x.dtype)
-    error = np.zeros((2, x.shape[1]), np.float32)
-    for k in range(0, rows.shape[0], 2):
-        pair = k + 1 < rows.shape[0]
-        if not pair:
-            error[1] = 0
-        for i in range(k, k + 1 + pair):
+    codes, each = np.empty((TOGETHER, x.shape[1]), np.uint16), np.arange(TOGETHER)
+    error = np.empty((TOGETHER, x.shape[1]), np.float32)
+    for k in range(0, rows.shape[0], TOGETHER):
+        stop = min(k + TOGETHER, rows.shape[0])
+        for i in range(k, stop):
             if not _measure(x, rows[i], norms):
                 return i
-            _round_bf16(x[rows[i]], codes, error[i - k])
-            put(out, at[i], codes, whole_lines)
-        _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
-        _add_errors(error[0], error[1], sums[2])
+            _round_bf16(x[rows[i]], codes[i - k], error[i - k])
+        for i in range(k, stop):
+            put(out, at[i], codes[i - k], whole_lines)
+        _announce(out, at, stop)
+        add_rows(x, rows, k, stop, sums)
+        add_squares(error, each, stop - k, sums[2:])
     return -1
 
 
@@ -163,7 +139,7 @@ def _standardise(row, mean, inverse, v):  # type: ignore[no-untyped-def]
     """v = (x − μ) · (1/σ); gives the bits of max |v|, which order as integers, NaN above infinity above all."""
     top = np.uint32(0)
     for j in range(row.shape[0]):
-        z = (_wide(row[j]) - mean[j]) * inverse[j]
+        z = (wide(row[j]) - mean[j]) * inverse[j]
         v[j] = z
         top = max(top, np.uint32(_bits_of(z) & _SIGN))  # Numba widens what operators give to 64 bits
     return top
@@ -197,25 +173,25 @@ def store_int8z(x, rows, at, mean, inverse, out, scales, whole_lines, sums, norm
     `mean`, `inverse` [D] float32 are μ and 1/σ; sums [3, D] Σx, Σx² and Σe² of the error of v; `peak` [1] float32 is
     raised to the largest |v|.
     """
-    v, codes = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.int8)
-    error, none = np.zeros((2, x.shape[1]), np.float32), np.zeros(x.shape[1], x.dtype)
-    for k in range(0, rows.shape[0], 2):
-        pair = k + 1 < rows.shape[0]
-        if not pair:
-            error[1] = 0
-        for i in range(k, k + 1 + pair):
+    v, codes = np.empty(x.shape[1], np.float32), np.empty((TOGETHER, x.shape[1]), np.int8)
+    error, each = np.empty((TOGETHER, x.shape[1]), np.float32), np.arange(TOGETHER)
+    for k in range(0, rows.shape[0], TOGETHER):
+        stop = min(k + TOGETHER, rows.shape[0])
+        for i in range(k, stop):
             finite = _measure(x, rows[i], norms)
             top = _standardise(x[rows[i]], mean, inverse, v)
-            largest = _float_of(min(top, _INFINITE))
+            largest = float_of(min(top, _INFINITE))
             half = _half_bits(max(largest * _PER_LEVEL, _SMALLEST))
             if not finite or half >= np.uint32(0x7C00):
                 return i
             scales[at[i]] = half
             peak[0] = max(peak[0], largest)
-            _quantise(v, _float_of((half + np.uint32(112 << 10)) << np.uint32(13)), codes, error[i - k])
-            put(out, at[i], codes, whole_lines)
-        _add_pair(x[rows[k]], x[rows[k + 1]] if pair else none, sums[0], sums[1])
-        _add_errors(error[0], error[1], sums[2])
+            _quantise(v, float_of((half + np.uint32(112 << 10)) << np.uint32(13)), codes[i - k], error[i - k])
+        for i in range(k, stop):
+            put(out, at[i], codes[i - k], whole_lines)
+        _announce(out, at, stop)
+        add_rows(x, rows, k, stop, sums)
+        add_squares(error, each, stop - k, sums[2:])
     return -1
 
 
