@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from thresher.cache.contracts import UserError
+from thresher.train.kernels.choice import Forced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,13 @@ class TrainConfig:
     """Largest global gradient norm of a dictionary, after the decoder's projection; none when not given."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the encoder's matrix product; auto: bfloat16 on CUDA, float32 on CPU. All else is float32."""
+    kernels: Forced = "auto"
+    """Implementations of a step's operations. auto: the best for device, precision and shape; fast: the same, refused
+    where a device's own kernels are not installed; plain: ordinary autograd on dense tensors, the specification, slow.
+    Each sums in its own order, so their results differ in the last bits, and a run goes on only with its own."""
+    micro_rows: int | None = None
+    """Rows whose activations are in memory at once: a batch of more is taken in parts that add up to the same step,
+    except for rounding. The whole batch when not given."""
     seed: int = 0
     """Seed of initial weights and of the order of rows."""
     checkpoint_every: int = 1000
@@ -53,8 +61,7 @@ class TrainConfig:
         if len(given) > 1:
             raise UserError(f"[train] takes one of epochs, rows and steps; got {given}. Remove all but one.")
         positive = {"batch_rows", "checkpoint_every", "log_every", "calibrate_rows", "heldout_rows", "eps", *given}
-        if self.clip is not None:
-            positive.add("clip")
+        positive |= {name for name in ("clip", "micro_rows") if getattr(self, name) is not None}
         if self.lr != "auto":
             positive.add("lr")
         for name in sorted(positive):
@@ -65,6 +72,11 @@ class TrainConfig:
                 raise UserError(f"train.{name} is {getattr(self, name)}; expected 0 ≤ value < 1.")
         if self.warmup < 0:
             raise UserError(f"train.warmup is {self.warmup}; expected 0 or more.")
+
+    @property
+    def part_rows(self) -> int:
+        """Rows that a step works on at a time."""
+        return self.batch_rows if self.micro_rows is None else min(self.micro_rows, self.batch_rows)
 
     def total_steps(self, cached_rows: int) -> int:
         """Optimiser steps for a cache with that many training rows."""

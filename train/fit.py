@@ -9,13 +9,16 @@ from torch import Tensor
 from thresher.cache.source import Source
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
-from thresher.train.dictionary.encoder import Workspace
+from thresher.train.dictionary.encoder import Fired, Workspace
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
+from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import Losses, losses
 from thresher.train.normalise import Affine, affine
 from thresher.train.optim import Optimiser, base_rate, rate_factor
+from thresher.train.parts import compact, split, survey, together
 from thresher.train.plan import RunPlan
+from thresher.train.stages import stage
 from thresher.train.state import Checkpoint
 
 _SAMPLE_ROWS = 1024
@@ -54,11 +57,13 @@ class _Window:
         self.active = torch.zeros_like(self.fvu)
         self.other = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def add(self, terms: Losses, active: Tensor, norm: Tensor, tokens: int) -> None:
-        """One step: `active` [sources] entries that fired."""
-        self.fvu += terms.fvu.double() * tokens
+    def add(self, parts: Sequence[Losses], active: Tensor, norm: Tensor, tokens: int) -> None:
+        """One step, in parts that add up; `active` [sources] entries that fired."""
+        for terms in parts:
+            self.fvu += terms.fvu.double() * tokens
+            self.other[:2] += torch.stack([terms.aux, terms.penalty]).double()
         self.active += active
-        self.other += torch.stack([terms.aux, terms.penalty, norm]).double()
+        self.other[2] += norm.double()
         self.steps += 1
         self.tokens += tokens
 
@@ -86,6 +91,7 @@ class Fit:
         for source in range(len(spec.reads)):
             self.coder.encoder(source).matmul_dtype = torch.bfloat16 if low else None
             self.coder.encoder(source).workspace = workspace or Workspace()
+        self.coder.use(Kernels(plan.train.kernels))
         self.optimiser = Optimiser(self.coder, plan.train)
         self.total = plan.train.total_steps(reader.rows("train"))
         self.done = 0
@@ -119,21 +125,51 @@ class Fit:
 
         Returns the gradient norm; if it is not finite, no weight was changed, and on a CPU nothing at all.
         """
-        spec, (xs, ys) = self.plan.spec, inputs
-        ramp = min(1.0, (self.done + 1) / spec.penalty_warmup) if spec.penalty_warmup else 1.0
-        rate = base_rate(self.plan.train, spec) * rate_factor(self.plan.train, self.done, self.total)
-        out = self.coder(xs)
-        terms = losses(self.coder, out, xs, ys, [space.total_variance for space in self.writes], ramp)
-        terms.total.backward()
-        norm = self.optimiser.step(rate, terms.total.detach().isfinite())
+        with stage("task"):
+            return self._step(inputs, consumed)
+
+    def _step(self, inputs: Inputs, consumed: int) -> Tensor:
+        rate = base_rate(self.plan.train, self.plan.spec) * rate_factor(self.plan.train, self.done, self.total)
+        fired, terms = self._gradients(inputs)
+        with stage("update"):
+            norm = self.optimiser.step(rate, torch.stack([part.total.detach() for part in terms]).sum().isfinite())
         if norm.device.type == "cpu" and not bool(norm.isfinite()):
             return norm
-        active = [self.coder.encoder(source).observe(fired) for source, fired in enumerate(out.fired)]
-        self._window.add(terms, torch.stack(active), norm, xs[0].shape[0])
+        active = [self.coder.encoder(source).observe(together(parts)) for source, parts in enumerate(fired)]
+        self._window.add(terms, torch.stack(active), norm, inputs.xs[0].shape[0])
         self._rate = rate
         self.done += 1
         self.position += consumed
         return norm
+
+    def _gradients(self, inputs: Inputs) -> tuple[list[list[Fired]], list[Losses]]:
+        """Gradients of one batch, in as many parts as micro_rows asks for: codes by source and part, losses by part."""
+        spec, rows = self.plan.spec, self.plan.train.micro_rows
+        ramp = min(1.0, (self.done + 1) / spec.penalty_warmup) if spec.penalty_warmup else 1.0
+        xs, ys = split(inputs.xs, rows), split(inputs.ys, rows)
+        known = survey(self.coder, xs, ys, ramp > 0) if len(xs) > 1 else None
+        variances = [space.total_variance for space in self.writes]
+        fired, terms = [], []
+        for index, (part_xs, part_ys) in enumerate(zip(xs, ys, strict=True)):
+            out = self.coder(part_xs, known and known.chosen[index])
+            with stage("loss"):
+                found = losses(self.coder, out, part_xs, part_ys, variances, ramp, known and known.whole)
+            with stage("backward"):
+                found.total.backward()
+            fired.append([compact(part) for part in out.fired] if known else list(out.fired))
+            terms.append(found)
+        return [list(column) for column in zip(*fired, strict=True)], terms
+
+    def forget_gradients(self) -> None:
+        """Give back what a step that failed has left."""
+        self.optimiser.adam.zero_grad(set_to_none=True)
+
+    def release(self) -> None:
+        """Give back the memory of weights and moments; nothing can follow."""
+        self.forget_gradients()
+        self.optimiser.adam.state.clear()
+        for tensor in (*self.coder.parameters(), *self.coder.buffers()):
+            tensor.data = tensor.data.new_empty(0)
 
     def metrics(self) -> dict[str, Any]:
         """Means since the last call, and the present state; one transfer from the device."""

@@ -61,7 +61,7 @@ class Optimiser:
         norm = torch.where(finite & norm.isfinite(), norm, torch.inf)
         self.adam.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
         if self.clip is not None:
-            self.adam.grad_scale = (norm / self.clip).clamp_min(1.0).nan_to_num(1.0)  # type: ignore[attr-defined]
+            self.adam.grad_scale = (norm.float() / self.clip).clamp_min(1.0).nan_to_num(1.0)  # type: ignore[attr-defined]
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
         for weight in self._decoders:

@@ -1,0 +1,152 @@
+"""A batch in parts: gradient accumulation that gives the step of the whole batch.
+
+Gradients of sums over tokens add up by themselves. What couples the tokens of a batch does not, so a first pass without
+gradient, the survey, finds it over all parts:
+
+- BatchTopK's cut. Every part keeps its own ⌊kN⌋ largest entries at most, N the whole batch; the cut is made among
+  those of all parts, so the selection is the whole batch's, entry for entry;
+- the mean L0 of the target_l0 penalty;
+- the variance of the residual that AuxK divides by, merged from the parts' means and sums of squares.
+
+The survey's selections and pre-activations are kept, and the second pass goes on from them: no encoder product is done
+twice, except where all latents are looked at, since such blocks are what parts are to avoid. A step that needs none of
+the three takes no survey.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.encoder import Chosen, Fired
+from thresher.train.dictionary.rules import BatchTopK
+from thresher.train.kernels import firing
+from thresher.train.kernels.sparse import Selection
+from thresher.train.losses import Whole
+
+
+class Survey(NamedTuple):
+    """What is known of a batch before its gradients."""
+
+    chosen: list[list[Chosen | None]]
+    """By part and source; None: to be found anew."""
+    whole: Whole
+    """What losses have to know of all parts."""
+
+
+def split(xs: Sequence[Tensor], rows: int | None) -> list[list[Tensor]]:
+    """Consecutive parts of up to `rows` rows of every tensor; None: one part."""
+    if rows is None or xs[0].shape[0] <= rows:
+        return [list(xs)]
+    return [list(part) for part in zip(*(x.split(rows) for x in xs), strict=True)]
+
+
+@torch.no_grad()
+def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[Tensor]], penalised: bool) -> Survey:
+    """Look at all parts; xs, ys: [n, width] by part and site; `penalised`: penalties have weight in this step."""
+    spec = coder.spec
+    tokens = sum(part[0].shape[0] for part in xs)
+    wants_l0 = penalised and spec.resolved_penalty == "target_l0" and spec.sparsity > 0
+    wants_residual = spec.aux > 0 and _may_be_dead(coder)
+    wants_cut = spec.firing == "batchtopk"
+    if not (wants_l0 or wants_residual or wants_cut):
+        return Survey([[None] * len(xs[0]) for _ in xs], Whole(tokens))
+    columns = [_chosen(coder, source, [part[source] for part in xs], tokens) for source in range(len(xs[0]))]
+    chosen = [list(row) for row in zip(*columns, strict=True)]
+    l0 = residual = None
+    if wants_l0 or wants_residual:
+        l0, residual = _sums(coder, xs, ys, chosen, wants_l0, wants_residual)
+    kept = [[None if one.selection is None else one for one in row] for row in chosen]
+    return Survey(kept, Whole(tokens, None if l0 is None else l0 / tokens, residual))
+
+
+def _may_be_dead(coder: Coder) -> bool:
+    """Whether AuxK has to be reckoned with; where asking would wait for a device, it has."""
+    if coder.b_dec.device.type != "cpu":
+        return True
+    return any(bool(coder.encoder(source).dead(coder.spec.dead_after).any()) for source in range(len(coder.reads)))
+
+
+def _chosen(coder: Coder, source: int, xs: Sequence[Tensor], tokens: int) -> list[Chosen]:
+    """One source's selections in all parts."""
+    encoder, bias_F = coder.encoder(source), coder.bias(source)
+    if not isinstance(encoder.rule, BatchTopK):
+        return [encoder.choose(x_nD, bias_F) for x_nD in xs]
+    count = int(encoder.rule.k * tokens)
+    parts = []
+    for x_nD in xs:
+        a_nF = encoder.preactivations(x_nD, bias_F, encoder.workspace.block(x_nD.shape[0], encoder.W_enc))
+        best = firing.select_batch_topk(a_nF, min(count, a_nF.numel()))
+        parts.append(Chosen(best, best.take(a_nF)))
+    return cut(parts, count)
+
+
+def cut(parts: Sequence[Chosen], count: int) -> list[Chosen]:
+    """Keep the `count` largest entries of all parts; equal ones in order of part and position."""
+    values = torch.cat([part.values for part in parts])
+    if values.shape[0] <= count:
+        return list(parts)
+    keep = torch.zeros(values.shape[0], dtype=torch.bool, device=values.device)
+    keep[firing._largest(values, count)] = True
+    pieces = keep.split([part.values.shape[0] for part in parts])
+    return [_only(part, mask) for part, mask in zip(parts, pieces, strict=True)]
+
+
+def _only(part: Chosen, keep: Tensor) -> Chosen:
+    assert part.selection is not None
+    old = part.selection
+    counts = torch.zeros(old.tokens, dtype=torch.int64, device=keep.device).index_add_(0, old.rows, keep.long())
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return Chosen(Selection(old.latents[keep], offsets, old.width), part.values[keep])
+
+
+def _sums(
+    coder: Coder,
+    xs: Sequence[Sequence[Tensor]],
+    ys: Sequence[Sequence[Tensor]],
+    chosen: Sequence[Sequence[Chosen]],
+    wants_l0: bool,
+    wants_residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """[sources] sum of gates, and [S] Σ‖e − ē‖² by the pairwise merging of Chan, Golub and LeVeque 1983."""
+    gates = coder.b_dec.new_zeros(len(xs[0])) if wants_l0 else None
+    squares, mean_SE, seen = coder.b_dec.new_zeros(len(ys[0])), torch.zeros_like(coder.b_dec), 0
+    for part_xs, part_ys, part_chosen in zip(xs, ys, chosen, strict=True):
+        out = coder(part_xs, part_chosen)
+        if gates is not None:
+            gates += torch.stack([fired.gate.sum() for fired in out.fired if fired.gate is not None])
+        if wants_residual:
+            e_nSE = torch.stack(list(part_ys), 1) - out.y
+            count, own_SE = e_nSE.shape[0], e_nSE.mean(0)
+            away_SE = own_SE - mean_SE
+            squares += (e_nSE - own_SE).square().sum((0, 2)) + away_SE.square().sum(1) * (seen * count / (seen + count))
+            mean_SE += away_SE * (count / (seen + count))
+            seen += count
+    return gates, squares if wants_residual else None
+
+
+def compact(part: Fired) -> Fired:
+    """What an encoder observes of a part, without gradient; of a dense one the entries that fire."""
+    a, z = part.a.detach(), part.z.detach()
+    if part.selection is not None:
+        return Fired(part.selection, a, z, None, part.tokens)
+    selection = firing.compress(z > 0)
+    return Fired(selection, selection.take(a), selection.take(z), None, part.tokens)
+
+
+def together(parts: Sequence[Fired]) -> Fired:
+    """One batch from compact parts."""
+    if len(parts) == 1:
+        return parts[0]
+    selections = [part.selection for part in parts if part.selection is not None]
+    assert len(selections) == len(parts), "dense parts are to be made compact"
+    starts = [0]
+    for selection in selections:
+        starts.append(starts[-1] + selection.latents.shape[0])
+    offsets = [s.offsets[:-1] + start for s, start in zip(selections, starts, strict=False)]
+    last = selections[-1].offsets[-1:] + starts[-2]
+    joined = Selection(torch.cat([s.latents for s in selections]), torch.cat([*offsets, last]), selections[0].width)
+    a, z = torch.cat([part.a for part in parts]), torch.cat([part.z for part in parts])
+    return Fired(joined, a, z, None, sum(part.tokens for part in parts))
