@@ -1,0 +1,147 @@
+"""One pass: a stream of batches for all dictionaries that share it, until each has its steps.
+
+After the first steps one line says which implementations do the work, and after a minute one says what bounds the run
+(train/bounds.py). With `profile`, some steps are traced into the directory of the pass's first run.
+"""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+
+from thresher.cache.batches import Batch, Batches
+from thresher.cache.interrupts import StopFlag
+from thresher.cache.loading import TIERS, choose
+from thresher.cache.source import Source
+from thresher.train.bounds import Bounds
+from thresher.train.crew import Crew, Task
+from thresher.train.display import TrainingDisplay
+from thresher.train.fit import Views, sites_of
+from thresher.train.jobs import Job, kernels_of
+from thresher.train.profile import Trace
+from thresher.train.stages import stage, timed_by, unwatch
+
+_SETTLED_STEPS = 3  # after which every operation of a step has been chosen
+
+
+class Stream(NamedTuple):
+    """What decides the batches of a pass: dictionaries that agree in it share them."""
+
+    batch_rows: int
+    seed: int
+    start: int
+    """Position of its first row."""
+
+
+class Shared(NamedTuple):
+    """What all passes share."""
+
+    reader: Source
+    device: torch.device
+    crew: Crew
+    stop: StopFlag
+    console: Console
+    profile: bool
+    """Whether to trace some steps of each pass."""
+
+
+def feed(jobs: Sequence[Job], stream: Stream, on: Shared) -> None:
+    """Let all jobs of a stream do their steps; returns early when a stop is requested."""
+    if not any(job.active for job in jobs):
+        return
+    steps_left = max(job.fit.total - job.fit.done for job in jobs if job.active)
+    batches = _batches(jobs, stream, steps_left, on)
+    title = f"Training {len(jobs)} dictionaries on {on.device}, {stream.batch_rows:,} rows per step"
+    bounds = Bounds(on.device)
+    with ExitStack() as stack:
+        stack.callback(batches.close)
+        stack.enter_context(timed_by(bounds.clock))
+        trace = stack.enter_context(Trace(jobs[0].path, on.device, steps_left)) if on.profile else None
+        display = stack.enter_context(TrainingDisplay(on.console, title, [job.plan.name for job in jobs]))
+        progress = _Progress(display, max(job.fit.total for job in jobs))
+        for taken, batch in enumerate(_timed(batches), 1):
+            began = time.perf_counter()
+            _step([job for job in jobs if job.active], batch, display, on)
+            line = bounds.stepped(time.perf_counter() - began)
+            if trace is not None:
+                trace.step()
+            if taken == min(_SETTLED_STEPS, steps_left) and (used := kernels_of(jobs)):
+                on.console.print(f"Kernels: {used}.", highlight=False)
+            if line is not None:
+                unwatch(bounds.clock)
+                on.console.print(line, highlight=False)
+            progress.tell(batch.rows, max(job.fit.done for job in jobs), stream.batch_rows)
+            if on.stop.requested or not any(job.active for job in jobs):
+                break
+    _say_the_rest(bounds.line(), trace, on.console)
+
+
+def _say_the_rest(line: str | None, trace: Trace | None, console: Console) -> None:
+    if line is not None:
+        console.print(line, highlight=False)
+    if trace is not None and trace.written:
+        console.print(
+            f"Trace of steps in {trace.path}. Open it at ui.perfetto.dev, chrome://tracing or in TensorBoard.",
+            highlight=False,
+        )
+
+
+def _batches(jobs: Sequence[Job], stream: Stream, steps_left: int, on: Shared) -> Batches:
+    """The stream's batches, and one line on how they are read."""
+    sites, rows_left = sites_of([job.fit for job in jobs]), stream.batch_rows * steps_left
+    tier, why = choose(on.reader, "train", sites, on.device, rows_left)
+    on.console.print(f"Reading {TIERS[tier]}: {why}.", highlight=False)
+    return Batches(
+        on.reader,
+        sites=sites,
+        batch_rows=stream.batch_rows,
+        seed=stream.seed,
+        start=stream.start,
+        end=stream.start + rows_left,
+        device=on.device,
+        tier=tier,
+        interrupted=lambda: on.stop.requested,
+    )
+
+
+def _timed(batches: Batches) -> Iterator[Batch]:
+    """The batches, with the time that is spent waiting for each."""
+    iterator = iter(batches)
+    while True:
+        with stage("read"):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
+
+
+class _Progress:
+    """Rows per second, and what is left."""
+
+    def __init__(self, display: TrainingDisplay, total: int) -> None:
+        self.display, self.total = display, total
+        self.began, self.rows = time.monotonic(), 0
+
+    def tell(self, rows: int, done: int, batch_rows: int) -> None:
+        """One batch more."""
+        self.rows += rows
+        rate = self.rows / (time.monotonic() - self.began)
+        self.display.progress(done, self.total, rate, (self.total - done) * batch_rows / rate)
+
+
+def _step(jobs: Sequence[Job], batch: Batch, display: TrainingDisplay, on: Shared) -> None:
+    """One step of every job, with what is due after it."""
+    views = Views(batch.acts)
+    with stage("transfer"):
+        inputs = [job.fit.inputs(views) for job in jobs]
+    tasks = [
+        Task(job.plan.spec, job.plan.train.part_rows, functools.partial(job.attempt, one, batch.rows))
+        for job, one in zip(jobs, inputs, strict=True)
+    ]
+    for job, outcome in zip(jobs, on.crew.run(tasks), strict=True):
+        assert isinstance(outcome, (torch.Tensor, str))
+        job.settle(outcome, display, on.console)
