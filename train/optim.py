@@ -3,13 +3,18 @@
 Order of one step: take the part along the row out of every decoder gradient, measure the global norm, clip, Adam,
 renormalise the rows. Renormalising before the update would leave saved rows off unit norm.
 
-Clipping and a guard against non-finite gradients ride in the fused kernel, which divides by `grad_scale` and leaves
-parameters and step count alone when `found_inf` is set (both as torch.amp's scaler does): no further pass over the
-gradients and, on CUDA, no synchronisation. `plain_step` is the specification.
+`plain_step` is the specification. On a CPU all of it but the norm is one pass over each row, and the norm falls out of
+the kernels that made the gradients (kernels/gradients.py): where a row's gradient is g + αw, w its weight, taking out
+the part along w makes it g + α'w with α' = α − (g + αw)·w, and ‖g + α'w‖² = ‖g‖² + 2α' g·w + α'²‖w‖².
+
+Elsewhere clipping and a guard against non-finite gradients ride in torch's fused kernel, which divides by `grad_scale`
+and leaves parameters and step count alone when `found_inf` is set (both as torch.amp's scaler does): no further pass
+over the gradients and, on CUDA, no synchronisation.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.kernels import cpu
 
 
 def base_rate(config: TrainConfig, spec: DictionarySpec) -> float:
@@ -45,9 +51,11 @@ class Optimiser:
     def __init__(self, coder: Coder, config: TrainConfig) -> None:
         self.parameters = list(coder.parameters())
         self.clip = config.clip
-        betas = (config.beta1, config.beta2)
-        self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=betas, eps=config.eps, fused=True)
-        self._decoders = list(coder.W_dec) if coder.spec.unit_norm else []
+        self.coder = coder
+        self._sinks = coder.gather()
+        self._betas, self._eps = (config.beta1, config.beta2), config.eps
+        self._unit = list(coder.W_dec) if coder.spec.unit_norm else []
+        self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=self._betas, eps=config.eps, fused=True)
 
     @torch.no_grad()
     def step(self, rate: float, finite: Tensor) -> Tensor:
@@ -55,19 +63,93 @@ class Optimiser:
 
         Returns the gradient's norm before clipping; infinite exactly when the update was left out.
         """
-        for weight in self._decoders:
+        first = self.parameters[0]
+        how = self.coder.kernels.pick("update", first.device, first.dtype, sum(p.numel() for p in self.parameters))
+        self._sinks.settle(whole=how not in ("numba", "triton"))
+        norm = {"numba": self._by_rows, "torch": self._fused, "plain": self._plain, "triton": self._fused}[how](
+            rate, finite
+        )
+        self.clear()
+        return norm
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self._sinks.clear()
+        self.adam.zero_grad(set_to_none=True)
+
+    def release(self) -> None:
+        """Forget all gradients and give their memory back, until the next step."""
+        self.clear()
+        self._sinks.release()
+
+    def _by_rows(self, rate: float, finite: Tensor) -> Tensor:
+        """On a CPU: every row is touched once, by kernels of our own."""
+        turns = [self._turn(parameter) for parameter in self.parameters if parameter.grad is not None]
+        norm = finite.new_full((), math.sqrt(sum(turn.square for turn in turns)), dtype=torch.float64)
+        norm = torch.where(finite & norm.isfinite(), norm, torch.inf).to(self.parameters[0].dtype)
+        if not bool(norm.isfinite()):
+            return norm
+        scale = 1.0 if self.clip is None else 1 / max(1.0, float(norm) / self.clip)
+        for turn in turns:
+            state = self._state(turn.parameter)
+            state["step"] += 1
+            adam = cpu.adam(turn.parameter.dtype, rate, self._betas, self._eps, int(state["step"]))
+            moments = (_rows(state["exp_avg"]), _rows(state["exp_avg_sq"]))
+            assert turn.parameter.grad is not None
+            weight, grad = _rows(turn.parameter), _rows(turn.parameter.grad)
+            unit = any(turn.parameter is weight for weight in self._unit)
+            cpu.update(weight, grad, *moments, turn.along, scale, adam, unit)
+        return norm
+
+    def _turn(self, parameter: nn.Parameter) -> "_Turn":
+        """What a parameter's update needs to know of its gradient's rows."""
+        assert parameter.grad is not None
+        sink = self._sinks.find(parameter)
+        unit = any(parameter is weight for weight in self._unit)
+        facts = None if sink is None else sink.facts()
+        if facts is None:
+            facts = cpu.facts_of(_rows(parameter), _rows(parameter.grad))
+        if not unit and (sink is None or sink.along is None):
+            return _Turn(parameter, None, float(facts.squares.sum()))
+        assert sink is not None
+        along = torch.zeros_like(facts.dots) if sink.along is None else sink.along.double()
+        if unit:  # the part along the row: (g + along · w) · w
+            along = along - (facts.dots + along * facts.weights)
+        squares = facts.squares + 2 * along * facts.dots + along.square() * facts.weights
+        return _Turn(parameter, along.to(parameter.dtype), float(squares.clamp_min(0.0).sum()))
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """A parameter's moments, in the place where torch keeps them."""
+        state: dict[str, Tensor] = self.adam.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _fused(self, rate: float, finite: Tensor) -> Tensor:
+        """By library calls that read nothing back."""
+        for weight in self._unit:
             project_rows(weight)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = torch.where(finite & norm.isfinite(), norm, torch.inf)
         self.adam.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
         if self.clip is not None:
-            self.adam.grad_scale = (norm.float() / self.clip).clamp_min(1.0).nan_to_num(1.0)  # type: ignore[attr-defined]
+            self.adam.grad_scale = (norm / self.clip).clamp_min(1.0).nan_to_num(1.0)  # type: ignore[attr-defined]
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
-        for weight in self._decoders:
+        for weight in self._unit:
             renormalise_rows(weight)
-        self.adam.zero_grad(set_to_none=True)
         return norm
+
+    def _plain(self, rate: float, finite: Tensor) -> Tensor:
+        """The specification, guarded."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if not bool(finite & norm.isfinite()):
+            return torch.full_like(norm, torch.inf)
+        adam = torch.optim.Adam(self.parameters, lr=rate, betas=self._betas, eps=self._eps, foreach=False)
+        adam.state = self.adam.state
+        return plain_step(self.parameters, self._unit, adam, self.clip)
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's state by parameter position, for a checkpoint."""
@@ -87,6 +169,21 @@ class Optimiser:
             self.adam.state[parameter][key] = tensor.to(parameter.device)
 
 
+class _Turn(NamedTuple):
+    """A parameter whose gradient is complete."""
+
+    parameter: nn.Parameter
+    along: Tensor | None
+    """[F] multiples of the weight's rows that its gradient still lacks."""
+    square: float
+    """‖gradient‖², with those."""
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A matrix by rows; a vector is one row."""
+    return tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach()[None]
+
+
 def project_rows(weight: nn.Parameter) -> None:
     """Remove from each row's gradient its part along the row (over all destinations together)."""
     if weight.grad is None:
@@ -104,17 +201,18 @@ def renormalise_rows(weight: nn.Parameter) -> None:
 @torch.no_grad()
 def plain_step(
     parameters: Sequence[nn.Parameter], unit: Sequence[nn.Parameter], adam: torch.optim.Adam, clip: float | None
-) -> None:
-    """What `Optimiser.step` must equal, with an ordinary Adam: the ruled order spelled out."""
+) -> Tensor:
+    """What `Optimiser.step` must equal, with an ordinary Adam: the ruled order spelled out. Returns the norm."""
     for weight in unit:
         assert weight.grad is not None
         rows, grad = weight.flatten(1), weight.grad.flatten(1)
         weight.grad = (grad - (grad * rows).sum(1, keepdim=True) * rows).view_as(weight)
+    norm = torch.stack([(p.grad**2).sum() for p in parameters if p.grad is not None]).sum().sqrt()
     if clip is not None:
-        norm = torch.stack([(p.grad**2).sum() for p in parameters if p.grad is not None]).sum().sqrt()
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad *= min(1.0, clip / float(norm))
     adam.step()
     for weight in unit:
         weight.copy_(torch.nn.functional.normalize(weight.flatten(1), dim=1).view_as(weight))
+    return norm

@@ -18,7 +18,8 @@ from thresher.cache.contracts import Codes
 from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
-from thresher.train.kernels.sparse import add_decoded, bags
+from thresher.train.kernels.gradients import Sink, Sinks
+from thresher.train.kernels.sparse import add_decoded, bags, row_norms
 from thresher.train.stages import stage
 
 
@@ -48,6 +49,9 @@ class Coder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(len(spec.writes), spec.d_out))
         self.register_buffer("mean", torch.zeros(len(spec.writes), spec.d_out))
         self.mean: Tensor
+        self.kernels = Kernels()
+        self.sinks: Sinks | None = None
+        self.use(self.kernels)
 
     def written(self, source: int) -> range:
         """Indices of the destinations that a source writes."""
@@ -112,6 +116,14 @@ class Coder(nn.Module):
         for source in range(len(self.spec.reads)):
             self.encoder(source).kernels = kernels
 
+    def gather(self) -> Sinks:
+        """From now on, gradients of encoders and decoders go to sinks (kernels/gradients.py) and not to autograd."""
+        encoders = [self.encoder(source) for source in range(len(self.spec.reads))]
+        self.sinks = Sinks([*(encoder.W_enc for encoder in encoders), *self.W_dec])
+        for encoder in encoders:
+            encoder.sink = self.sinks.of(encoder.W_enc)
+        return self.sinks
+
     def encoder(self, source: int) -> Encoder:
         """One source's encoder."""
         module = self.encoders[source]
@@ -132,9 +144,16 @@ class Coder(nn.Module):
         with stage("decode"):
             y_NSE = self.b_dec.expand(xs[0].shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
             for source, part in enumerate(fired):
-                y_NSE = add_decoded(y_NSE, part.z, self.W_dec[source], part.selection, self.written(source).start)
+                W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
+                y_NSE = add_decoded(y_NSE, part.z, W_dec, part.selection, first, self.kernels, sink)
         return Pass(fired, y_NSE)
+
+    def decoder_sink(self, source: int) -> Sink | None:
+        """Where the gradient of a source's decoder goes; None: to autograd."""
+        return None if self.sinks is None else self.sinks.of(self.W_dec[source])
 
     def decoder_norm(self, source: int) -> Tensor:
         """[F] norm of each latent's row over all its destinations together, with gradient."""
-        return torch.linalg.vector_norm(self.W_dec[source].flatten(1), dim=1)
+        if self.kernels.forced == "plain":
+            return torch.linalg.vector_norm(self.W_dec[source].flatten(1), dim=1)
+        return row_norms(self.W_dec[source], self.decoder_sink(source))

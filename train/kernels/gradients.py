@@ -30,6 +30,11 @@ class Facts(NamedTuple):
     """[F] ‖w‖²."""
 
 
+def no_facts(rows: int, device: torch.device | None = None) -> Facts:
+    """Zeros, to be filled."""
+    return Facts(*torch.zeros(3, rows, dtype=torch.float64, device=device).unbind(0))
+
+
 class Sink:
     """The gradient of one parameter [F, …], rows first."""
 
@@ -56,7 +61,7 @@ class Sink:
         fresh = grad is None
         if grad is None:
             grad = self.parameter.grad = self._memory()
-        self._facts = self._room() if facts and fresh else None
+        self._facts = no_facts(grad.shape[0], grad.device) if facts and fresh else None
         return grad.flatten(1), fresh, self._facts
 
     def close(self) -> None:
@@ -114,10 +119,6 @@ class Sink:
             self._buffer = torch.empty_like(self.parameter, memory_format=torch.contiguous_format)
         return self._buffer
 
-    def _room(self) -> Facts:
-        rows = self.parameter.shape[0]
-        return Facts(*torch.zeros(3, rows, dtype=torch.float64, device=self.parameter.device).unbind(0))
-
 
 class Sinks:
     """The sinks of a dictionary's encoders and decoders; everything else stays with autograd."""
@@ -128,6 +129,15 @@ class Sinks:
     def of(self, weight: nn.Parameter) -> Sink:
         """A weight's sink."""
         return self._sinks[weight]
+
+    def find(self, parameter: nn.Parameter) -> Sink | None:
+        """A parameter's sink, if it has one."""
+        return self._sinks.get(parameter)
+
+    def settle(self, whole: bool = False) -> None:
+        """Write what waits in any of them."""
+        for sink in self._sinks.values():
+            sink.settle(whole)
 
     def clear(self) -> None:
         """Forget all terms."""

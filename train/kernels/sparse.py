@@ -14,21 +14,24 @@ On a CPU sums run in a fixed order, so the same input gives the same bits.
 Where a selection would hold a large share of all entries, dense products are faster and smaller. A selection of None
 stands for "every latent of every token", with values as [N, F]; the functions here take both forms.
 
-Left out: kernels of our own. torch's embedding_bag and sampled_addmm run on CPU and CUDA in fp32 and fp64.
+Library calls do both, on CPU and CUDA; kernels of our own do them in fewer passes where kernels/choice.py says so, and
+write a weight's gradient where it is wanted.
 
 Suffixes: A entries of a selection, T destinations that one source writes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from thresher.train.kernels.choice import Kernels
-from thresher.train.kernels.gradients import Sink
+from thresher.train.kernels.choice import Implementation, Kernels
+from thresher.train.kernels.gradients import Facts, Sink
 
 DENSE_SHARE = 1 / 12
 """Share of selected entries above which the products go dense. Forward and backward break even at 0.09 for N × D × F =
@@ -135,13 +138,55 @@ def weight_gradient(g: Tensor, rows_ND: Tensor, selection: Selection | None) -> 
     return bags(rows_ND, turned.tokens, turned.offsets, g.index_select(0, turned.order))
 
 
+class _Ways(NamedTuple):
+    """How a product is done and where its weight's gradient goes."""
+
+    kernels: Kernels
+    sink: Sink | None
+
+    def primitives(self, operation: str, like: Tensor, selection: Selection, width: int) -> Any:
+        """The module whose kernels do an operation; None: library calls."""
+        work = selection.latents.shape[0] * width
+        return primitives(self.kernels.pick(operation, like.device, like.dtype, work))
+
+    @contextmanager
+    def gradient(self, weight: Tensor, facts: bool) -> Iterator[tuple[Tensor, bool, Facts | None]]:
+        """The matrix to write a weight's gradient to, whether it is to be overwritten, and where facts go."""
+        if self.sink is None:
+            yield torch.empty_like(weight), True, None
+        else:
+            yield self.sink.open(facts)
+            self.sink.close()
+
+    def returned(self, dW: Tensor) -> Tensor | None:
+        """What autograd gets."""
+        return dW if self.sink is None else None
+
+
+def primitives(how: Implementation) -> Any:
+    """The module that holds kernels/choice.py's primitives; None for `torch`. Imported when first used."""
+    if how == "numba":
+        from thresher.train.kernels import cpu
+
+        return cpu
+    if how == "triton":
+        from thresher.train.kernels import triton
+
+        return triton
+    return None
+
+
+def _put(dW: Tensor, value: Tensor, fresh: bool) -> None:
+    dW.copy_(value) if fresh else dW.add_(value)
+
+
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, selection: Selection | None
+        ctx: Any, x_ND: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, selection: Selection | None, ways: _Ways
     ) -> Tensor:
         ctx.save_for_backward(x_ND, W_enc)
-        ctx.selection = selection
+        ctx.selection, ctx.ways = selection, ways
         return values.view_as(values)
 
     @staticmethod
@@ -153,10 +198,27 @@ class _GatheredLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = g @ W_enc if selection is None else bags(W_enc, selection.latents, selection.offsets, g)
         if ctx.needs_input_grad[1]:
-            grad_W = weight_gradient(g, x_ND, selection)
-        if ctx.needs_input_grad[2]:
+            grad_W, grad_b = _encoder_gradients(g, x_ND, W_enc, selection, ctx.ways)
+        elif ctx.needs_input_grad[2]:
             grad_b = per_latent(g, selection)
-        return grad_x, grad_W, grad_b, None, None
+        return grad_x, grad_W, grad_b, None, None, None
+
+
+def _encoder_gradients(
+    g: Tensor, x_ND: Tensor, W_enc: Tensor, selection: Selection | None, ways: _Ways
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients to W_enc, unless a sink took it, and b_enc."""
+    module = None if selection is None else ways.primitives("encoder gradient", x_ND, selection, x_ND.shape[1])
+    with ways.gradient(W_enc, facts=module is not None) as (dW, fresh, facts):
+        if selection is None:
+            torch.addmm(dW, g.T, x_ND, beta=0.0 if fresh else 1.0, out=dW)
+            grad_b = g.sum(0)
+        elif module is not None:
+            grad_b = module.encoder_gradient(g.contiguous(), x_ND, selection, dW, fresh, facts)
+        else:
+            _put(dW, weight_gradient(g, x_ND, selection), fresh)
+            grad_b = per_latent(g, selection)
+    return ways.returned(dW), grad_b
 
 
 def gathered_linear(
@@ -173,7 +235,11 @@ def gathered_linear(
     `values` are those numbers, taken from the dense product that the selection was made from: nothing is computed
     twice. W_enc's gradient goes to its sink where there is one. Specification: `plain_gathered_linear`.
     """
-    out: Tensor = _GatheredLinear.apply(x_ND, W_enc, b_enc, values, selection)
+    kernels = kernels or Kernels()
+    if kernels.forced == "plain":
+        kernels.pick("encoder gradient", x_ND.device, x_ND.dtype, 0)
+        return plain_gathered_linear(x_ND, W_enc, b_enc, selection)
+    out: Tensor = _GatheredLinear.apply(x_ND, W_enc, b_enc, values, selection, _Ways(kernels, sink))
     return out
 
 
@@ -186,12 +252,16 @@ def plain_gathered_linear(x_ND: Tensor, W_enc: Tensor, b_enc: Tensor, selection:
 class _AddDecoded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y_NSE: Tensor, z: Tensor, W_dec_FTE: Tensor, selection: Selection | None, first: int
+        ctx: Any, y_NSE: Tensor, z: Tensor, W_dec_FTE: Tensor, selection: Selection | None, first: int, ways: _Ways
     ) -> Tensor:
         ctx.save_for_backward(z, W_dec_FTE)
-        ctx.selection, ctx.first = selection, first
-        part = decoded(z, W_dec_FTE.flatten(1), selection)
-        y_NSE[:, first:] += part.view(-1, *W_dec_FTE.shape[1:])
+        ctx.selection, ctx.first, ctx.ways = selection, first, ways
+        W_FM = W_dec_FTE.flatten(1)
+        module = None if selection is None else ways.primitives("decode", z, selection, W_FM.shape[1])
+        if module is None:
+            y_NSE[:, first:] += decoded(z, W_FM, selection).view(-1, *W_dec_FTE.shape[1:])
+        else:
+            module.decode(_destinations(y_NSE, first), z.contiguous(), W_FM, selection)
         ctx.mark_dirty(y_NSE)
         return y_NSE
 
@@ -199,15 +269,40 @@ class _AddDecoded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_NSE: Tensor) -> tuple[Tensor | None, ...]:
         z, W_dec_FTE = ctx.saved_tensors
-        selection = ctx.selection
-        g_NM = g_NSE[:, ctx.first :].flatten(1).contiguous()  # M = T·E: one gather serves all destinations
+        selection, ways = ctx.selection, ctx.ways
+        g_NSE = g_NSE.contiguous()
+        g_NM = _destinations(g_NSE, ctx.first)  # M = T·E: one gather serves all destinations
         W_FM = W_dec_FTE.flatten(1)
         grad_z = grad_W = None
-        if ctx.needs_input_grad[1]:
-            grad_z = g_NM @ W_FM.T if selection is None else dots(g_NM, W_FM, selection)
         if ctx.needs_input_grad[2]:
-            grad_W = weight_gradient(z, g_NM, selection).view_as(W_dec_FTE)
-        return g_NSE, grad_z, grad_W, None, None
+            grad_z, grad_W = _decoder_gradients(z, g_NM, W_FM, selection, ways)
+            grad_W = None if grad_W is None else grad_W.view_as(W_dec_FTE)
+        elif ctx.needs_input_grad[1]:
+            grad_z = g_NM @ W_FM.T if selection is None else dots(g_NM, W_FM, selection)
+        return g_NSE, grad_z, grad_W, None, None, None
+
+
+def _destinations(y_NSE: Tensor, first: int) -> Tensor:
+    """[N, T·E] view of the destinations from `first` on."""
+    return y_NSE.view(y_NSE.shape[0], -1)[:, first * y_NSE.shape[2] :]
+
+
+def _decoder_gradients(
+    z: Tensor, g_NM: Tensor, W_FM: Tensor, selection: Selection | None, ways: _Ways
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients to the codes and, unless a sink took it, to W."""
+    module = None if selection is None else ways.primitives("decoder gradient", z, selection, W_FM.shape[1])
+    with ways.gradient(W_FM, facts=module is not None) as (dW, fresh, facts):
+        if selection is None:
+            torch.addmm(dW, z.T, g_NM, beta=0.0 if fresh else 1.0, out=dW)
+            grad_z = g_NM @ W_FM.T
+        elif module is not None:
+            grad_z = module.decoder_gradient(z.contiguous(), g_NM, W_FM, selection, dW, fresh, facts)
+        else:
+            g_NM = g_NM.contiguous()
+            grad_z = dots(g_NM, W_FM, selection)
+            _put(dW, weight_gradient(z, g_NM, selection), fresh)
+    return grad_z, ways.returned(dW)
 
 
 def decoded(z: Tensor, W_dec_FM: Tensor, selection: Selection | None) -> Tensor:
@@ -217,13 +312,25 @@ def decoded(z: Tensor, W_dec_FM: Tensor, selection: Selection | None) -> Tensor:
     return bags(W_dec_FM, selection.latents, selection.offsets, z)
 
 
-def add_decoded(y_NSE: Tensor, z: Tensor, W_dec_FTE: Tensor, selection: Selection | None, first: int) -> Tensor:
+def add_decoded(
+    y_NSE: Tensor,
+    z: Tensor,
+    W_dec_FTE: Tensor,
+    selection: Selection | None,
+    first: int,
+    kernels: Kernels | None = None,
+    sink: Sink | None = None,
+) -> Tensor:
     """Add one source's contribution to destinations first, first + 1, … in place; gradients to y, z and W_dec.
 
-    z [A] (or [N, F]), W_dec [F, T, E] with first + T = S. y must not be a leaf that requires grad. Specification:
-    `plain_add_decoded`.
+    z [A] (or [N, F]), W_dec [F, T, E] with first + T = S. y must not be a leaf that requires grad, and is contiguous.
+    W_dec's gradient goes to its sink where there is one. Specification: `plain_add_decoded`.
     """
-    out: Tensor = _AddDecoded.apply(y_NSE, z, W_dec_FTE, selection, first)
+    kernels = kernels or Kernels()
+    if kernels.forced == "plain":
+        kernels.pick("decode", z.device, z.dtype, 0)
+        return plain_add_decoded(y_NSE, z, W_dec_FTE, selection, first)
+    out: Tensor = _AddDecoded.apply(y_NSE, z, W_dec_FTE, selection, first, _Ways(kernels, sink))
     return out
 
 
@@ -253,4 +360,29 @@ def spread(v_F: Tensor, selection: Selection | None) -> Tensor:
     if selection is None:
         return v_F
     out: Tensor = _Spread.apply(v_F, selection)
+    return out
+
+
+class _RowNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, sink: Sink | None) -> Tensor:
+        norms_F = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+        ctx.save_for_backward(weight, norms_F)
+        ctx.sink = sink
+        return norms_F
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_F: Tensor) -> tuple[Tensor | None, ...]:
+        weight, norms_F = ctx.saved_tensors
+        multiples_F = (g_F / norms_F).masked_fill_(norms_F == 0, 0.0)  # as vector_norm: no gradient at 0
+        if ctx.sink is None:
+            return (weight.flatten(1) * multiples_F[:, None]).view_as(weight), None
+        ctx.sink.add_along(multiples_F)
+        return None, None
+
+
+def row_norms(weight: Tensor, sink: Sink | None) -> Tensor:
+    """[F]: norms of a weight's rows, with gradient: a multiple of the row itself, which a sink only notes."""
+    out: Tensor = _RowNorms.apply(weight, sink)
     return out

@@ -1,0 +1,139 @@
+"""The primitives of a step on a CPU: kernels/choice.py says what they compute, cpu_bags.py and cpu_update.py how."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thresher.train.kernels import cpu_bags, cpu_update
+from thresher.train.kernels.cpu_pool import over_rows
+from thresher.train.kernels.cpu_update import Adam
+from thresher.train.kernels.gradients import Facts, no_facts
+
+if TYPE_CHECKING:
+    from thresher.train.kernels.sparse import Selection
+
+_NOWHERE = np.empty(0)
+
+
+def decode(out_NM: Tensor, z_A: Tensor, W_FM: Tensor, selection: "Selection") -> None:
+    """out[n] += Σ z · W[latent] over the token's entries."""
+    _bags(out_NM, W_FM, selection.offsets, selection.latents, z_A, False, None)
+
+
+def decoder_gradient(
+    z_A: Tensor,
+    g_NM: Tensor,
+    W_FM: Tensor,
+    selection: "Selection",
+    dW_FM: Tensor,
+    fresh: bool = True,
+    facts: Facts | None = None,
+) -> Tensor:
+    """dz [A] = g[token] · W[latent]; dW[f] (+)= Σ z · g[token] over the latent's entries. Facts need `fresh`."""
+    turned = selection.by_latent
+    z_ordered = z_A.index_select(0, turned.order)
+    dots = torch.zeros_like(z_A)
+    rows, width = W_FM.shape
+    noted = no_facts(rows) if facts is None else facts
+    places = (*_flat(dW_FM), *_flat(g_NM), *_flat(W_FM))
+    entries = (turned.offsets.numpy(), turned.tokens.numpy(), z_ordered.numpy(), fresh)
+    results = (noted.squares.zero_().numpy(), dots.numpy(), noted.weights.zero_().numpy())
+
+    def piece(first: int, stop: int) -> None:
+        cpu_bags.bags_and_dots(first, stop, width, *places, *entries, *results)
+
+    over_rows(rows, piece, (2 * z_A.shape[0] + rows) * width)
+    if facts is not None:
+        # g · w over the row is Σ z (g[token] · w): no pass over the row is needed
+        latents = selection.latents.index_select(0, turned.order)
+        facts.dots.zero_().index_add_(0, latents, (z_ordered * dots).double())
+    return torch.empty_like(dots).index_copy_(0, turned.order, dots)
+
+
+def encoder_gradient(
+    da_A: Tensor,
+    x_ND: Tensor,
+    selection: "Selection",
+    dW_FD: Tensor,
+    fresh: bool = True,
+    facts: Facts | None = None,
+) -> Tensor:
+    """dW[f] (+)= Σ da · x[token] over the latent's entries; [F] Σ da. Of the facts only the squares are set."""
+    turned = selection.by_latent
+    da_ordered = da_A.index_select(0, turned.order)
+    _bags(dW_FD, x_ND, turned.offsets, turned.tokens, da_ordered, fresh, facts)
+    return da_A.new_zeros(selection.width).index_add_(0, selection.latents, da_A)
+
+
+def update(
+    weight_FM: Tensor,
+    grad_FM: Tensor,
+    m_FM: Tensor,
+    v_FM: Tensor,
+    along_F: Tensor | None,
+    scale: float,
+    numbers: Adam,
+    unit: bool,
+) -> None:
+    """Each row's gradient becomes scale · (grad + along · weight), Adam moves the row, `unit` sets its norm to 1."""
+    rows, width = weight_FM.shape
+    kind = weight_FM.numpy().dtype.type
+    along = np.empty(0, kind) if along_F is None else along_F.numpy()
+    flat = [tensor.reshape(-1).numpy() for tensor in (weight_FM, grad_FM, m_FM, v_FM)]
+
+    def piece(first: int, stop: int) -> None:
+        cpu_update.update(first, stop, width, *flat, along, kind(scale), numbers, unit)
+
+    over_rows(rows, piece, 4 * weight_FM.numel())
+
+
+def adam(dtype: torch.dtype, rate: float, betas: tuple[float, float], eps: float, step: int) -> Adam:
+    """The numbers of step `step`, counted from 1, in a number format."""
+    kind = torch.empty(0, dtype=dtype).numpy().dtype.type
+    first, second = (1 - beta**step for beta in betas)
+    return Adam(*(kind(number) for number in (*betas, rate / first, 1 / math.sqrt(second), eps)))
+
+
+def facts_of(weight_FM: Tensor, grad_FM: Tensor) -> Facts:
+    """Facts of a gradient that came from elsewhere."""
+    rows, width = weight_FM.shape
+    out = no_facts(rows)
+    flat = [tensor.reshape(-1).numpy() for tensor in (weight_FM, grad_FM)]
+    places = [part.numpy() for part in out]
+
+    def piece(first: int, stop: int) -> None:
+        cpu_update.facts(first, stop, width, *flat, *places)
+
+    over_rows(rows, piece, 2 * weight_FM.numel())
+    return out
+
+
+def _bags(
+    out: Tensor,
+    table: Tensor,
+    offsets: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    fresh: bool,
+    facts: Facts | None,
+) -> None:
+    groups, width = offsets.shape[0] - 1, table.shape[1]
+    squares = _NOWHERE if facts is None else facts.squares.zero_().numpy()
+    places, entries = (*_flat(out), *_flat(table)), (offsets.numpy(), index.numpy(), weights.numpy(), fresh, squares)
+
+    def piece(first: int, stop: int) -> None:
+        cpu_bags.bags(first, stop, width, *places, *entries)
+
+    over_rows(groups, piece, (index.shape[0] + groups) * width)
+
+
+def _flat(matrix: Tensor) -> tuple[np.ndarray, int]:
+    """A matrix with unit stride along rows as the numbers from its first to its last, and the distance of rows."""
+    rows, width = matrix.shape
+    assert matrix.stride(1) == 1 or width == 1
+    apart = matrix.stride(0) if rows > 1 else width
+    size = (rows - 1) * apart + width if rows else 0
+    return matrix.detach().as_strided((size,), (1,)).numpy(), apart

@@ -1,0 +1,248 @@
+"""Sums of weighted table rows, a few columns at a time, in vector registers.
+
+A processor adds rows as fast as it can fetch them, unless the sum itself passes through the cache with every row. So
+columns are taken in tiles: a tile of the sum stays in registers while the rows pass by, and the tile of a row some
+entries ahead is fetched meanwhile, since the rows come in no order that the processor could foresee.
+
+Slabs of columns that stay in the second-level cache for all entries, so that a table row is read from memory once, were
+measured and lose: rows are then read in short pieces far apart, and the third-level cache serves whole rows as fast.
+
+Matrices are flat here, with the distance of their rows beside them. At each column additions follow the order of the
+entries; a dot adds lane by lane and then the lanes in a fixed order: the same bits, however rows are divided among
+threads. The plain forms of both loops are `bags_plain` and `dots_plain`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np import arrayobj
+
+from thresher.cache.kernels.jit import compiled
+from thresher.cache.kernels.lines import LINE_BYTES, prefetch
+
+LINES = 8
+"""Cache lines in a wide tile: sums, a row to multiply with and addends fit the 32 registers of AVX-512."""
+
+_AHEAD = 8  # entries
+_FUSED = ("contract",)
+_INDEX = ir.IntType(64)
+_intrinsic: Any = intrinsic  # the type checker does not know that the first argument is not given in calls
+
+
+class _Flat:
+    """A flat array in generated code."""
+
+    def __init__(self, context: Any, builder: Any, kind: Any, value: ir.Value) -> None:
+        array = arrayobj.make_array(kind)(context, builder, value)
+        (self.size,) = cgutils.unpack_tuple(builder, array.shape, 1)
+        self.builder, self.data = builder, array.data
+        self.bytes = kind.dtype.bitwidth // 8
+        self.vector = ir.VectorType(array.data.type.pointee, LINE_BYTES // self.bytes)
+
+    def at(self, position: ir.Value, line: int = 0) -> ir.Value:
+        """Pointer to a number, or to one some lines further on."""
+        return self.builder.gep(self.data, [self.builder.add(position, _INDEX(line * self.vector.count))])
+
+    def one(self, position: ir.Value) -> ir.Value:
+        """A number."""
+        return self.builder.load(self.at(position))
+
+    def line(self, position: ir.Value, line: int) -> ir.Value:
+        """A vector."""
+        place = self.builder.bitcast(self.at(position, line), self.vector.as_pointer())
+        return self.builder.load(place, align=self.bytes)
+
+    def put(self, value: ir.Value, position: ir.Value, line: int) -> None:
+        """Store a vector."""
+        place = self.builder.bitcast(self.at(position, line), self.vector.as_pointer())
+        self.builder.store(value, place, align=self.bytes)
+
+
+class _Tile(NamedTuple):
+    """Which of the functions to make."""
+
+    lines: int
+    fresh: bool
+    dots: bool
+
+
+def _bag(tile: _Tile) -> Any:
+    def bag(typing_context, out, at, table, stride, column, index, weights, first, stop):  # type: ignore[no-untyped-def]
+        places = (types.int64, types.int64)
+        signature = types.float64(out, types.int64, table, *places, index, weights, *places)
+        return signature, lambda *given: _generate(tile, *given)
+
+    def bag_dots(  # type: ignore[no-untyped-def]
+        typing_context, out, at, table, stride, column, index, weights, first, stop, w, w_at, dots, norms, group
+    ):
+        places, one = (types.int64, types.int64), types.int64
+        signature = types.float64(out, one, table, *places, index, weights, *places, w, one, dots, norms, one)
+        return signature, lambda *given: _generate(tile, *given)
+
+    return _intrinsic(bag_dots if tile.dots else bag)
+
+
+def _generate(tile: _Tile, context: Any, builder: Any, signature: Any, arguments: Any) -> ir.Value:
+    given = [
+        _Flat(context, builder, kind, value) if isinstance(kind, types.Array) else value
+        for kind, value in zip(signature.args, arguments, strict=True)
+    ]
+    out, at, table, stride, column, index, weights, first, stop = given[:9]
+    zero = ir.Constant(out.vector, [0.0] * out.vector.count)
+    before = [zero if tile.fresh else out.line(at, line) for line in range(tile.lines)]
+    sums = [cgutils.alloca_once_value(builder, value) for value in before]
+    w_lines = [given[9].line(given[10], line) for line in range(tile.lines)] if tile.dots else []
+    last = builder.sub(index.size, _INDEX(1))
+
+    def row(entry: ir.Value) -> ir.Value:
+        return builder.add(builder.mul(index.one(entry), stride), column)
+
+    with cgutils.for_range(builder, builder.sub(stop, first)) as passing:
+        entry = builder.add(first, passing.index)
+        ahead = builder.add(entry, _INDEX(_AHEAD))
+        ahead = builder.select(builder.icmp_signed("<", ahead, last), ahead, last)
+        prefetch(builder, table.at(row(ahead)), tile.lines * LINE_BYTES)
+        start, weight = row(entry), _everywhere(builder, weights.one(entry), out.vector)
+        products: list[ir.Value] = []
+        for line in range(tile.lines):
+            value = table.line(start, line)
+            builder.store(_fused(builder, value, weight, builder.load(sums[line])), sums[line])
+            if tile.dots:
+                chain = products.pop(0) if len(products) == 2 else None
+                products.append(_fused(builder, value, w_lines[line], chain))
+        if tile.dots:
+            place = given[11].at(entry)
+            builder.store(builder.fadd(builder.load(place), _total(builder, products)), place)
+    totals = [builder.load(place) for place in sums]
+    for line, total in enumerate(totals):
+        out.put(total, at, line)
+    if tile.dots:
+        place = given[12].at(given[13])
+        builder.store(builder.fadd(builder.load(place), _squares(builder, w_lines)), place)
+    return _squares(builder, totals)
+
+
+def _squares(builder: Any, vectors: list[ir.Value]) -> ir.Value:
+    """Σ of the squares of all lanes, a float64."""
+    total: ir.Value | None = None
+    for value in vectors:
+        total = _fused(builder, value, value, total)
+    result = _total(builder, [total])
+    return result if isinstance(result.type, ir.DoubleType) else builder.fpext(result, ir.DoubleType())
+
+
+def _fused(builder: Any, left: ir.Value, right: ir.Value, addend: ir.Value | None) -> ir.Value:
+    product = builder.fmul(left, right, flags=_FUSED)
+    return product if addend is None else builder.fadd(product, addend, flags=_FUSED)
+
+
+def _everywhere(builder: Any, number: ir.Value, vector: ir.VectorType) -> ir.Value:
+    """A number in all lanes."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.IntType(32)(0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(first, undefined, lanes)
+
+
+def _total(builder: Any, vectors: list[ir.Value]) -> ir.Value:
+    """The sum of all lanes: halves are added until one is left."""
+    value = vectors[0]
+    for other in vectors[1:]:
+        value = builder.fadd(value, other)
+    while (lanes := value.type.count) > 1:
+        undefined = ir.Constant(value.type, ir.Undefined)
+        mask = ir.VectorType(ir.IntType(32), lanes // 2)
+        low = builder.shuffle_vector(value, undefined, ir.Constant(mask, list(range(lanes // 2))))
+        high = builder.shuffle_vector(value, undefined, ir.Constant(mask, list(range(lanes // 2, lanes))))
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, ir.IntType(32)(0))
+
+
+_bag_wide, _bag_wide_fresh = _bag(_Tile(LINES, False, False)), _bag(_Tile(LINES, True, False))
+_bag_line, _bag_line_fresh = _bag(_Tile(1, False, False)), _bag(_Tile(1, True, False))
+_dots_wide, _dots_wide_fresh = _bag(_Tile(LINES, False, True)), _bag(_Tile(LINES, True, True))
+_dots_line, _dots_line_fresh = _bag(_Tile(1, False, True)), _bag(_Tile(1, True, True))
+
+
+@compiled(forceinline=True)
+def bags_plain(group, left, right, out, out_stride, table, stride, offsets, index, weights, fresh):  # type: ignore[no-untyped-def]
+    """Columns left to right of out[group] = Σ weights · table[index] over its entries, unless `fresh` added to it.
+
+    Returns Σ of the squares of what was written.
+    """
+    squares = 0.0
+    for j in range(left, right):
+        total = out[group * out_stride + j]
+        if fresh:
+            total = table.dtype.type(0)
+        for entry in range(offsets[group], offsets[group + 1]):
+            total += weights[entry] * table[index[entry] * stride + j]
+        out[group * out_stride + j] = total
+        squares += np.float64(total) * np.float64(total)
+    return squares
+
+
+@compiled(forceinline=True)
+def dots_plain(group, left, right, table, stride, offsets, index, w, w_stride, dots, norms):  # type: ignore[no-untyped-def]
+    """dots[entry] += table[index] · w[group] over columns left to right; norms[group] += ‖w[group]‖² there."""
+    for j in range(left, right):
+        value = w[group * w_stride + j]
+        norms[group] += np.float64(value) * np.float64(value)
+        for entry in range(offsets[group], offsets[group + 1]):
+            dots[entry] += table[index[entry] * stride + j] * value
+
+
+@compiled()
+def bags(first, stop, width, out, out_stride, table, stride, offsets, index, weights, fresh, squares):  # type: ignore[no-untyped-def]
+    """`bags_plain` for groups first to stop at all columns; adds what it returns to `squares`, unless that is empty."""
+    line = LINE_BYTES // table.itemsize
+    for group in range(first, stop):
+        at, low, high, j, total = group * out_stride, offsets[group], offsets[group + 1], 0, 0.0
+        while j + LINES * line <= width:
+            if fresh:
+                total += _bag_wide_fresh(out, at + j, table, stride, j, index, weights, low, high)
+            else:
+                total += _bag_wide(out, at + j, table, stride, j, index, weights, low, high)
+            j += LINES * line
+        while j + line <= width:
+            if fresh:
+                total += _bag_line_fresh(out, at + j, table, stride, j, index, weights, low, high)
+            else:
+                total += _bag_line(out, at + j, table, stride, j, index, weights, low, high)
+            j += line
+        total += bags_plain(group, j, width, out, out_stride, table, stride, offsets, index, weights, fresh)
+        if squares.shape[0]:
+            squares[group] += total
+
+
+@compiled()
+def bags_and_dots(  # type: ignore[no-untyped-def]
+    first, stop, width, out, out_at, table, stride, w, w_stride, offsets, index, weights, fresh, squares, dots, norms
+):
+    """`bags`, and `dots_plain` in the same pass over the table."""
+    line = LINE_BYTES // table.itemsize
+    for group in range(first, stop):
+        at, w_at, low, high = group * out_at, group * w_stride, offsets[group], offsets[group + 1]
+        j, total = 0, 0.0
+        while j + LINES * line <= width:
+            o, p = at + j, w_at + j
+            if fresh:
+                total += _dots_wide_fresh(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+            else:
+                total += _dots_wide(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+            j += LINES * line
+        while j + line <= width:
+            o, p = at + j, w_at + j
+            if fresh:
+                total += _dots_line_fresh(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+            else:
+                total += _dots_line(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+            j += line
+        dots_plain(group, j, width, table, stride, offsets, index, w, w_stride, dots, norms)
+        total += bags_plain(group, j, width, out, out_at, table, stride, offsets, index, weights, fresh)
+        if squares.shape[0]:
+            squares[group] += total
