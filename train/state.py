@@ -5,6 +5,7 @@ in the stream of rows. There is no generator state: after the initial weights no
 a function of seed and position. A run that goes on from a checkpoint therefore ends bit for bit where it would have.
 
 `checkpoints/step-<8 digits>.safetensors` is written first, `.json` beside it makes it valid; the last two are kept.
+Before anything of a checkpoint is written, the disk must have room for it beside those two.
 """
 
 import json
@@ -16,7 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from thresher.cache.contracts import UserError
-from thresher.cache.publish import publish
+from thresher.cache.publish import free_bytes, publish
 from thresher.train.files import publish_tensors
 
 _VERSION = 1
@@ -34,15 +35,33 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
-    """Write a checkpoint atomically and delete all but the last `keep`."""
+    """Write a checkpoint atomically and delete all but the last `keep`.
+
+    Raises UserError when the disk has no room for it; those before it stay.
+    """
     folder = run / "checkpoints"
     stem = f"step-{checkpoint.step:08d}"
+    _check_room(run, checkpoint)
     publish_tensors(folder / f"{stem}.safetensors", checkpoint.tensors)
     record = {"version": _VERSION, "step": checkpoint.step, "position": checkpoint.position}
     publish(folder / f"{stem}.json", [json.dumps(record).encode()])
-    for old in _records(run)[:-keep]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    kept = {record.stem for record in _records(run)[-keep:]}
+    for file in sorted(folder.glob("step-*")):  # a record goes before its tensors; so does what a killed process left
+        if file.name.split(".")[0] not in kept:
+            file.unlink()
+
+
+def _check_room(run: Path, checkpoint: Checkpoint) -> None:
+    """Raise UserError unless the disk can take the checkpoint."""
+    needed, free = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), free_bytes(run)
+    if needed <= free:
+        return
+    step, _ = latest_position(run)
+    last = f"Its checkpoint of step {step} is whole" if step else "It has none before it"
+    raise UserError(
+        f"The checkpoint of run {run} at step {checkpoint.step} needs {needed:,} bytes, but {free:,} are free on its "
+        f"disk. {last}. Make room, or move the runs to another disk and name it with --runs; then go on with --resume."
+    )
 
 
 def latest_position(run: Path) -> tuple[int, int]:

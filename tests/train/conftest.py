@@ -1,6 +1,12 @@
-"""A small real cache with known structure: sparse features that every site carries along directions of its own."""
+"""A small real cache with known structure: sparse features that every site carries along directions of its own.
 
+And what tests of the stage share: plans of every kind and rule, and a signal at a given step.
+"""
+
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +17,20 @@ from thresher.cache.contracts import Site
 from thresher.cache.layout import Contexts
 from thresher.cache.reader import CacheReader
 from thresher.cache.writer import CacheWriter
+from thresher.train.config import TrainConfig
+from thresher.train.dictionary.spec import DictionaryConfig
+from thresher.train.fit import Fit
+from thresher.train.plan import RunPlan, plan_runs
 
 LAYERS, WIDTH, FEATURES, CONTEXT = 2, 16, 48, 64
+
+RULES: dict[str, dict[str, Any]] = {
+    "relu": {"firing": "relu", "sparsity": 3e-3},
+    "topk": {"firing": "topk", "k": 3},
+    "batchtopk": {"firing": "batchtopk", "k": 2.5},
+    "jumprelu": {"firing": "jumprelu", "sparsity": 3e-3, "preact": 1e-4},
+}
+KINDS = ("sae", "transcoder", "clt")
 
 
 def make_cache(path: Path, *, contexts: int = 96, poison: bool = False, identity: str = "toy") -> CacheReader:
@@ -55,3 +73,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
 @pytest.fixture
 def console() -> Console:
     return Console(quiet=True)
+
+
+def plans_for(
+    cache: CacheReader, label: str, train_settings: dict[str, Any] | None = None, **settings: Any
+) -> list[RunPlan]:
+    config = DictionaryConfig(**({"n_latents": 64, "dead_after": 2000, "aux_k": 8} | settings))
+    base = {"batch_rows": 256, "steps": 40, "lr": 3e-3, "warmup": 5, "log_every": 10, "checkpoint_every": 15}
+    return plan_runs(label, config, TrainConfig(**(base | (train_settings or {}))), cache.sites, {"from": "test"})
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process a SIGTERM when the first dictionary has done that many steps."""
+    real, sent = Fit.step, []
+
+    def interrupted(self: Fit, *arguments: Any) -> torch.Tensor:
+        norm = real(self, *arguments)
+        if self.done == step and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norm
+
+    monkeypatch.setattr(Fit, "step", interrupted)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.train.test_run import plans_for
+from tests.train.conftest import plans_for
 from thresher.cache.batches import Batches
 from thresher.cache.reader import CacheReader
 from thresher.train import bounds

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.train.test_run import KINDS, plans_for
+from tests.train.conftest import KINDS, plans_for
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.encoder import Chosen
 from thresher.train.fit import Fit, Inputs, Views

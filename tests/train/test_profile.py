@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.train.test_run import plans_for
+from tests.train.conftest import plans_for
 from thresher.cache.reader import CacheReader
 from thresher.train.run import train
 from thresher.train.stages import STAGES

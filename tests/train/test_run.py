@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,89 +10,14 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
+from tests.train.conftest import KINDS, RULES, plans_for, stop_at
 from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
 from thresher.train import run as stage
-from thresher.train.config import TrainConfig
-from thresher.train.dictionary.spec import DictionaryConfig
 from thresher.train.files import load_run, read_config, write_config
 from thresher.train.fit import Fit
-from thresher.train.plan import RunPlan, plan_runs
 from thresher.train.run import train
-
-RULES: dict[str, dict[str, Any]] = {
-    "relu": {"firing": "relu", "sparsity": 3e-3},
-    "topk": {"firing": "topk", "k": 3},
-    "batchtopk": {"firing": "batchtopk", "k": 2.5},
-    "jumprelu": {"firing": "jumprelu", "sparsity": 3e-3, "preact": 1e-4},
-}
-KINDS = ("sae", "transcoder", "clt")
-
-
-def plans_for(
-    cache: CacheReader, label: str, train_settings: dict[str, Any] | None = None, **settings: Any
-) -> list[RunPlan]:
-    config = DictionaryConfig(**({"n_latents": 64, "dead_after": 2000, "aux_k": 8} | settings))
-    base = {"batch_rows": 256, "steps": 40, "lr": 3e-3, "warmup": 5, "log_every": 10, "checkpoint_every": 15}
-    return plan_runs(label, config, TrainConfig(**(base | (train_settings or {}))), cache.sites, {"from": "test"})
-
-
-def everything(cache: CacheReader) -> list[RunPlan]:
-    return [
-        plan
-        for kind in KINDS
-        for name, rule in RULES.items()
-        for plan in plans_for(
-            cache, f"{kind}-{name}", layers=None if kind == "clt" else (1,), kind=kind, pre_bias=kind == "sae", **rule
-        )
-    ]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.parent.name}/{name}": tensor
-        for file in sorted(out.glob("*/weights.safetensors"))
-        for name, tensor in safetensors.torch.load_file(file).items()
-    }
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Send this process a SIGTERM when the first dictionary has done that many steps."""
-    real, sent = Fit.step, []
-
-    def interrupted(self: Fit, *arguments: Any) -> torch.Tensor:
-        norm = real(self, *arguments)
-        if self.done == step and not sent:
-            sent.append(step)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return norm
-
-    monkeypatch.setattr(Fit, "step", interrupted)
-
-
-def test_resume_equals_uninterrupted_bit_for_bit_for_every_kind_and_rule(
-    cache: CacheReader, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plans = everything(cache)
-    train(plans, cache, out=tmp_path / "whole", device="cpu", console=console)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 23)
-        with pytest.raises(Interrupted, match="--resume"):
-            train(plans, cache, out=tmp_path / "parts", device="cpu", console=console)
-    assert not list((tmp_path / "parts").glob("*/weights.safetensors"))
-    train(plans, cache, out=tmp_path / "parts", device="cpu", resume=True, console=console)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    assert len({name.split("/")[0] for name in whole}) == len(plans)
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, parts[name]), name
-    for plan in plans:  # training-space weights, moments, running thresholds and counters too
-        left, right = ((tmp_path / side / plan.name / "checkpoints") for side in ("whole", "parts"))
-        last = "step-00000040.safetensors"
-        a, b = safetensors.torch.load_file(left / last), safetensors.torch.load_file(right / last)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) or a[key].isnan().all() for key in a), plan.name
 
 
 def test_every_kind_and_rule_learns_and_holds_its_sparsity_when_frozen(
@@ -228,45 +152,6 @@ def test_an_unfinished_run_needs_resume_and_another_recipe_is_refused(
     other = plans_for(cache, "sae", kind="sae", firing="topk", k=4)
     with pytest.raises(UserError, match=r"other settings \(dictionary.k: expected 4, got 3"):
         train(other, cache, out=tmp_path, device="cpu", resume=True, console=console)
-
-
-def test_a_diverging_run_is_set_aside_and_the_others_go_on(
-    cache: CacheReader, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Fit.step
-
-    def poisoned(self: Fit, inputs: Any, consumed: int) -> torch.Tensor:
-        if self.plan.name == "sae-L01" and self.done == 7:
-            inputs.xs[0][0, 0] = float("nan")
-        return real(self, inputs, consumed)
-
-    monkeypatch.setattr(Fit, "step", poisoned)
-    plans = plans_for(cache, "sae", kind="sae", **RULES["topk"])
-    results = train(plans, cache, out=tmp_path, device="cpu", console=console)
-    assert [result.status for result in results] == ["trained", "failed"]
-    failed = read_config(tmp_path / "sae-L01")["training"]
-    assert failed["steps"] == 7
-    assert "step 8" in failed["failed"]
-    saved = safetensors.torch.load_file(tmp_path / "sae-L01/checkpoints/step-00000007.safetensors")
-    assert all(bool(t.isfinite().all()) for name, t in saved.items() if "threshold" not in name)
-    with pytest.raises(UserError, match="it failed: step 8"):
-        load_run(tmp_path / "sae-L01")
-
-
-def test_dictionaries_with_other_batches_and_lengths_share_a_sweep(
-    cache: CacheReader, tmp_path: Path, console: Console
-) -> None:
-    plans = [
-        *plans_for(cache, "short", {"steps": 11}, kind="sae", **RULES["topk"]),
-        *plans_for(cache, "long", {"steps": 25}, kind="sae", **RULES["topk"]),
-        *plans_for(cache, "wide", {"steps": 9, "batch_rows": 512}, kind="sae", **RULES["topk"]),
-    ]
-    results = train(plans, cache, out=tmp_path, device="cpu", console=console)
-    assert [result.metrics["steps"] for result in results] == [11, 11, 25, 25, 9, 9]
-    alone = train(plans[2:3], cache, out=tmp_path / "alone", device="cpu", console=console)
-    together = safetensors.torch.load_file(results[2].path / "weights.safetensors")
-    for name, tensor in safetensors.torch.load_file(alone[0].path / "weights.safetensors").items():
-        assert torch.equal(tensor, together[name])
 
 
 def test_wandb_offline_writes_beside_the_run(cache: CacheReader, tmp_path: Path, console: Console) -> None:
