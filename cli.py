@@ -183,9 +183,10 @@ def demo(
 def cache_info(path: Annotated[Path, typer.Argument(help="A cache directory.")]) -> None:
     """What a cache holds, how large it is and how exact."""
     from thresher.cache.reader import CacheReader
+    from thresher.cache.summary import summary as summarised
 
     with CacheReader.open(path) as reader:
-        summary = reader.summary()
+        summary = summarised(reader)
     for key, value in {
         "path": summary["path"],
         "fingerprint": summary["fingerprint"],

@@ -29,8 +29,10 @@ from rich.table import Table
 from thresher.cache.contracts import Dictionary
 from thresher.cache.layout import ArraySpec
 from thresher.cache.order import Stream
-from thresher.cache.reader import CacheReader, as_codes
+from thresher.cache.reader import CacheReader
+from thresher.cache.rows import as_codes
 from thresher.cache.source import Source
+from thresher.cache.summary import summary
 from thresher.evaluate.results import Results
 from thresher.evaluate.run import EvaluateConfig, Replacement, evaluate
 from thresher.harvest.corpus import DataConfig
@@ -138,7 +140,7 @@ def prepared(folder: Path, layers: tuple[int, ...], console: Console) -> dict[st
     for site in bf16.sites:
         mine, theirs = (cache.statistics(site).variance for cache in (bf16, caches["int8z"]))
         assert np.allclose(mine, theirs, rtol=1e-6), f"statistics of {site} depend on the codec"
-    lost = {codec: [s["fvu"] for s in caches[codec].summary()["sites"].values()] for codec in ("bf16", "int8z")}
+    lost = {codec: [s["fvu"] for s in summary(caches[codec])["sites"].values()] for codec in ("bf16", "int8z")}
     for codec, fvus in lost.items():
         console.print(f"FVU of the stored rows themselves, {codec}: {min(fvus):.1e} to {max(fvus):.1e}, site by site")
     return {"fp32": fp32, "bf16": bf16, "int8z": caches["int8z"]}

@@ -1,8 +1,6 @@
-"""Reading a cache: a base part and the parts that extend it, joined.
+"""Reading a cache: a base part and the parts that extend it, joined (`segments`).
 
-Parts of kind `sites` add sites to rows that are there; parts of kind `tokens` add rows, a segment each, at all sites of
-the cache. Chunks of a split are numbered through the segments, the base's first, so that everything above sees one
-cache. A part that is in the making does not count; one that was finished and is lost is refused (`index`).
+Chunks of a split are numbered through the segments, the base's first, so that everything above sees one cache.
 
 While a reader is open it holds a shared lock, so that nothing is pruned under it.
 """
@@ -14,27 +12,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from thresher.cache import stats
-from thresher.cache.codec import Calibration, decode
-from thresher.cache.commit import MANIFEST, PARTS, ROOT, harvest_again, is_complete, shard_files
+from thresher.cache.codec import Calibration
+from thresher.cache.commit import MANIFEST, ROOT, is_complete
 from thresher.cache.contracts import Site, UserError
-from thresher.cache.index import INDEX, loss, read_index
-from thresher.cache.layout import KEPT, PROVENANCE, ArraySpec, Codec, Contexts, Store, known_split, raw_dtype
+from thresher.cache.layout import PROVENANCE, ArraySpec, Codec, Contexts, Store, known_split
 from thresher.cache.locks import READ, Lock, share
 from thresher.cache.order import SPLITS, ReadOrder
 from thresher.cache.part import Part
-from thresher.cache.records import differences, fingerprint, nearest
+from thresher.cache.records import differences, fingerprint
+from thresher.cache.rows import Rows
+from thresher.cache.rows import as_codes as as_codes  # where the staging of batches looks for it
+from thresher.cache.segments import Segment, joined, shared_calibration
 from thresher.cache.sites import unmet
 from thresher.cache.stats import SiteStats
 from thresher.cache.stored import read_root
-
-_SAMPLED_CHUNKS = 16
+from thresher.cache.verify import faults
 
 
 class Provenance(NamedTuple):
@@ -52,25 +49,10 @@ class Provenance(NamedTuple):
     """[N] uint8: 1 kept, 2 special."""
 
 
-class Segment:
-    """Rows of one harvest of text: the part that holds them, and the parts that add sites to them."""
-
-    def __init__(self, base: Part) -> None:
-        self.base = base
-        self.parts = [base]
-
-    @property
-    def sites(self) -> dict[str, Part]:
-        """The part that holds each site."""
-        return {name: part for part in self.parts for name in part.sites}
-
-    def holding(self, split: str) -> dict[str, Part]:
-        """The part that holds each array with one entry a row."""
-        return {name: part for part in self.parts for name in part.specs.get(split, {})}
-
-
-class CacheReader:
+class CacheReader(Rows):
     """A complete cache, opened for reading; a `source.Source`. Use `open`."""
+
+    SAMPLED_CHUNKS: ClassVar[int] = 16
 
     def __init__(self, path: Path, segments: list[Segment], incomplete: list[str], lock: Lock | None = None) -> None:
         """`lock` is freed with the reader."""
@@ -99,7 +81,7 @@ class CacheReader:
         """
         lock = share(path / READ)  # before anything is looked at, or it might be pruned meanwhile
         try:
-            reader = cls(path, *_joined(path), lock)
+            reader = cls(path, *joined(path), lock)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -165,15 +147,6 @@ class CacheReader:
         specs = self.arrays(split)
         return sum(specs[name].shape[0] * specs[name].row_bytes for name in names)
 
-    def site(self, name: str) -> Site:
-        """A stored site by name, or UserError with near misses."""
-        if name not in self.sites:
-            raise UserError(
-                f"the cache {self.path} does not hold site {name!r}.{nearest(name, self.sites)} It holds "
-                f"{', '.join(self.sites)}. Choose one of them, or harvest again with that site."
-            )
-        return self.sites[name]
-
     def statistics(self, site: str) -> SiteStats:
         """Statistics of a site over the kept rows of train, of all segments."""
         self.site(site)
@@ -181,9 +154,8 @@ class CacheReader:
         return parts[0] if len(parts) == 1 else stats.merged(map(_moments, parts)).stats()
 
     def calibration(self, site: str) -> Calibration | None:
-        """μ and σ of an int8z site; None for the other codecs."""
-        self.site(site)
-        return self.segments[0].sites[site].calibration(site)
+        """μ and σ of an int8z site, one for all segments; None for the other codecs."""
+        return shared_calibration(self.segments, self.site(site).name)
 
     def contexts(self, split: str) -> Contexts:
         """The packed tokens of a split, checked against their digests; document ids distinct over all segments."""
@@ -232,32 +204,9 @@ class CacheReader:
     def finish(self) -> None:
         """Nothing: nobody fills it."""
 
-    def sample(self, split: str, count: int) -> np.ndarray:
-        """Up to `count` kept rows, ascending, from a few chunks spread evenly: a chunk is a sample of its shard."""
-        chunks = _spread(self.rows(split) // self.chunk_rows, _SAMPLED_CHUNKS)
-        rows = []
-        for chunk, wanted in zip(chunks, np.diff(np.linspace(0, count, len(chunks) + 1).astype(int)), strict=True):
-            kept = np.flatnonzero(self.chunk(split, "keep", int(chunk)) == KEPT)
-            rows.append(chunk * self.chunk_rows + kept[_spread(len(kept), int(wanted))])
-        return np.concatenate(rows) if rows else np.empty(0, np.int64)
-
-    def gather(self, split: str, site: str, rows: np.ndarray) -> Tensor:
-        """[n, d] float32: any rows of a site, decoded. The plain path; `Batches` is the fast one."""
-        specs = self.arrays(split)
-        names = [name for name in (self.site(site).name, f"{site}.scale") if name in specs]
-        rows = np.asarray(rows, np.int64)
-        if len(rows) and (rows.min() < 0 or rows.max() >= self.rows(split)):
-            raise UserError(f"rows of {split!r} are 0 to {self.rows(split) - 1}; got {rows.min()} to {rows.max()}.")
-        chunk, inner = np.divmod(rows, self.chunk_rows)
-        order = np.argsort(chunk, kind="stable")
-        borders = np.flatnonzero(np.diff(chunk[order])) + 1
-        raw = {}
-        for name in names:
-            raw[name] = np.empty((len(rows), *specs[name].shape[1:]), raw_dtype(specs[name].dtype))
-            for here in np.split(order, borders) if len(rows) else []:
-                raw[name][here] = self.chunk(split, name, int(chunk[here[0]]))[inner[here]]
-        scale = torch.from_numpy(raw[names[1]]) if len(names) > 1 else None
-        return decode(as_codes(raw[site]), scale, self.calibration(site), torch.float32)
+    def chunks_at_hand(self, split: str) -> int:
+        """All of them."""
+        return self.rows(split) // self.chunk_rows
 
     def parts(self) -> Iterator[Part]:
         """Every complete part, the base first."""
@@ -265,69 +214,7 @@ class CacheReader:
 
     def verify(self) -> list[str]:
         """Read every byte of the cache; one line per fault, [] when it is sound."""
-        from thresher.cache.verify import faults
-
         return faults(self.path)
-
-    def summary(self) -> dict[str, Any]:
-        """What the cache holds and how good it is: JSON values for `thresher cache info`."""
-        quality: dict[str, list[dict[str, float]]] = {name: [] for name in self.sites}
-        site_bytes = dict.fromkeys(self.sites, 0)
-        parts = []
-        for part in self.parts():
-            size = sum(entry["bytes"] for entry in part.manifest["files"].values())
-            for split, index in part.shards():
-                record = part.commit(split, index)
-                size += sum(shard_files(part.plan, split, index, record["arrays"]).values())
-                for name, q in record["quality"].items():
-                    if name in quality:
-                        quality[name].append(q)
-                        site_bytes[name] += sum(
-                            record["arrays"][array]["bytes"]
-                            for array in (name, f"{name}.scale")
-                            if array in record["arrays"]
-                        )
-            parts.append(_described(self.path, part, size))
-        sites = {}
-        for name, site in self.sites.items():
-            s, rows = self.statistics(name), quality[name]
-            sites[name] = {
-                "layer": site.layer,
-                "tap": site.tap,
-                "width": site.width,
-                "bytes": site_bytes[name],
-                "fvu": float(np.median([q["fvu"] for q in rows])),
-                "fvu_worst_shard": max(q["fvu"] for q in rows),
-                "fvu_median_dimension": float(np.median([q["median"] for q in rows])),
-                "fvu_worst_dimension": max(q["worst"] for q in rows),
-                "mean_norm": s.mean_norm,
-                "mean_sq_norm": s.mean_sq_norm,
-                "total_variance": s.total_variance,
-            }
-        return {
-            "path": str(self.path),
-            "fingerprint": self.fingerprint,
-            "codec": self.codec,
-            "store": self.store,
-            "bytes": sum(part["bytes"] for part in parts),
-            "chunk_rows": self.chunk_rows,
-            "shard_rows": self.plan.shard_rows,
-            "splits": self._splits(),
-            "sites": sites,
-            "parts": parts,
-            "incomplete": self.incomplete,
-            "facts": self.facts,
-        }
-
-    def _splits(self) -> dict[str, dict[str, int]]:
-        """Contexts, rows, shards and dropped rows of every split, over all segments."""
-        out: dict[str, dict[str, int]] = {}
-        for split in SPLITS:
-            held = [s.base.plan.splits[split] for s in self.segments if split in s.base.plan.splits]
-            if held:
-                summed = ("contexts", "rows", "shards", "dropped")
-                out[split] = {"tokens": held[0].tokens} | {k: sum(getattr(h, k) for h in held) for k in summed}
-        return out
 
     def _first(self, split: str) -> dict[str, Part]:
         """The part that holds each array of a split, of the first segment that has rows of it."""
@@ -364,50 +251,6 @@ def find_complete(path: Path, identity: Mapping[str, Any]) -> CacheReader | None
     return reader
 
 
-def as_codes(raw: np.ndarray) -> Tensor:
-    """Stored rows as a tensor: bf16 patterns (uint16) become bfloat16, codes stay int8; nothing is copied."""
-    return (
-        torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16) if raw.dtype == np.uint16 else torch.from_numpy(raw)
-    )
-
-
-def _joined(path: Path) -> tuple[list[Segment], list[str]]:
-    """The segments of the cache at `path`, and the names of parts in the making.
-
-    Raises UserError when a part that was finished is not there as it was.
-    """
-    segments, incomplete = [Segment(Part.open(path))], []
-    listed, folder = read_index(path), path / PARTS
-    for name, entry in sorted(listed.items()):
-        lost = loss(path, name, entry)
-        if lost is not None:
-            raise UserError(
-                f"the cache {path} is damaged: {PARTS}/{INDEX} lists {PARTS}/{name} as finished, but {lost}. Restore "
-                f"it from a copy, or run `{harvest_again(path, extend=True)}` with the recipe that added it: it writes "
-                f"what is missing, and nothing else."
-            )
-    complete = [Part.open(folder / name) for name in sorted(listed)]
-    for each in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if each.is_dir() and each.name not in listed:
-            incomplete.append(f"{PARTS}/{each.name}")
-    for kind in ("tokens", "sites"):
-        for part in complete:
-            extends = part.plan.extends
-            if extends is not None and extends.kind == kind:
-                bases = segments[:1] if kind == "tokens" else segments
-                owner = next((segment for segment in bases if segment.base.fingerprint == extends.base), None)
-                if owner is None:
-                    raise UserError(
-                        f"{part.path} extends another cache: expected one with fingerprint {extends.base[:12]}…, and "
-                        f"this one has {segments[0].base.fingerprint[:12]}…. Move it back to where it belongs."
-                    )
-                if kind == "tokens":
-                    segments.append(Segment(part))
-                else:
-                    owner.parts.append(part)
-    return segments, incomplete
-
-
 def _without_sites(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity without the choice of sites, which a cache with more of them serves as well."""
     harvest = identity.get("harvest")
@@ -425,21 +268,3 @@ def _moments(s: SiteStats) -> stats.Moments:
 def _shifted(document_id: np.ndarray, first: int) -> np.ndarray:
     """Document ids moved up by `first`; -1 (padding) stays."""
     return np.where(document_id >= 0, document_id + first, document_id).astype(np.int32) if first else document_id
-
-
-def _spread(available: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` of range(available), evenly spaced."""
-    return np.unique(np.linspace(0, available - 1, min(wanted, available)).astype(np.int64))
-
-
-def _described(root: Path, part: Part, size: int) -> dict[str, Any]:
-    """What `summary` says of a part."""
-    extends = part.plan.extends
-    return {
-        "name": "base" if extends is None else str(part.path.relative_to(root)),
-        "adds": "everything" if extends is None else extends.kind,
-        "sites": len(part.sites),
-        "rows": sum(sizes.rows for sizes in part.plan.splits.values()),
-        "shards": sum(sizes.shards for sizes in part.plan.splits.values()),
-        "bytes": size,
-    }

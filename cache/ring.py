@@ -92,7 +92,7 @@ class RingKeeper:
         kept = self.windows.kept(window)
         for index in range(self.windows.shards):
             if self.windows.holding(index) not in kept and commit_path(self.path, "train", index).exists():
-                self._writer.evict("train", index)
+                self._writer.claims.evict(("train", index))
         held_out = [(s, i) for s, sizes in self.plan.splits.items() if s != "train" for i in range(sizes.shards)]
         train = [("train", index) for index in self.windows.wanted(window)]
         current = len(self.windows.shards_in(window))
@@ -112,8 +112,7 @@ class RingKeeper:
             return True
         if not all(commit_path(self.path, *shard).exists() for shard in needed):
             return False
-        self._writer.repair_plan()
-        self._writer.write_statistics(first)
+        self._writer.prepare_reading(first)
         record = {
             "format": f"{FORMAT}-ring",
             "version": VERSION,

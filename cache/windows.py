@@ -17,29 +17,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from thresher.cache import stats
 from thresher.cache.buffers import Buffers
-from thresher.cache.codec import Calibration, decode
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.codec import Calibration
+from thresher.cache.contracts import Site
 from thresher.cache.interrupts import Interrupted
-from thresher.cache.layout import KEPT, ArraySpec, Codec, Contexts, Store, known_split, raw_dtype
+from thresher.cache.layout import ArraySpec, Codec, Contexts, Store, known_split
 from thresher.cache.order import ReadOrder, Stream
 from thresher.cache.plan import Plan
-from thresher.cache.reader import as_codes
-from thresher.cache.records import nearest
+from thresher.cache.rows import Rows
 from thresher.cache.shard import ShardData, ShardWriter
 from thresher.cache.stats import SiteStats
 
 Shard = tuple[str, int]
 """(split, index)."""
 
-_SAMPLED_CHUNKS = 64
 _POLL_SECONDS = 0.1
 
 
@@ -105,8 +101,10 @@ class Shards(Protocol):
         ...
 
 
-class WindowedSource:
+class WindowedSource(Rows):
     """A `Source` of which one window of shards exists at a time."""
+
+    SAMPLED_CHUNKS: ClassVar[int] = 64
 
     def __init__(
         self,
@@ -142,15 +140,6 @@ class WindowedSource:
         """Training is over: whoever fills the windows may stop."""
         self._shards.finish()
 
-    def site(self, name: str) -> Site:
-        """A stored site by name, or UserError with near misses."""
-        if name not in self.sites:
-            raise UserError(
-                f"{self.path} does not hold site {name!r}.{nearest(name, self.sites)} It holds "
-                f"{', '.join(self.sites)}. Choose one of them, or harvest that site too."
-            )
-        return self.sites[name]
-
     def rows(self, split: str) -> int:
         """Rows of a split in all windows together."""
         return self.plan.splits[known_split(split, self.plan.splits)].rows
@@ -176,34 +165,10 @@ class WindowedSource:
         """[C, …] read-only rows of an array in stored form; waits for the shard."""
         return self._shards.chunk(split, name, *divmod(index, self._chunks_per_shard), stop)
 
-    def sample(self, split: str, count: int) -> np.ndarray:
-        """Up to `count` kept rows, spread evenly over the first window (or over another split)."""
+    def chunks_at_hand(self, split: str) -> int:
+        """Those of the first window; of another split, all."""
         shards = self.windows.shards_in(0) if split == "train" else range(self.plan.splits[split].shards)
-        rows = sum(self.plan.shard_rows_of(split, shard) for shard in shards)
-        n_chunks = rows // self.chunk_rows
-        chunks = np.unique(np.linspace(0, n_chunks - 1, min(_SAMPLED_CHUNKS, n_chunks)).astype(np.int64))
-        shares = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
-        out = []
-        for chunk, wanted in zip(chunks, shares, strict=True):
-            kept = np.flatnonzero(self.chunk(split, "keep", int(chunk)) == KEPT)
-            places = np.unique(np.linspace(0, len(kept) - 1, min(int(wanted), len(kept))).astype(np.int64))
-            out.append(chunk * self.chunk_rows + kept[places])
-        return np.concatenate(out) if out else np.empty(0, np.int64)
-
-    def gather(self, split: str, site: str, rows: np.ndarray) -> Tensor:
-        """[n, d] float32: given rows of a site, decoded, by the plain path."""
-        specs, rows = self.arrays(split), np.asarray(rows, np.int64)
-        raw = {
-            name: np.empty((len(rows), *specs[name].shape[1:]), raw_dtype(specs[name].dtype))
-            for name in (self.site(site).name, f"{site}.scale")
-            if name in specs
-        }
-        for chunk in np.unique(rows // self.chunk_rows):
-            here = np.flatnonzero(rows // self.chunk_rows == chunk)
-            for name, out in raw.items():
-                out[here] = self.chunk(split, name, int(chunk))[rows[here] % self.chunk_rows]
-        scale = torch.from_numpy(raw[f"{site}.scale"]) if f"{site}.scale" in raw else None
-        return decode(as_codes(raw[site]), scale, self.calibration(site), torch.float32)
+        return sum(self.plan.shard_rows_of(split, shard) for shard in shards) // self.chunk_rows
 
     @property
     def _chunks_per_shard(self) -> int:

@@ -18,6 +18,7 @@ from thresher.cache.contracts import UserError
 from thresher.cache.layout import estimate_bytes, row_sizes
 from thresher.cache.locks import is_held
 from thresher.cache.reader import CacheReader, find_complete
+from thresher.cache.summary import summary
 
 SETTINGS = [{"codec": c, "store": s} for c in ("int8z", "bf16") for s in ("kept", "all")]
 
@@ -173,14 +174,14 @@ def test_the_estimate_matches_the_disk(toy: ModuleType, finished: Callable[..., 
         assert (
             estimate_bytes(toy.SITES, codec, rows, tokens, shards) == rows * per_row + 9 * tokens + 16 * width * shards
         )
-        assert reader.summary()["bytes"] > estimate_bytes(toy.SITES, codec, rows, tokens, shards)
+        assert summary(reader)["bytes"] > estimate_bytes(toy.SITES, codec, rows, tokens, shards)
 
 
 def test_the_summary_says_what_is_in_it(toy: ModuleType, finished: Callable[..., Path]) -> None:
-    summary = CacheReader.open(finished()).summary()
-    assert json.loads(json.dumps(summary)) == summary
-    assert set(summary["sites"]) == {site.name for site in toy.SITES}
-    for site in summary["sites"].values():
+    facts = summary(CacheReader.open(finished()))
+    assert json.loads(json.dumps(facts)) == facts
+    assert set(facts["sites"]) == {site.name for site in toy.SITES}
+    for site in facts["sites"].values():
         assert 0 < site["fvu"] <= site["fvu_worst_shard"] <= site["fvu_worst_dimension"] < 1e-3
 
 
@@ -210,14 +211,14 @@ def test_only_a_finished_cache_of_the_same_identity_is_found(
 def test_a_cache_is_locked_before_it_is_looked_at_and_free_again_when_it_cannot_be_opened(
     copied: Path, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, joined, seen = copied / "read.lock", reader_module._joined, []
+    lock, joined, seen = copied / "read.lock", reader_module.joined, []
     lock.touch()
 
     def looking(path: Path) -> Any:
         seen.append(is_held(lock))
         return joined(path)
 
-    monkeypatch.setattr(reader_module, "_joined", looking)
+    monkeypatch.setattr(reader_module, "joined", looking)
     with CacheReader.open(copied):
         assert is_held(lock)
     assert not is_held(lock)

@@ -16,15 +16,16 @@ import pytest
 import torch
 import zarr
 
-from thresher.cache import bfloat16
-from thresher.cache import writer as writer_module
+from thresher.cache import bfloat16, sealing
+from thresher.cache.arrays import read_plain, write_plain
 from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
 from thresher.cache.index import read_index, strike
-from thresher.cache.layout import Contexts
+from thresher.cache.layout import Contexts, calibration_array
 from thresher.cache.plan import Extends
 from thresher.cache.prune import Policy, remove, survey
 from thresher.cache.reader import CacheReader, find_complete
+from thresher.cache.summary import summary
 from thresher.cache.verify import faults, in_the_making
 
 HARVEST = {"sites": ["mlp_in", "mlp_out"], "layers": [0], "taps": "t"}
@@ -210,7 +211,7 @@ def test_a_part_in_the_making_does_not_count_and_is_named(own: Path) -> None:
     reader = CacheReader.open(own)
     assert len(reader.sites) == 3
     assert len(reader.segments) == 1
-    assert reader.summary()["incomplete"] == ["parts/02-tokens", "parts/03-sites", "parts/04-tokens"]
+    assert summary(reader)["incomplete"] == ["parts/02-tokens", "parts/03-sites", "parts/04-tokens"]
     assert reader.verify() == []
     assert in_the_making(own) == reader.incomplete
 
@@ -254,7 +255,7 @@ def test_killed_between_manifest_and_index_the_same_again_mends_it(
     build, path = Build(toy, "int8z"), tmp_path / "c"
     extends = Extends("sites", build.fill(path, "one", slice(2), IDENTITY))
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "enter", raising(KeyboardInterrupt))
+        patch.setattr(sealing, "enter", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build.fill(path / "parts" / "01-sites", "one", slice(2, 3), MORE, extends)
     assert (path / "parts" / "01-sites" / "MANIFEST.json").exists()
@@ -282,6 +283,50 @@ def test_pruning_a_part_takes_it_off_the_index_first(own: Path) -> None:
     assert not (own / "parts" / "03-sites").exists()
     assert "03-sites" not in read_index(own)
     assert len(CacheReader.open(own).segments) == 2
+
+
+def flip_calibration(path: Path, site: Any, *, sound: bool) -> None:
+    """Flip a bit of a stored μ, in a file whose own checksum holds (`sound`) or does not."""
+    spec, folder = calibration_array(site), path / "calibration" / site.name
+    values = read_plain(folder, spec).copy()
+    values.reshape(-1).view(np.uint8)[2] ^= 1
+    if sound:
+        write_plain(folder, spec, values)
+    else:
+        data = bytearray((folder / spec.file_name(0)).read_bytes())
+        data[2] ^= 1
+        (folder / spec.file_name(0)).write_bytes(data)
+
+
+@pytest.mark.parametrize(("sound", "said"), [(True, "is not the one that shard 0 of "), (False, "is damaged")])
+def test_no_extension_inherits_a_calibration_other_than_the_one_rows_were_stored_with(
+    sound: bool, said: str, toy: ModuleType, tmp_path: Path
+) -> None:
+    build, path = Build(toy, "int8z"), tmp_path / "c"
+    extends = Extends("tokens", build.fill(path, "one", slice(2), IDENTITY))
+    shutil.copytree(path / "calibration", tmp_path / "calibration")
+    flip_calibration(path, toy.SITES[1], sound=sound)
+    with pytest.raises(UserError, match=rf"{path}/calibration\S* {said}.*Restore"):
+        build.fill(path / "parts" / "01-tokens", "two", slice(2), OTHER, extends)
+    assert not (path / "parts" / "01-tokens").exists(), "nothing was planned"
+    shutil.copytree(tmp_path / "calibration", path / "calibration", dirs_exist_ok=True)
+    build.fill(path / "parts" / "01-tokens", "two", slice(2), OTHER, extends)
+    assert CacheReader.open(path).verify() == []
+
+
+def test_segments_of_several_calibrations_are_refused(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the base was removed and harvested anew on another device, under an extension of the old one."""
+    build, path, other, acts = Build(toy, "int8z"), tmp_path / "c", tmp_path / "other", toy.activations
+    extends = Extends("tokens", build.fill(path, "one", slice(2), IDENTITY))
+    build.fill(path / "parts" / "01-tokens", "two", slice(2), OTHER, extends)
+    monkeypatch.setattr(toy, "activations", lambda *which: {name: 1.01 * x for name, x in acts(*which).items()})
+    build.fill(other, "one", slice(2), IDENTITY)
+    shutil.copytree(path / "parts", other / "parts")
+    reader = CacheReader.open(other)
+    with pytest.raises(UserError, match=r"01-tokens.*'L00\.mlp_in'.*other calibration.*other.* Restore"):
+        reader.gather("train", "L00.mlp_in", np.arange(2))
 
 
 def test_a_segment_may_lack_a_split(toy: ModuleType, tmp_path: Path) -> None:
@@ -365,9 +410,9 @@ def test_verify_reads_all_parts(name: str, own: Path) -> None:
 
 def test_the_summary_names_parts_and_sums_sites(built: tuple[Build, Path]) -> None:
     build, path = built
-    summary = CacheReader.open(path).summary()
-    assert json.loads(json.dumps(summary)) == summary
-    assert [part["name"] for part in summary["parts"]] == [
+    facts = summary(CacheReader.open(path))
+    assert json.loads(json.dumps(facts)) == facts
+    assert [part["name"] for part in facts["parts"]] == [
         "base",
         "parts/01-sites",
         "parts/02-tokens",
@@ -375,12 +420,32 @@ def test_the_summary_names_parts_and_sums_sites(built: tuple[Build, Path]) -> No
     ]
     for site in build.toy.SITES:
         files = (f for f in path.rglob(f"{site.name}*/c.*") if "stats" not in f.parts and "calibration" not in f.parts)
-        assert summary["sites"][site.name]["bytes"] == sum(file.stat().st_size for file in files)
+        assert facts["sites"][site.name]["bytes"] == sum(file.stat().st_size for file in files)
     locks = sum(file.stat().st_size for file in path.rglob("*.lock"))
     records = sum(file.stat().st_size for file in path.rglob("*.json") if file.parent.name == "commits")
     manifests = sum(file.stat().st_size for name in ("MANIFEST.json", "INDEX.json") for file in path.rglob(name))
     everything = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    assert summary["bytes"] == everything - locks - records - manifests
+    assert facts["bytes"] == everything - locks - records - manifests
+
+
+def test_the_summary_tells_each_text_and_the_documents_that_were_read_of_it(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, path, opened = Build(toy, "int8z"), tmp_path / "c", toy.open_writer
+
+    def text(name: str, skip: int) -> dict[str, Any]:
+        return {"data": {"source": name, "skip_documents": skip, "max_tokens": None}, "harvest": HARVEST}
+
+    def add(folder: str, identity: Any, read: int, extends: Extends | None) -> str:
+        facts = {"corpus": {"documents_read": read}}
+        monkeypatch.setattr(toy, "open_writer", lambda path, **named: opened(path, facts=facts, **named))
+        return build.fill(path / folder, "two" if extends else "one", slice(1), identity, extends)
+
+    extends = Extends("tokens", add("", text("a", 0), 7, None))
+    add("parts/01-tokens", text("a", 7), 12, extends)
+    add("parts/02-tokens", text("b", 0), 3, extends)
+    texts = summary(CacheReader.open(path))["texts"]
+    assert texts == [{"source": "a", "documents": 12}, {"source": "b", "documents": 3}]
 
 
 def test_an_open_reader_is_seen_and_a_closed_one_is_not(finished: Callable[..., Path], tmp_path: Path) -> None:

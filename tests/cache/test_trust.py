@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from thresher.cache import claims, sealing
 from thresher.cache import publish as publish_module
 from thresher.cache import writer as writer_module
 from thresher.cache.arrays import read_plain, write_plain
@@ -16,6 +17,7 @@ from thresher.cache.commit import MANIFEST, commit_path, publish_manifest
 from thresher.cache.contracts import UserError
 from thresher.cache.layout import calibration_array
 from thresher.cache.locks import try_hold
+from thresher.cache.plan import Plan
 from thresher.cache.publish import publish, write_json
 from thresher.cache.reader import CacheReader, find_complete
 from thresher.cache.stored import read_root
@@ -147,18 +149,18 @@ def test_two_that_evict_one_shard_do_so_once_and_leave_no_lock(
     toy: ModuleType, ring: CacheWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(path: Path) -> object:
-        monkeypatch.setattr(writer_module, "try_hold", try_hold)
-        ring.evict("train", 1)
+        monkeypatch.setattr(claims, "try_hold", try_hold)
+        ring.claims.evict(("train", 1))
         return try_hold(path)
 
     with toy.open_writer(ring.path, window_bytes=RING_BYTES) as second:
-        monkeypatch.setattr(writer_module, "try_hold", late)
-        second.evict("train", 1)
+        monkeypatch.setattr(claims, "try_hold", late)
+        second.claims.evict(("train", 1))
         assert ("train", 1) in second.pending()
     record = commit_path(ring.path, "train", 0)
     record.write_bytes(b"rubbish")
     with pytest.raises(UserError, match="damaged"):
-        ring.evict("train", 0)
+        ring.claims.evict(("train", 0))
     for index in range(2):
         lock = try_hold(commit_path(ring.path, "train", index).with_suffix(".lock"))
         assert lock is not None
@@ -168,14 +170,14 @@ def test_two_that_evict_one_shard_do_so_once_and_leave_no_lock(
 def test_a_ring_is_joined_while_another_evicts_from_it(
     toy: ModuleType, ring: CacheWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = CacheWriter._check_shard
+    check = sealing.check_shard
 
-    def late(self: CacheWriter, split: str, index: int, calibration: str | None) -> None:
+    def late(path: Path, plan: Plan, split: str, index: int, calibration: str | None) -> None:
         if (split, index) == ("train", 1):
-            ring.evict("train", 1)
-        check(self, split, index, calibration)
+            ring.claims.evict(("train", 1))
+        check(path, plan, split, index, calibration)
 
-    monkeypatch.setattr(CacheWriter, "_check_shard", late)
+    monkeypatch.setattr(writer_module, "check_shard", late)
     with toy.open_writer(ring.path, window_bytes=RING_BYTES) as joined:
         assert ("train", 1) in joined.pending()
         assert ("train", 0) not in joined.pending()
@@ -193,7 +195,7 @@ def test_a_shard_is_held_until_every_file_of_it_was_written_or_failed(
         if path.parent.name == "L00.mlp_out":
             assert failed.wait(10)
             threading.Event().wait(0.2)
-            held.append(("train", 0) in writer._held)
+            held.append(("train", 0) in writer.claims.held)
         publish(path, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(writer_module, "publish", publishing)
