@@ -52,14 +52,14 @@ class Cursor(NamedTuple):
 
 
 def read_cursor(path: Path) -> Cursor:
-    """What the ring's reader last said; the first window when nobody reads yet."""
+    """What the ring's reader last said; the first window when nobody reads yet. Raises UserError when it is damaged."""
     file = path / CURSOR
-    return Cursor(**json.loads(file.read_bytes())) if file.exists() else Cursor(0, False, "")
+    return Cursor(**read_sealed(file)) if file.exists() else Cursor(0, False, "")
 
 
 def write_cursor(path: Path, cursor: Cursor) -> None:
     """Say where training is."""
-    publish(path / CURSOR, [json.dumps(cursor._asdict()).encode()])
+    publish(path / CURSOR, [canonical(sealed(cursor._asdict()))])
 
 
 class RingKeeper:
@@ -128,6 +128,7 @@ class RingShards:
 
     def __init__(self, path: Path, plan: Plan, make: Callable[[], Part], notify: Callable[[str], None]) -> None:
         """`make` opens the directory anew: with nothing mapped, nothing remembered."""
+        window = read_cursor(path).window  # before the lock: it may be damaged
         lock = try_hold(path / READER, patience=1.0)
         if lock is None:
             raise UserError(
@@ -135,7 +136,7 @@ class RingShards:
                 f"train all dictionaries of a sweep in one run, or harvest a second ring with --cache PATH."
             )
         self._path, self._plan, self._make, self._notify, self._reading = path, plan, make, notify, lock
-        self._windows, self._window = Windows.of(plan), read_cursor(path).window
+        self._windows, self._window = Windows.of(plan), window
         self._training = secrets.token_hex(8)
         self._say(self._window)
         self._held_out, self._parts = make(), dict[int, Part]()

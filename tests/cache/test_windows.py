@@ -15,7 +15,7 @@ from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.plan import make_plan
 from thresher.cache.reader import CacheReader
-from thresher.cache.ring import RingKeeper, open_ring, read_cursor
+from thresher.cache.ring import CURSOR, Cursor, RingKeeper, open_ring, read_cursor, write_cursor
 from thresher.cache.shard import ShardData
 from thresher.cache.windows import MemoryShards, MemoryWriter, WindowedSource, Windows, merged_statistics
 
@@ -191,6 +191,16 @@ def test_an_end_that_harvest_has_seen_before_is_no_end(toy: ModuleType, tmp_path
             ring.finish()
             thread.join(10)
             assert not thread.is_alive()
+
+
+def test_every_flipped_bit_of_the_cursor_is_found(tmp_path: Path) -> None:
+    write_cursor(tmp_path, Cursor(3, True, "me"))
+    assert read_cursor(tmp_path) == Cursor(3, True, "me")
+    data = (tmp_path / CURSOR).read_bytes()
+    for at in range(len(data)):
+        (tmp_path / CURSOR).write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+        with pytest.raises(UserError, match=r"cursor\.json is damaged.*Delete it"):
+            read_cursor(tmp_path)
 
 
 def test_a_damaged_shard_of_a_ring_is_named_and_one_that_was_made_anew_is_read(toy: ModuleType, tmp_path: Path) -> None:
