@@ -7,15 +7,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.bar import Bar
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 
 from thresher.cache.contracts import UserError
@@ -23,19 +21,16 @@ from thresher.cache.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from thresher.cache.contracts import Site
-    from thresher.cache.estimate import Outlook, Training
+    from thresher.cache.estimate import Training
     from thresher.cache.layout import Contexts
-    from thresher.cache.prune import Run
     from thresher.cache.reader import CacheReader
     from thresher.cache.source import Source
     from thresher.cache.windows import WindowedSource
     from thresher.evaluate.results import Results
-    from thresher.evaluate.run import EvaluateConfig, Replacement
-    from thresher.harvest.estimate import Measured
+    from thresher.evaluate.run import EvaluateConfig
     from thresher.harvest.run import HarvestResult
     from thresher.harvest.target import TransformerTarget
     from thresher.recipes.reading import Recipe
-    from thresher.train.files import LoadedRun
     from thresher.train.plan import RunPlan
     from thresher.train.run import RunResult
 
@@ -53,9 +48,6 @@ app.add_typer(recipes_app, name="recipes")
 
 out = Console()
 err = Console(stderr=True)
-
-_MAKING = ("data", "harvest", "dictionary", "train")
-"""Tables that decide what a run is; [target] is compared by its weights, [evaluate] is free."""
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.")]
 Assignments = Annotated[
@@ -182,57 +174,12 @@ def demo(
 @cache_app.command("info")
 def cache_info(path: Annotated[Path, typer.Argument(help="A cache directory.")]) -> None:
     """What a cache holds, how large it is and how exact."""
+    from thresher.cache.display import print_summary
     from thresher.cache.reader import CacheReader
-    from thresher.cache.summary import summary as summarised
+    from thresher.cache.summary import summary
 
     with CacheReader.open(path) as reader:
-        summary = summarised(reader)
-    for key, value in {
-        "path": summary["path"],
-        "fingerprint": summary["fingerprint"],
-        "stored": f"{decimal(summary['bytes'])}, {summary['codec']}, "
-        + ("kept rows only" if summary["store"] == "kept" else "all rows, special ones marked")
-        + f", in chunks of {summary['chunk_rows']:,} and shards of {summary['shard_rows']:,} rows",
-        "made with": _one_line(summary["facts"].get("versions", {})),
-        "not complete": ", ".join(summary["incomplete"]),
-    }.items():
-        if value:
-            out.print(f"[bold]{key}[/] {value}", highlight=False, soft_wrap=True)
-    out.print(_facts_table("split", summary["splits"]), sep="\n")
-    if len(summary["parts"]) > 1:
-        parts = {p["name"]: {**p, "bytes": decimal(p["bytes"])} for p in summary["parts"]}
-        out.print(
-            _facts_table("part", {name: {k: v for k, v in p.items() if k != "name"} for name, p in parts.items()})
-        )
-    out.print(_sites_table(summary["sites"]))
-
-
-def _facts_table(name: str, rows: Mapping[str, Mapping[str, object]]) -> Table:
-    columns = list(dict.fromkeys(key for facts in rows.values() for key in facts))
-    table = Table(box=None, header_style="bold")
-    table.add_column(name, no_wrap=True)
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for row, facts in rows.items():
-        table.add_row(row, *(_one_line(facts.get(column, "")) for column in columns))
-    return table
-
-
-def _sites_table(sites: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One line a site, tap by tap in layers, with its mean norm as a bar."""
-    taps = list(dict.fromkeys(site["tap"] for site in sites.values()))
-    largest = max(site["mean_norm"] for site in sites.values())
-    table = Table(box=None, header_style="bold", caption="FVU: share of the variance that decoding does not give back.")
-    table.caption_justify = "left"
-    table.add_column("site", no_wrap=True)
-    for column in ("width", "stored", "FVU", "median\ndimension", "worst\ndimension", "mean ‖x‖"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    for name, site in sorted(sites.items(), key=lambda item: (taps.index(item[1]["tap"]), item[1]["layer"])):
-        fvu = (f"{site[key]:.1e}" for key in ("fvu", "fvu_median_dimension", "fvu_worst_dimension"))
-        bar = Bar(largest or 1.0, 0.0, site["mean_norm"], width=20)
-        table.add_row(name, str(site["width"]), decimal(site["bytes"]), *fvu, f"{site['mean_norm']:.3g}", bar)
-    return table
+        print_summary(summary(reader), out)
 
 
 @cache_app.command("verify")
@@ -265,6 +212,7 @@ def cache_estimate(
     ] = None,
 ) -> None:
     """Bytes and time of a recipe's cache, and whether it pays against running the model again (takes some seconds)."""
+    from thresher.cache.display import counted, outlooks_table
     from thresher.cache.estimate import outlook, verdict
     from thresher.cache.layout import CODECS
     from thresher.harvest.estimate import measure
@@ -281,10 +229,10 @@ def cache_estimate(
         f"{rows} rows from {contexts:,} contexts of {found.work.context} tokens ({found.basis}), at "
         f"{len(found.work.sites)} sites of {target.model} on {found.device}."
     )
-    out.print(_estimate_table(list(outlooks.values()), found, settings.codec))
+    out.print(outlooks_table(list(outlooks.values()), found.work.sites, found.rates, found.memory, settings.codec))
     out.print(
-        f"The recipe trains {_many(training.dictionaries, 'dictionary', 'dictionaries')} from "
-        f"{_many(training.streams, 'stream', 'streams')} of batches: {training.passes:.2f} passes over the rows."
+        f"The recipe trains {counted(training.dictionaries, 'dictionary', 'dictionaries')} from "
+        f"{counted(training.streams, 'stream', 'streams')} of batches: {training.passes:.2f} passes over the rows."
     )
     out.print(verdict(outlooks[settings.codec], list(outlooks.values()), found.rates, training))
     if settings.window_gb is not None:
@@ -292,41 +240,6 @@ def cache_estimate(
             f"harvest.window_gb is set: a ring of {settings.window_gb:g} GB is kept in place of all train rows "
             "(rolling mode), and the model runs in every pass."
         )
-
-
-def _estimate_table(outlooks: "Sequence[Outlook]", found: "Measured", chosen: str) -> Table:
-    """One column a codec; sites of one tap and width share a row, since they are equally large."""
-    from thresher.cache.estimate import duration
-    from thresher.cache.memory import available_memory
-
-    rates = found.rates
-    table = Table(box=None, header_style="bold")
-    table.add_column("")
-    for each in outlooks:
-        table.add_column(f"{each.codec} (recipe's)" if each.codec == chosen else each.codec, justify="right")
-    alike: dict[tuple[str, int], list[str]] = {}
-    for site in found.work.sites:
-        alike.setdefault((site.tap, site.width), []).append(site.name)
-    for (tap, width), names in alike.items():
-        each_of = f", each of {len(names)}" if len(names) > 1 else ""
-        table.add_row(f"{tap}, {width} wide{each_of}", *(decimal(each.site_bytes[names[0]]) for each in outlooks))
-    table.add_row("all, with tokens and statistics", *(decimal(each.bytes) for each in outlooks), style="bold")
-    fits = [("fits" if each.needed <= rates.free else "[red]too large[/]") for each in outlooks]
-    table.add_row(f"{decimal(rates.free)} are free there", *fits)
-    memory = (decimal(found.memory[each.codec]) for each in outlooks)
-    table.add_row(f"memory of the harvest (free: {decimal(available_memory())})", *memory)
-    table.add_row("")
-    lines: list[tuple[str, Callable[[Outlook], str]]] = [
-        (f"writing at {decimal(int(rates.disk.write))}/s", lambda each: duration(each.write_s)),
-        (f"model at {rates.forward:,.0f} tokens/s", lambda each: duration(each.forward_s)),
-        ("harvest, the longer of both", lambda each: duration(each.harvest_s)),
-        (f"reading a pass at {decimal(int(rates.disk.read))}/s", lambda each: duration(each.read_s)),
-        ("rows/s that the disk can feed", lambda each: f"{each.rows_per_s:,.0f}"),
-        ("passes from which on it pays", lambda each: f"{each.break_even:.2f}"),
-    ]
-    for label, shown in lines:
-        table.add_row(label, *(shown(each) for each in outlooks))
-    return table
 
 
 def _training(plans: "Sequence[RunPlan]", rows: int) -> "Training":
@@ -338,10 +251,6 @@ def _training(plans: "Sequence[RunPlan]", rows: int) -> "Training":
         key = (plan.train.batch_rows, plan.seed)
         streams[key] = max(streams.get(key, 0), plan.train.total_steps(rows) * plan.train.batch_rows)
     return Training(len(plans), len(streams), sum(streams.values()) / rows)
-
-
-def _many(count: int, one: str, several: str) -> str:
-    return f"{count:,} {one if count == 1 else several}"
 
 
 @cache_app.command("prune")
@@ -359,13 +268,15 @@ def cache_prune(
     """Free space: leftovers of dead harvests; whole caches when named or --older-than. A dry run without --yes."""
     import time
 
+    from thresher.cache.display import print_decision
     from thresher.cache.prune import Policy, decide, find, remove, survey
+    from thresher.train.found import trained_from
 
     named = {path for path in paths or () if find(path) == [path]}
     usual = Path(os.environ.get("THRESHER_CACHE", "caches"))
     folders = paths or ([usual] if usual.is_dir() else [])
     found = list(dict.fromkeys(path for folder in folders for path in find(folder)))
-    users = _runs_in({runs, *(path.parent / "runs" for path in found)})
+    users = trained_from({runs, *(path.parent / "runs" for path in found)})
     policy, now = Policy(older_than, used), time.time()
     strangers, freed = [], 0
     for path in found:
@@ -376,40 +287,12 @@ def cache_prune(
             decision = decide(seen, policy, named=path in named, now=now)
         freed += decision.bytes
         strangers += [path / name for name in seen.strangers]
-        state = [*dict.fromkeys(part.state for part in seen.parts), *([seen.busy] if seen.busy else [])]
-        runs_of_it = [_many(len(seen.runs), "run", "runs")] if seen.runs else []
-        facts = ", ".join([decimal(seen.bytes), *state, f"last used {_ago(now - seen.used)}", *runs_of_it])
-        out.print(f"[bold]{escape(str(path))}[/]  {facts}", highlight=False, soft_wrap=True)
-        goes = f"[red]{decimal(decision.bytes)} {'gone' if yes else 'to go'}[/], " if decision.files else ""
-        out.print(f"    {goes}{escape(decision.why)}", highlight=False, soft_wrap=True)
+        print_decision(path, seen, decision, out, gone=yes)
     for stranger in strangers:
         out.print(f"not ours, left alone: {stranger}", markup=False, highlight=False, soft_wrap=True)
     where = ", ".join(map(str, folders or [usual]))
     more = " Add --yes to remove it." if freed and not yes else ""
     out.print(f"{decimal(freed)} {'freed' if yes else 'would be freed'} in {where}.{more}", highlight=False)
-
-
-def _runs_in(folders: Iterable[Path]) -> "list[Run]":
-    """Every run directory up to two levels below the folders, with the cache that it names."""
-    from thresher.cache.prune import Run
-
-    found: dict[Path, Run] = {}
-    for config in (
-        file for folder in folders for depth in ("", "*/", "*/*/") for file in folder.glob(f"{depth}config.json")
-    ):
-        try:
-            stored = _config(config.parent)["cache"]
-        except (UserError, KeyError):
-            continue  # no run of ours, or one that says nothing of a cache
-        found[config.parent.resolve()] = Run(config.parent, Path(stored["path"]), stored["fingerprint"])
-    return list(found.values())
-
-
-def _ago(seconds: float) -> str:
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= size:
-            return _many(int(seconds // size), unit, f"{unit}s") + " ago"
-    return "now"
 
 
 @recipes_app.command("list")
@@ -502,8 +385,9 @@ def _train_from(
 
 def evaluate_recipe(recipe: "Recipe", cache: Path | None, runs: Path | None, report: Path | None) -> "Results":
     """Evaluate the runs that the recipe trained: all of them, and none that was trained under another recipe."""
-    from thresher.cache.records import differences
+    from thresher.evaluate.origin import check_recipe
     from thresher.harvest.target import load_target
+    from thresher.train.files import read_config
 
     folder = runs or Path("runs") / recipe.name
     target, wanted = load_target(recipe.tables["target"]), recipe.tables["harvest"]
@@ -515,15 +399,7 @@ def evaluate_recipe(recipe: "Recipe", cache: Path | None, runs: Path | None, rep
             "--runs and --set)."
         )
     for plan in plans:
-        stored = _config(folder / plan.name)["recipe"]
-        unlike = [
-            line for table in _MAKING for line in differences({table: plan.recipe[table]}, {table: stored[table]})
-        ]
-        if unlike:
-            raise UserError(
-                f"{folder / plan.name} was trained under another recipe: {'; '.join(unlike[:5])}. Train it under this "
-                "one into another place (--runs), or evaluate the run directory itself."
-            )
+        check_recipe(folder / plan.name, plan.recipe, read_config(folder / plan.name)["recipe"])
     paths = [folder / plan.name for plan in plans]
     out_folder = report or Path("reports") / recipe.name
     return _judge(paths, recipe.tables["evaluate"], recipe.tables, target, cache, out_folder)
@@ -536,9 +412,11 @@ def evaluate_runs(
     from thresher.cache.records import from_dict, override
     from thresher.harvest.target import load_target
     from thresher.recipes.reading import parsed
+    from thresher.train.files import read_config
+    from thresher.train.found import run_directories
 
     tables = _tables()
-    paths = _run_directories(folders)
+    paths = run_directories(folders)
     fixed = parsed(assignments, tables)
     for key in fixed:
         if key.split(".")[0] not in ("evaluate", "target"):
@@ -546,7 +424,7 @@ def evaluate_runs(
                 f"--set {key}: a trained run can only be evaluated under other [evaluate] or [target] settings. Change "
                 "the recipe and train anew for the rest."
             )
-    stored = override(_config(paths[0])["recipe"], fixed)
+    stored = override(read_config(paths[0])["recipe"], fixed)
     built: dict[str, Any] = {
         table: from_dict(tables[table], stored[table], table) for table in ("target", "data", "evaluate")
     }
@@ -572,16 +450,25 @@ def _judge(
     cache: Path | None,
     report: Path,
 ) -> "Results":
+    from thresher.evaluate.origin import Run, check_origin, replacements
     from thresher.evaluate.report import print_table, write_report
     from thresher.evaluate.run import evaluate as run_evaluate
     from thresher.train.files import load_run
 
     loaded = [load_run(path, device=target.device) for path in paths]
-    _same_origin(loaded, target)
+    check_origin([run.config for run in loaded], target.identity)
     contexts, source = _held_out(loaded[0].config, tables, settings, cache, target)
-    provenance = {"contexts": source, "runs": [str(path) for path in paths]}
+    judged = [
+        Run(path, run.dictionary, run.dictionary.spec.sparsity_label, run.config)
+        for path, run in zip(paths, loaded, strict=True)
+    ]
     results = run_evaluate(
-        _sets(loaded, paths, settings.together), target, contexts, settings, console=out, provenance=provenance
+        replacements(judged, together=settings.together),
+        target,
+        contexts,
+        settings,
+        console=out,
+        provenance={"contexts": source, "runs": [str(path) for path in paths]},
     )
     print_table(results, out)
     written = write_report(results, report)
@@ -636,52 +523,6 @@ def _open_cache(recipe: "Recipe", cache: Path | None) -> "CacheReader":
     return reader
 
 
-def _run_directories(folders: Sequence[Path]) -> list[Path]:
-    """The run directories among `folders` and directly inside them, sorted by name."""
-    found: list[Path] = []
-    for folder in folders:
-        inside = (
-            [folder] if (folder / "config.json").is_file() else sorted(p.parent for p in folder.glob("*/config.json"))
-        )
-        if not inside:
-            raise UserError(
-                f"{folder} is no run directory and holds none: expected config.json in it or one level below."
-            )
-        found += inside
-    return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    from thresher.train.files import read_config
-
-    return read_config(path)
-
-
-def _same_origin(loaded: "Sequence[LoadedRun]", target: "TransformerTarget") -> None:
-    """Refuse runs of another model than the one they would be patched into, and runs that do not share their splits.
-
-    What one run holds out, a run with other splits may have been trained on.
-    """
-    from thresher.cache.records import differences
-
-    here = {key: value for key, value in target.identity.items() if key != "dtype"}
-    first = loaded[0].config
-    for run in loaded:
-        made_from = run.config["cache"]["identity"]
-        unlike = differences({key: made_from["target"][key] for key in made_from["target"] if key != "dtype"}, here)
-        if unlike:
-            raise UserError(
-                f"Run {run.config['name']} was trained on another target: {'; '.join(unlike)}. Evaluate it with its "
-                "own target, or train on a cache of this one."
-            )
-        apart = differences(first["cache"]["identity"]["data"], made_from["data"])
-        if apart:
-            raise UserError(
-                f"Runs {first['name']} and {run.config['name']} were trained on other text or splits: "
-                f"{'; '.join(apart)}. What one holds out the other may have seen; evaluate them apart."
-            )
-
-
 def _held_out(
     config: Mapping[str, Any],
     tables: Mapping[str, Any],
@@ -712,36 +553,6 @@ def _held_out(
     return corpus.splits[settings.split], f"split {settings.split} of {tables['data'].source}"
 
 
-def _sets(loaded: "Sequence[LoadedRun]", paths: Sequence[Path], together: bool) -> "list[Replacement]":
-    """What is patched in at once: the dictionaries of a group (for example one per layer), or each run by itself."""
-    from thresher.evaluate.run import Replacement
-
-    groups: dict[str, list[int]] = {}
-    for index, run in enumerate(loaded):
-        groups.setdefault(run.config["group" if together else "name"], []).append(index)
-    return [
-        Replacement(group, tuple(loaded[i].dictionary for i in members), _facts(members, loaded, paths))
-        for group, members in groups.items()
-    ]
-
-
-def _facts(members: Sequence[int], loaded: "Sequence[LoadedRun]", paths: Sequence[Path]) -> dict[str, Any]:
-    """What the report says about a set: of the first run where all agree, of every run where they may differ."""
-    configs = [loaded[i].config for i in members]
-    spec, training = configs[0]["dictionary"], configs[0]["training"]
-    return {
-        "kind": spec["kind"],
-        "firing": spec["firing"],
-        "sparsity": loaded[members[0]].dictionary.spec.sparsity_label,
-        "n_latents": spec["n_latents"],
-        "seed": training["seed"],
-        "training_rows": training["rows"],
-        "cache_fingerprint": configs[0]["cache"]["fingerprint"],
-        "git_commit": configs[0]["git_commit"],
-        "runs": [str(paths[i]) for i in members],
-    }
-
-
 def _tables() -> dict[str, type]:
     from thresher.evaluate.run import EvaluateConfig
     from thresher.harvest.corpus import DataConfig
@@ -764,16 +575,6 @@ def _read(name: str, assignments: Sequence[str] | None) -> "Recipe":
     from thresher.recipes.reading import read
 
     return read(name, assignments or [], _tables())
-
-
-def _one_line(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_one_line(inner)}" for key, inner in value.items())
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`cache estimate` and `cache prune` as a user meets them."""
+"""`cache info`, `verify`, `estimate` and `prune` as a user meets them."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from thresher import cli
 from thresher.cache.contracts import UserError
+from thresher.cache.index import strike
 
 SETS = ("data.max_tokens=24000", "data.context=128", "data.test_fraction=0.25", "data.validation_fraction=0.15")
 
@@ -78,6 +79,50 @@ def test_streams_that_differ_in_seed_are_passes_of_their_own(tmp_path: Path) -> 
     )
     text = thresher(tmp_path, "cache", "estimate", "seeds.toml", "--tokens", "50000")
     assert "16 dictionaries from 3 streams of batches: 3." in text
+
+
+@pytest.fixture(scope="module")
+def extended(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose cache has a further segment of text, behind the documents that `cache info` counts."""
+    folder = tmp_path_factory.mktemp("extended")
+    shutil.copytree(house / "caches", folder / "caches")
+    cache, first = the_cache(folder), to_skip(folder)
+    extend = ("harvest", "books-demo", "--cache", str(cache), "--extend")
+    with pytest.raises(UserError, match=rf"data\.skip_documents to {first} "):
+        thresher(folder, *extend, sets=(*SETS, f"data.skip_documents={first - 1}"))
+    thresher(folder, *extend, sets=(*SETS, f"data.skip_documents={first}"))
+    return folder
+
+
+def to_skip(folder: Path) -> int:
+    """The value of data.skip_documents that `cache info` advises."""
+    (number,) = re.findall(r"data\.skip_documents = (\d+)", thresher(folder, "cache", "info", str(the_cache(folder))))
+    return int(number)
+
+
+def test_info_counts_the_documents_that_a_further_segment_has_to_skip(house: Path, extended: Path) -> None:
+    text = thresher(extended, "cache", "info", str(the_cache(extended)))
+    assert f"text bundled:books, read up to document {to_skip(extended):,}; to go on behind it" in text
+    assert to_skip(extended) > to_skip(house) > 0
+    assert "not complete" not in text
+
+
+def test_a_part_in_the_making_is_named_by_all_who_look_at_the_cache(
+    house: Path, extended: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(extended / "caches", tmp_path / "caches")
+    cache = the_cache(tmp_path)
+    strike(cache, ["01-tokens"])
+    (cache / "parts/01-tokens/MANIFEST.json").unlink()
+    assert "not complete parts/01-tokens\n" in thresher(tmp_path, "cache", "info", str(cache))
+    assert to_skip(tmp_path) == to_skip(house)
+    verified = thresher(tmp_path, "cache", "verify", str(cache))
+    assert "parts/01-tokens is in the making: it was not read, and does not count.\n" in verified
+    assert "is whole: every checksum holds" in verified
+    few = ("train.epochs=0.05", "train.batch_rows=256", "train.calibrate_rows=256", "dictionary.expansion=1")
+    trained = thresher(tmp_path, "train", "books-demo", sets=(*SETS, *few))
+    assert trained.startswith(f"Note: parts/01-tokens of caches/{cache.name} is in the making and does not count.\n")
+    assert "Note:" not in thresher(house, "train", "books-demo", "--runs", str(tmp_path / "runs2"), sets=(*SETS, *few))
 
 
 def test_prune_tells_and_asks_before_it_removes(folder: Path) -> None:

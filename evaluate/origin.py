@@ -1,0 +1,87 @@
+"""Which trained runs may be judged together, and what the report says of them; from their config.json.
+
+A run is judged in the model it was trained on, on documents that none of those beside it has seen.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from thresher.cache.contracts import Dictionary, UserError
+from thresher.cache.records import differences
+from thresher.evaluate.checks import Replacement
+
+_MAKING = ("data", "harvest", "dictionary", "train")
+"""Tables that decide what a run is; [target] is compared by its weights, [evaluate] is free."""
+
+
+class Run(NamedTuple):
+    """A trained dictionary and where it comes from."""
+
+    path: Path
+    dictionary: Dictionary
+    sparsity: str
+    """How sparse its rule makes it, in words."""
+    config: Mapping[str, Any]
+    """config.json."""
+
+
+def check_recipe(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raise UserError for a run that was trained under another recipe than the one that is to be judged."""
+    unlike = [line for table in _MAKING for line in differences({table: wanted[table]}, {table: stored[table]})]
+    if unlike:
+        raise UserError(
+            f"{path} was trained under another recipe: {'; '.join(unlike[:5])}. Train it under this "
+            "one into another place (--runs), or evaluate the run directory itself."
+        )
+
+
+def check_origin(configs: Sequence[Mapping[str, Any]], target: Mapping[str, Any]) -> None:
+    """Refuse runs of another model than the one they would be patched into, and runs that do not share their splits.
+
+    What one run holds out, a run with other splits may have been trained on. `target` is the model's identity.
+    """
+    here = {key: value for key, value in target.items() if key != "dtype"}
+    first = configs[0]
+    for config in configs:
+        made_from = config["cache"]["identity"]
+        unlike = differences({key: made_from["target"][key] for key in made_from["target"] if key != "dtype"}, here)
+        if unlike:
+            raise UserError(
+                f"Run {config['name']} was trained on another target: {'; '.join(unlike)}. Evaluate it with its "
+                "own target, or train on a cache of this one."
+            )
+        apart = differences(first["cache"]["identity"]["data"], made_from["data"])
+        if apart:
+            raise UserError(
+                f"Runs {first['name']} and {config['name']} were trained on other text or splits: "
+                f"{'; '.join(apart)}. What one holds out the other may have seen; evaluate them apart."
+            )
+
+
+def replacements(runs: Sequence[Run], *, together: bool) -> list[Replacement]:
+    """What is patched in at once: the dictionaries of a group (for example one per layer), or each run by itself."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.config["group" if together else "name"], []).append(run)
+    return [
+        Replacement(group, tuple(run.dictionary for run in members), _facts(members))
+        for group, members in groups.items()
+    ]
+
+
+def _facts(members: Sequence[Run]) -> dict[str, object]:
+    """What the report says about a set: of the first run where all agree, of every run where they may differ."""
+    first = members[0].config
+    spec, training = first["dictionary"], first["training"]
+    return {
+        "kind": spec["kind"],
+        "firing": spec["firing"],
+        "sparsity": members[0].sparsity,
+        "n_latents": spec["n_latents"],
+        "seed": training["seed"],
+        "training_rows": training["rows"],
+        "cache_fingerprint": first["cache"]["fingerprint"],
+        "git_commit": first["git_commit"],
+        "runs": [str(run.path) for run in members],
+    }
