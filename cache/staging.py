@@ -8,6 +8,7 @@ Rows that a mask leaves out are left out here already, so nothing later depends 
 """
 
 import ctypes
+import math
 import threading
 import warnings
 import weakref
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from thresher.cache.codec import Calibration, decode
 from thresher.cache.kernels.decode import bf16_rows, copy_rows, int8_rows
-from thresher.cache.kernels.lines import whole_lines
+from thresher.cache.kernels.lines import LINE_BYTES, whole_lines
 from thresher.cache.layout import KEPT, ArraySpec, raw_dtype
 from thresher.cache.loading import Loader, Tier, array_names
 from thresher.cache.order import ReadOrder, Segment
@@ -100,13 +101,12 @@ class Pool:
         try:
             base = spare.pop()
         except IndexError:
-            size = max(1, int(np.prod(shape)) * dtype.itemsize)
+            size = max(1, math.prod(shape) * dtype.itemsize)
             base = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned).numpy()
-        lent = (ctypes.c_ubyte * base.nbytes).from_buffer(
-            base.data
-        )  # an array's views would refer to `base`, past itself
+        # An array's views would refer to `base`, past itself.
+        lent = (ctypes.c_ubyte * base.nbytes).from_buffer(base.data)
         weakref.finalize(lent, spare.append, base).atexit = False
-        return np.frombuffer(memoryview(lent), dtype, int(np.prod(shape))).reshape(shape)
+        return np.frombuffer(memoryview(lent), dtype, math.prod(shape)).reshape(shape)
 
 
 class HostStager:
@@ -134,47 +134,46 @@ class HostStager:
             end=request.end,
             stop=stop,
         )
-        chunks = np.arange(request.group_chunks, dtype=np.int32)[:, None]
-        self._stored_order = np.zeros_like(chunks) + np.arange(self.order.chunk_rows, dtype=np.int32)
+        self._bytes = 0  # of a batch
+        self._places = self._layout()
         self._start = -1  # of the group that is prepared
-        self._within_RC = self._stored_order
+        self._chunk_U = self._row_U = np.empty(0, np.int32)
         self._addresses: dict[str, np.ndarray] = {}
         self._ordered: dict[str, np.ndarray] = {}
-        self._scales: dict[str, np.ndarray] = {}
 
     def close(self) -> None:
         self.loader.close()
 
     def batch(self, start: int) -> Staged:
-        request = self.request
-        count, kept, at = request.batch_rows // request.world, 0, start
-        out = {name: self._memory(name, count) for name in self.specs if name != "keep"}
-        if self.fused:
-            out = {name: memory for name, memory in out.items() if name in request.sites}
+        request, kept, at = self.request, 0, start
+        out = self._memory()
         for segment in self.order.segments(start, request.batch_rows):
             self._enter(segment, at)
             skipped = (request.rank - at) % request.world  # positions before the first of this rank
-            mine = range(segment.first + skipped, segment.first + segment.length, request.world)
-            cut = slice(mine.start, mine.stop, mine.step)
-            taken: np.ndarray | slice = slice(None)
-            places, total = np.arange(kept, kept + len(mine)), len(mine)
+            mine = slice(segment.first + skipped, segment.first + segment.length, request.world)
+            taken: slice | np.ndarray = mine
             if request.masked:
-                taken = mask = self._ordered["keep"][cut] == KEPT
-                total = int(np.count_nonzero(mask))
-                places = np.where(mask, kept + np.cumsum(mask) - 1, -1)
-            for name in out.keys() & self._ordered.keys():
-                out[name][kept : kept + total] = self._ordered[name][cut][taken]
-            if total:
-                self._gather(mine, places, out)
-            kept += total
+                taken = np.flatnonzero(self._ordered["keep"][mine] == KEPT) * request.world + mine.start
+            kept += self._gather(taken, {name: memory[kept:] for name, memory in out.items()})
             at += segment.length
         return Staged(start, self._finished({name: memory[:kept] for name, memory in out.items()}))
 
-    def _memory(self, name: str, count: int) -> np.ndarray:
-        """Memory for `count` rows: of decoded numbers where they are decoded on the way, else as they are stored."""
-        spec = self.specs[name]
-        dtype = np.dtype(np.float32) if self.fused and len(spec.shape) > 1 else raw_dtype(spec.dtype)
-        return self.pool.take((count, *spec.shape[1:]), dtype)
+    def _layout(self) -> dict[str, tuple[int, np.dtype, tuple[int, ...]]]:
+        """Where each array of a batch lies in its memory, each on a cache line: offset, dtype and shape."""
+        layout, end, count = {}, 0, self.request.batch_rows // self.request.world
+        for name, spec in self.specs.items():
+            if name == "keep" or (self.fused and name not in self.request.sites):
+                continue
+            dtype = np.dtype(np.float32) if self.fused else raw_dtype(spec.dtype)
+            layout[name] = end, dtype, (count, *spec.shape[1:])
+            end += -(-count * math.prod(spec.shape[1:]) * dtype.itemsize // LINE_BYTES) * LINE_BYTES
+        self._bytes = end
+        return layout
+
+    def _memory(self) -> dict[str, np.ndarray]:
+        """Memory for a batch: of decoded numbers where rows are decoded on the way, else of rows as they are stored."""
+        memory = self.pool.take((self._bytes,), np.dtype(np.uint8))
+        return {name: np.ndarray(shape, dtype, memory, start) for name, (start, dtype, shape) in self._places.items()}
 
     def _enter(self, segment: Segment, at: int) -> None:
         """Get the chunks of a segment's group; on the first call for it, prepare what its batches need."""
@@ -183,10 +182,12 @@ class HostStager:
             return
         self._start = at - segment.first
         r, c = len(segment.chunks), self.order.chunk_rows
-        self._within_RC = self._stored_order[:r]
+        self._chunk_U = np.tile(np.arange(r, dtype=np.int32), c)
+        self._row_U = np.repeat(np.arange(c, dtype=np.int32), r)
         if segment.epoch:
             orders = [self.order.within(segment.epoch, int(chunk)) for chunk in segment.chunks]
-            self._within_RC = np.stack(orders).astype(np.int32)  # type: ignore[arg-type] # None in epoch 0 only
+            self._row_U = np.stack(orders, axis=1).astype(np.int32).ravel()  # type: ignore[arg-type] # None in epoch 0 only
+        flat_U = self._chunk_U.astype(np.int64) * c + self._row_U
         for name, chunks in group.items():
             if len(self.specs[name].shape) > 1:
                 addresses = [0 if chunk is None else chunk.ctypes.data for chunk in chunks]
@@ -196,26 +197,27 @@ class HostStager:
             for column_C, chunk in zip(columns_RC, chunks, strict=True):
                 if chunk is not None:
                     column_C[:] = chunk
-            if self.fused and name != "keep":
-                self._scales[name] = columns_RC.astype(np.float32)
-            else:
-                if segment.epoch:
-                    columns_RC = np.take_along_axis(columns_RC, self._within_RC.astype(np.int64), axis=1)
-                self._ordered[name] = columns_RC.T.ravel()
+            ordered = columns_RC.reshape(-1).take(flat_U)
+            self._ordered[name] = ordered.astype(np.float32) if self.fused and name != "keep" else ordered
 
-    def _gather(self, mine: range, places: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
-        """Rows at some places of the group to their places in the batch, at every site."""
-        where = (self._within_RC, mine.start, mine.stop, mine.step, places)
-        for site in self.request.sites:
-            chunks, rows = self._addresses[site], out[site]
-            lines = whole_lines(rows)
-            if not self.fused or self.specs[site].dtype == "float32":
-                copy_rows(chunks, *where, rows, lines)
-            elif site in self.calibrations:
-                mean, std = (part.numpy() for part in self.calibrations[site])
-                int8_rows(chunks, self._scales[f"{site}.scale"], *where, mean, std, rows, lines)
+    def _gather(self, taken: slice | np.ndarray, out: Mapping[str, np.ndarray]) -> int:
+        """Rows at some offsets of the group to the beginning of `out`, of every array; how many they are."""
+        chunk_N, row_N = self._chunk_U[taken], self._row_U[taken]
+        count = len(chunk_N)
+        for name, memory in out.items():
+            rows, ordered = memory[:count], self._ordered.get(name)
+            if ordered is not None:
+                rows[:] = ordered[taken]
+                continue
+            where, lines = (self._addresses[name], chunk_N, row_N), whole_lines(rows)
+            if not self.fused or self.specs[name].dtype == "float32":
+                copy_rows(*where, rows, lines)
+            elif name in self.calibrations:
+                mean, std = (part.numpy() for part in self.calibrations[name])
+                int8_rows(*where, self._ordered[f"{name}.scale"][taken], mean, std, rows, lines)
             else:
-                bf16_rows(chunks, *where, rows.view(np.uint32), lines)
+                bf16_rows(*where, rows.view(np.uint32), lines)
+        return count
 
     def _finished(self, out: Mapping[str, np.ndarray]) -> Callable[[], dict[str, Tensor]]:
         """What is left to do for the consumer. For a GPU the copy is begun here, and waited for."""

@@ -73,6 +73,24 @@ def announce(typing_context, out, at):  # type: ignore[no-untyped-def]
     return types.none(out, types.int64), generate
 
 
+@_intrinsic
+def fetch(typing_context, address, size):  # type: ignore[no-untyped-def]
+    """Fetch the lines of `size` bytes at an address."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        start = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        lines = builder.udiv(
+            builder.add(arguments[1], ir.Constant(ir.IntType(64), LINE_BYTES - 1)),
+            ir.Constant(ir.IntType(64), LINE_BYTES),
+        )
+        with cgutils.for_range(builder, lines) as loop:
+            offset = builder.mul(loop.index, ir.Constant(ir.IntType(64), LINE_BYTES))
+            prefetch(builder, cgutils.pointer_add(builder, start, offset), LINE_BYTES)
+        return context.get_dummy_value()
+
+    return types.none(types.uint64, types.int64), generate
+
+
 @inlined()
 def put(out, at, row, whole_lines):  # type: ignore[no-untyped-def]
     """out[at] = row."""
