@@ -6,13 +6,14 @@ fp32, and gradients return through `gathered_linear`.
 """
 
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from thresher.cache.contracts import Codes
-from thresher.train.dictionary.rules import rule
+from thresher.train.dictionary.rules import BatchTopK, rule
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
@@ -33,6 +34,17 @@ class Fired(NamedTuple):
     """[A] (or [N, F]) 1 where the latent fires, with gradient to a learned threshold; None without one."""
     tokens: int
     """N."""
+
+
+class Tally(NamedTuple):
+    """What thresholds and counters have to know of a part of a step's batch."""
+
+    counts: Tensor
+    """[F] tokens on which each latent fired."""
+    z: Tensor | None
+    """[A] codes, where a running threshold follows them."""
+    tokens: int
+    """N of the part."""
 
 
 class Chosen(NamedTuple):
@@ -113,19 +125,31 @@ class Encoder(nn.Module):
         return Codes(values, selection.latents, selection.offsets, selection.width)
 
     @torch.no_grad()
-    def observe(self, fired: Fired) -> Tensor:
-        """Advance the running threshold and the dead counters: once per optimiser step, never by an evaluation.
-
-        Returns the number of active entries, a scalar on the device.
-        """
-        self.rule.observe(fired.z)
+    def tally(self, fired: Fired) -> Tally:
+        """What a step's batch, or a part of it, has to say to `advance`; changes nothing."""
         active = torch.gt(fired.z, 0, out=torch.empty_like(fired.z))
         if fired.selection is None:
             count_F = active.sum(0)
         else:
             count_F = torch.zeros_like(self.b_enc).index_add_(0, fired.selection.latents, active)
-        self.tokens_since_fired.add_(fired.tokens).masked_fill_(count_F > 0, 0)
+        return Tally(count_F, fired.z.detach() if isinstance(self.rule, BatchTopK) else None, fired.tokens)
+
+    @torch.no_grad()
+    def advance(self, parts: Sequence[Tally]) -> Tensor:
+        """Move the running threshold and the dead counters on by one optimiser step.
+
+        Returns the number of active entries, a scalar on the device.
+        """
+        values = [part.z for part in parts if part.z is not None]
+        if values:
+            self.rule.observe(values[0] if len(values) == 1 else torch.cat(values))
+        count_F = torch.stack([part.counts for part in parts]).sum(0) if len(parts) > 1 else parts[0].counts
+        self.tokens_since_fired.add_(sum(part.tokens for part in parts)).masked_fill_(count_F > 0, 0)
         return count_F.sum(dtype=torch.float64)
+
+    def observe(self, fired: Fired) -> Tensor:
+        """`advance` by a batch in one piece: once per optimiser step, never by an evaluation."""
+        return self.advance([self.tally(fired)])
 
     def dead(self, dead_after: int) -> Tensor:
         """[F] bool: silent for `dead_after` training tokens or more; what AuxK revives is what the log counts."""
