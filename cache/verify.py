@@ -1,9 +1,14 @@
 """Reading a whole cache, all its parts, to see whether any bit of it changed.
 
 Nothing here stops at the first fault: what can be named is named, down to the chunk. Files are mapped and summed where
-they lie, several at a time.
+they lie, several at a time. The kernel is asked for many pages at once, before they are touched: that spares a fault
+for each few of them, lets the disk read on in large pieces, and makes of a sector that cannot be read an error, where
+touching it would end the process. Reading into a buffer instead costs a copy, a quarter of the speed.
 """
 
+import ctypes
+import errno
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from thresher.cache.arrays import read_plain
 from thresher.cache.commit import MANIFEST, PARTS, ROOT, commits_digest, file_digest, read_commit, shard_files
@@ -25,6 +29,10 @@ from thresher.cache.stored import calibration_digest, read_calibrations, read_co
 
 Progress = Callable[[int], None]
 """Told of bytes that were read."""
+
+
+_WINDOW = 64 << 20
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which Python does not name
 
 
 class _Part(NamedTuple):
@@ -153,12 +161,16 @@ def _later(
             return [f"{part.prefix}{file}: missing"]
         if path.stat().st_size != size:
             return [f"{part.prefix}{file}: expected {size} bytes, got {path.stat().st_size}"]
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        data = _mapped(path)
         expected = [int(digits, 16) for digits in entry["crc32c"]]
         lengths = entry.get("lengths") or [spec.chunk[0] * spec.row_bytes] * len(expected)
         ends = np.cumsum(lengths).tolist()
-        got = []
-        for end, length in zip(ends, lengths, strict=True):
+        got, there = list[int](), 0
+        for chunk, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+            while there < end:
+                if (reason := _fetch(data[there : there + _WINDOW])) is not None:
+                    return [f"{part.prefix}{file}: cannot be read at chunk {chunk} or after it: {reason}"]
+                there += _WINDOW
             got.append(crc32c(data[end - length : end]))
             progress(length)
         lines = [
@@ -173,6 +185,28 @@ def _later(
         return lines
 
     return check
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A file in memory, to be read from its beginning to its end."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_SEQUENTIAL)
+    return np.frombuffer(mapped, np.uint8)
+
+
+def _fetch(data: np.ndarray) -> str | None:
+    """Read a part of a mapped file, from a page on, into memory; why that is impossible, or None.
+
+    Not by `mmap.madvise`, which keeps the interpreter's lock while the disk reads.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(len(data)), _POPULATE_READ) == 0:
+        return None
+    code = ctypes.get_errno()
+    if code == errno.EINVAL:  # an older kernel, which reads a page when it is touched
+        return None
+    return os.strerror(errno.EIO if code == errno.EFAULT else code)
 
 
 def _shard_of(part: _Part, split: str, name: str, sums: list[int]) -> int | None:
