@@ -6,10 +6,7 @@ the residual's variance) is then known beforehand and comes in as a `Whole`.
 
 - Reconstruction is the fraction of variance unexplained, ⟨‖y − ŷ‖²⟩ / V with V from the cache's statistics; a CLT's is
   the mean over its layers.
-- AuxK (Gao et al. 2024, arXiv:2406.04093): of the latents that have been silent too long, each token's k' largest
-  reconstruct what the dictionary left, without decoder bias; scaled by min(n/k_aux, 1), n the number of dead latents,
-  and divided by the residual's own variance (this one does depend on the batch). The residual is detached: only dead
-  rows of encoder and decoder learn from it. In a CLT every layer's dead latents take their own layer's residual.
+- AuxK is in train/auxk.py; it is divided by the residual's own variance, which does depend on the batch.
 - l1: λ⟨Σ z_f n_f⟩, n_f the norm of the latent's decoder row. l0: λ⟨Σ 1[a_f > θ_f]⟩. target_l0: λ(L0/k − 1)².
   tanh: λ⟨Σ tanh(c n_f z_f)⟩. The step functions see a, not z: z is 0 in the lower half of the window.
 - Pre-activation loss: λ_P⟨Σ n_f relu(θ_f − a_f)⟩.
@@ -23,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from thresher.train.auxk import auxiliary
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Fired
 from thresher.train.dictionary.rules import JumpReLU
@@ -76,7 +74,7 @@ def losses(
     aux = penalty = total.new_zeros(())
     if spec.aux > 0:
         with stage("auxk"):
-            aux = auxiliary(coder, done, xs, ys, whole)
+            aux = auxiliary(coder, done, xs, ys, None if whole is None else whole.residual)
         total = total + spec.aux * aux
     if ramp > 0 and (spec.sparsity > 0 or spec.preact > 0):
         penalty = ramp * penalties(coder, done.fired, xs, whole)
@@ -102,49 +100,6 @@ def squared_error(guess: Tensor, y: Tensor) -> Tensor:
     """Σ (guess − y)² with gradient to the guess alone: mse_loss with reduction sum, in fewer passes."""
     out: Tensor = _SquaredError.apply(guess, y)
     return out
-
-
-def auxiliary(
-    coder: Coder, done: Pass, xs: Sequence[Tensor], ys: Sequence[Tensor], whole: Whole | None = None
-) -> Tensor:
-    """AuxK, the mean over the sources that have dead latents; 0 when none has."""
-    terms = []
-    for source, (x_ND, y_NE) in enumerate(zip(xs, ys, strict=True)):
-        dead = torch.nonzero(coder.encoder(source).dead(coder.spec.dead_after)).view(-1)
-        if dead.shape[0]:
-            residual = y_NE - done.y[:, source].detach()
-            total = variation(residual) if whole is None or whole.residual is None else whole.residual[source]
-            terms.append(_auxiliary_of(coder, source, dead, x_ND, residual, total))
-    return torch.stack(terms).mean() if terms else done.y.new_zeros(())
-
-
-def variation(residual_NE: Tensor) -> Tensor:
-    """Σ‖e − ē‖², a scalar."""
-    return (residual_NE - residual_NE.mean(0)).square().sum()
-
-
-def _auxiliary_of(
-    coder: Coder, source: int, dead: Tensor, x_ND: Tensor, residual_NE: Tensor, variance: Tensor
-) -> Tensor:
-    """One source's AuxK on the gathered rows of its dead latents, where dense products are cheap."""
-    k_aux = coder.spec.resolved_aux_k
-    count = dead.shape[0]
-    encoder = coder.encoder(source)
-    a_Nn = F.linear(x_ND, encoder.W_enc[dead], encoder.b_enc[dead] + _pre_bias(coder, source, dead))
-    z_Nn = torch.relu(a_Nn)
-    if count > k_aux:
-        kept = torch.topk(a_Nn.detach(), k_aux, dim=1, sorted=False).indices
-        z_Nn = z_Nn * torch.zeros_like(z_Nn).scatter_(1, kept, 1.0)
-    guess_NE = z_Nn @ coder.W_dec[source][dead, 0]
-    share = squared_error(guess_NE, residual_NE) / variance.where(variance > 0, torch.inf)  # nothing to explain: 0
-    return min(count / k_aux, 1.0) * share
-
-
-def _pre_bias(coder: Coder, source: int, dead: Tensor) -> Tensor:
-    """[n] what the pre-bias adds to dead latents' pre-activations; b_dec itself takes no gradient from AuxK."""
-    if not coder.spec.pre_bias:
-        return coder.b_dec.new_zeros(())
-    return -(coder.encoder(source).W_enc[dead] @ coder.b_dec[source].detach())
 
 
 def penalties(coder: Coder, fired: Sequence[Fired], xs: Sequence[Tensor], whole: Whole | None = None) -> Tensor:

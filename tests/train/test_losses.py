@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thresher.train.auxk import auxiliary, variation
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.encoder import Chosen, Fired
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels import firing
 from thresher.train.kernels.sparse import Selection, add_decoded
-from thresher.train.losses import Whole, auxiliary, losses, variation
+from thresher.train.losses import Whole, losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -164,7 +165,7 @@ def test_auxk_is_zero_without_dead_latents_and_finite_for_a_perfect_residual() -
     perfect = out.y.detach()[:, 0]
     assert auxiliary(coder, out, xs, [perfect]).item() == 0.0
     coder.encoder(0).tokens_since_fired.zero_()
-    assert auxiliary(coder, out, xs, ys).item() == 0.0
+    assert auxiliary(coder, coder(xs), xs, ys).item() == 0.0
 
 
 def test_auxk_scales_with_the_number_of_dead_latents_below_k_aux() -> None:

@@ -17,6 +17,7 @@ from thresher.train.dictionary.rules import BatchTopK, rule
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
+from thresher.train.kernels.silent import Silent, choose_silent
 from thresher.train.kernels.sparse import Selection, gathered_linear
 from thresher.train.stages import stage
 
@@ -34,6 +35,8 @@ class Fired(NamedTuple):
     """[A] (or [N, F]) 1 where the latent fires, with gradient to a learned threshold; None without one."""
     tokens: int
     """N."""
+    silent: Silent | None = None
+    """Codes of dead latents for AuxK; None: none is dead, or AuxK is off, or it goes the plain way."""
 
 
 class Tally(NamedTuple):
@@ -54,6 +57,8 @@ class Chosen(NamedTuple):
     """Entries; None: all."""
     values: Tensor
     """[A] (or [N, F]) pre-activations there."""
+    silent: Silent | None = None
+    """Codes of dead latents, where they were looked at."""
 
 
 class Workspace:
@@ -85,6 +90,8 @@ class Encoder(nn.Module):
         self.rule = rule(spec, deployed)
         self.register_buffer("tokens_since_fired", torch.zeros(spec.n_latents, dtype=torch.int64))
         self.tokens_since_fired: Tensor
+        self.dead_after = spec.dead_after
+        self.aux_k = spec.resolved_aux_k if spec.aux > 0 and not deployed else 0
         self.matmul_dtype: torch.dtype | None = None
         self.workspace = Workspace()
         self.kernels = Kernels()
@@ -105,16 +112,40 @@ class Encoder(nn.Module):
             a_NF = self.preactivations(x_ND, bias_F, self.workspace.block(x_ND.shape[0], self.W_enc))
         with stage("select"):
             selection = self.rule.select(a_NF)
-            return Chosen(selection, a_NF.clone() if selection is None else selection.take(a_NF))
+            values = a_NF.clone() if selection is None else selection.take(a_NF)
+        latents = self._wanted()
+        if latents is None:
+            return Chosen(selection, values)
+        with stage("auxk"):
+            return Chosen(selection, values, choose_silent(a_NF, latents, self.aux_k, self.kernels))
+
+    @torch.no_grad()
+    def _wake(self, x_ND: Tensor, bias_F: Tensor) -> Silent | None:
+        """Codes of dead latents for rows whose block is gone: a product with their rows."""
+        latents = self._wanted()
+        if latents is None:
+            return None
+        with stage("auxk"):
+            a_Nn = torch.nn.functional.linear(x_ND, self.W_enc[latents], bias_F[latents])
+            every = torch.arange(latents.shape[0], device=latents.device)
+            return choose_silent(a_Nn, every, self.aux_k, self.kernels)._replace(latents=latents)
+
+    def _wanted(self) -> Tensor | None:
+        """[n] int64: dead latents whose codes AuxK's fast form takes from here; None: none."""
+        return self.dead_latents() if self.aux_k and self.kernels.forced != "plain" else None
 
     def forward(self, x_ND: Tensor, bias_F: Tensor, chosen: Chosen | None = None) -> Fired:
         """Training codes; `bias_F` is b_enc with any pre-bias folded in, with gradient.
 
         `chosen`: what was chosen of these rows before with the same weights, so that no product is done twice.
         """
-        selection, values = self.choose(x_ND, bias_F) if chosen is None else chosen
+        if chosen is None:
+            chosen = self.choose(x_ND, bias_F)
+        elif chosen.silent is None:
+            chosen = chosen._replace(silent=self._wake(x_ND, bias_F))
+        selection, values, silent = chosen
         a = gathered_linear(x_ND, self.W_enc, bias_F, values, selection, self.kernels, self.sink)
-        return Fired(selection, a, *self.rule.fire(a, selection), x_ND.shape[0])
+        return Fired(selection, a, *self.rule.fire(a, selection), x_ND.shape[0], silent)
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor, bias_F: Tensor) -> Codes:
@@ -154,3 +185,8 @@ class Encoder(nn.Module):
     def dead(self, dead_after: int) -> Tensor:
         """[F] bool: silent for `dead_after` training tokens or more; what AuxK revives is what the log counts."""
         return self.tokens_since_fired >= dead_after
+
+    def dead_latents(self) -> Tensor | None:
+        """[n] int64, ascending: latents that count as dead; None when there are none."""
+        latents = torch.nonzero(self.dead(self.dead_after)).view(-1)
+        return latents if latents.shape[0] else None

@@ -1,0 +1,128 @@
+"""AuxK's fast form equals ordinary autograd in value and all gradients; its choice of codes is exact."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.train.test_losses import LATENTS, RULES, N, batch, make
+from thresher.train import auxk
+from thresher.train.kernels import slabs
+from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.silent import choose_silent, plain_silent
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
+
+@settings(deadline=None, max_examples=200)
+@given(seed=st.integers(0, 10**6), double=st.booleans(), coarse=st.booleans(), shift=st.sampled_from([0.0, 1.0, 5.0]))
+def test_the_codes_of_dead_latents_are_the_k_largest_positive_ones(
+    seed: int, double: bool, coarse: bool, shift: float
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    a = torch.randn(6, 40, generator=rng, dtype=torch.float64 if double else torch.float32)
+    a = ((3 * a).round() if coarse else a) - shift  # coarse: many are equal
+    count, k = (int(torch.randint(1, 40, (), generator=rng)) for _ in range(2))
+    latents = torch.randperm(40, generator=rng)[:count].sort().values
+    got = choose_silent(a, latents, k, Kernels())
+    mask = torch.zeros(6, count, dtype=torch.bool)
+    mask[got.selection.rows, got.selection.latents] = True
+    assert torch.equal(mask, plain_silent(a, latents, k))
+    assert torch.equal(got.values, a[:, latents][mask])
+    turned = got.selection.by_latent
+    order = torch.argsort(got.selection.latents, stable=True)
+    assert torch.equal(turned.order, order)
+    assert torch.equal(turned.tokens, got.selection.rows[order])
+    assert torch.equal(turned.offsets.diff(), torch.bincount(got.selection.latents, minlength=count))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("width", [5, 128, 200])
+def test_sums_by_slabs_equal_plain_ones_with_any_number_of_threads(width: int, kind: type, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    groups, rows, entries = 40, 50, 20000
+    offsets = np.concatenate([[0], np.sort(rng.integers(0, entries, groups - 1)), [entries]])
+    index, weights = rng.integers(0, rows, entries), rng.standard_normal(entries).astype(kind)
+    table, w, out = (rng.standard_normal((count, width)).astype(kind) for count in (rows, groups, groups))
+    plain, alone, both = out.copy(), out.copy(), out.copy()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        slabs.bags(alone, table, offsets, index, weights)
+        dots = slabs.bags_and_dots(both, table, w, offsets, index, weights)
+    finally:
+        torch.set_num_threads(before)
+    slabs.plain_bags(plain, table, offsets, index, weights)
+    close = {"rtol": 1e-4, "atol": 1e-3} if kind is np.float32 else {"rtol": 1e-11, "atol": 1e-11}
+    np.testing.assert_allclose(alone, plain, **close)
+    np.testing.assert_array_equal(alone, both)
+    np.testing.assert_allclose(dots, slabs.plain_dots(table, w, offsets, index), **close)
+
+
+def _gradients(out: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(out, list(parameters.values()), allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("dense_share", [0.0, 1.0])
+@pytest.mark.parametrize("aux_k", [2, 4, 16])
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "clt"])
+def test_the_fast_term_equals_autograd_with_all_gradients(
+    kind: str, aux_k: int, dense_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auxk, "_DENSE_SHARE", dense_share)
+    results = []
+    for forced in ("auto", "plain"):
+        coder = make(kind, pre_bias=kind == "sae", aux_k=aux_k, **{**RULES["topk"]})
+        coder.use(Kernels(forced))
+        if kind == "clt":
+            coder.encoder(1).tokens_since_fired.zero_()  # a source without dead latents
+        xs, ys = batch(coder)
+        term = auxk.auxiliary(coder, coder(xs), xs, ys)
+        results.append((term, _gradients(term, dict(coder.named_parameters()))))
+    (fast, fast_grads), (plain, plain_grads) = results
+    torch.testing.assert_close(fast, plain)
+    for got, expected in zip(fast_grads, plain_grads, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert any(bool(grad.abs().sum() > 0) for grad in fast_grads)
+
+
+def test_codes_of_a_selection_made_before_are_found_without_its_block() -> None:
+    coder = make("sae", **RULES["topk"])
+    xs, _ = batch(coder)
+    encoder, bias = coder.encoder(0), coder.bias(0)
+    whole = encoder.choose(xs[0], bias)
+    again = encoder(xs[0], bias, whole._replace(silent=None)).silent
+    assert whole.silent is not None
+    assert again is not None
+    torch.testing.assert_close(again.values, whole.silent.values)
+    assert torch.equal(again.latents, whole.silent.latents)
+    assert torch.equal(again.selection.latents, whole.silent.selection.latents)
+
+
+def test_a_sink_gets_rows_of_dead_latents_and_autograd_nothing() -> None:
+    plain, sunk = (make("clt", **RULES["topk"]) for _ in range(2))
+    xs, ys = batch(plain)
+    auxk.auxiliary(plain, plain(xs), xs, ys).backward()
+    sinks = sunk.gather()
+    auxk.auxiliary(sunk, sunk(xs), xs, ys).backward()
+    for source in range(len(xs)):
+        pairs = [(plain.encoder(source).W_enc, sunk.encoder(source).W_enc), (plain.W_dec[source], sunk.W_dec[source])]
+        for expected, weight in pairs:
+            assert weight.grad is None
+            sinks.of(weight).settle()
+            torch.testing.assert_close(weight.grad, expected.grad)
+
+
+def test_tokens_and_latents_of_the_tests_leave_codes_on_both_sides_of_k() -> None:
+    coder = make("sae", **RULES["topk"])
+    xs, _ = batch(coder)
+    silent = coder(xs).fired[0].silent
+    assert silent is not None
+    counts = silent.selection.offsets.diff()
+    assert counts.shape[0] == N
+    assert silent.selection.width == LATENTS // 3
+    assert bool((counts < 4).any())
+    assert bool((counts == 4).any())

@@ -1,0 +1,194 @@
+"""AuxK: latents that have been silent too long reconstruct what the dictionary left.
+
+After Gao et al. 2024, arXiv:2406.04093. Of a source's n dead latents each token takes the k' = min(k_aux, n) with the
+largest pre-activations a. With z' = relu(a) and e = y − ŷ, detached,
+
+    ê = Σ z' w (no decoder bias)        AuxK = min(n / k_aux, 1) · Σ‖ê − e‖² / Σ‖e − ē‖²
+
+so only dead rows of encoder and decoder learn, and b_dec does not. In a CLT every layer's dead latents take their own
+layer's residual through their rows for that layer, and the term is the mean over the layers that have dead latents.
+
+`plain_error` is the specification, by ordinary autograd. The fast form takes the pre-activations from the block that
+the encoder has made anyway (kernels/silent.py), and then costs O(codes): everything is linear in ê − e, so its backward
+pass is three products with the same entries, whose rows are added to the gradients of dead rows alone. Where the codes
+fill a large share of [N, n], dense products on the gathered rows are faster.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from thresher.train.dictionary.coder import Coder, Pass
+from thresher.train.kernels import slabs
+from thresher.train.kernels.gradients import Sink
+from thresher.train.kernels.silent import Silent, plain_silent
+
+_DENSE_SHARE = 0.3
+"""Share of [N, n] filled by codes above which four dense products are faster than four sparse ones (see RESULTS.md)."""
+
+
+def auxiliary(
+    coder: Coder, done: Pass, xs: Sequence[Tensor], ys: Sequence[Tensor], variation_S: Tensor | None = None
+) -> Tensor:
+    """The mean over the sources that have dead latents; 0 when none has.
+
+    `variation_S`: Σ‖e − ē‖² per destination where these rows are part of a larger batch; None: they are all of it.
+    """
+    terms = []
+    for source, (x_ND, y_NE) in enumerate(zip(xs, ys, strict=True)):
+        latents = dead_latents(coder, source, done)
+        if latents is not None:
+            residual_NE = y_NE - done.y[:, source].detach()
+            total = variation(residual_NE) if variation_S is None else variation_S[source]
+            terms.append(_share(coder, source, latents, done.fired[source].silent, x_ND, residual_NE, total))
+    return torch.stack(terms).mean() if terms else done.y.new_zeros(())
+
+
+def dead_latents(coder: Coder, source: int, done: Pass) -> Tensor | None:
+    """[n] int64, or None where none is dead."""
+    silent = done.fired[source].silent
+    return coder.encoder(source).dead_latents() if silent is None else silent.latents
+
+
+def variation(residual_NE: Tensor) -> Tensor:
+    """Σ‖e − ē‖², a scalar."""
+    return (residual_NE - residual_NE.mean(0)).square().sum()
+
+
+def _share(
+    coder: Coder,
+    source: int,
+    latents: Tensor,
+    silent: Silent | None,
+    x_ND: Tensor,
+    residual_NE: Tensor,
+    total: Tensor,
+) -> Tensor:
+    """One source's term."""
+    weight = min(latents.shape[0] / coder.spec.resolved_aux_k, 1.0)
+    factor = weight / total.where(total > 0, torch.inf)  # nothing to explain: 0
+    if silent is None:
+        return factor * plain_error(coder, source, latents, x_ND, residual_NE)
+    encoder, b_dec_D = coder.encoder(source), coder.b_dec[source].detach() if coder.spec.pre_bias else None
+    weights = (encoder.W_enc, encoder.b_enc, coder.W_dec[source])
+    sinks = (encoder.sink, coder.decoder_sink(source))
+    out: Tensor = _Error.apply(*weights, silent, x_ND, residual_NE, b_dec_D, _way(coder, silent), sinks)
+    return factor * out
+
+
+def plain_error(coder: Coder, source: int, latents: Tensor, x_ND: Tensor, residual_NE: Tensor) -> Tensor:
+    """Σ‖ê − e‖² by ordinary autograd: the specification."""
+    encoder = coder.encoder(source)
+    shifted_ND = x_ND - coder.b_dec[source].detach() if coder.spec.pre_bias else x_ND
+    a_Nn = F.linear(shifted_ND, encoder.W_enc[latents], encoder.b_enc[latents])
+    kept_Nn = plain_silent(a_Nn.detach(), torch.arange(len(latents), device=a_Nn.device), coder.spec.resolved_aux_k)
+    guess_NE = (a_Nn * kept_Nn) @ coder.W_dec[source][latents, 0]
+    return (guess_NE - residual_NE).square().sum()
+
+
+class _Error(torch.autograd.Function):
+    """Σ‖ê − e‖² with gradients to the rows of dead latents."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec_FTE: Tensor,
+        silent: Silent,
+        x_ND: Tensor,
+        residual_NE: Tensor,
+        b_dec_D: Tensor | None,
+        way: "type[_Sparse] | type[_Dense]",
+        sinks: tuple[Sink | None, Sink | None],
+    ) -> Tensor:
+        products = way(silent, W_dec_FTE[:, 0].index_select(0, silent.latents))
+        error_NE = products.guess_minus(residual_NE)
+        ctx.products, ctx.latents, ctx.sinks = products, silent.latents, sinks
+        ctx.save_for_backward(W_enc, b_enc, W_dec_FTE, x_ND, error_NE, b_dec_D)
+        return torch.dot(error_NE.view(-1), error_NE.view(-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        W_enc, b_enc, W_dec_FTE, x_ND, error_NE, b_dec_D = ctx.saved_tensors
+        dW_dec_nE, dW_enc_nD, db_n = ctx.products.gradients(error_NE, x_ND, 2 * g)
+        if b_dec_D is not None:
+            dW_enc_nD.addr_(db_n, b_dec_D, alpha=-1)
+        db_F = torch.zeros_like(b_enc).index_copy_(0, ctx.latents, db_n)
+        sink_enc, sink_dec = ctx.sinks
+        dW_enc = _delivered(W_enc, ctx.latents, dW_enc_nD, sink_enc)
+        return dW_enc, db_F, _delivered(W_dec_FTE, ctx.latents, dW_dec_nE, sink_dec), *[None] * 6
+
+
+def _delivered(weight: Tensor, latents: Tensor, rows: Tensor, sink: Sink | None) -> Tensor | None:
+    """What autograd gets: nothing where a sink takes the rows. They are the first columns of the weight's rows."""
+    if sink is not None:
+        beyond = weight[0].numel() - rows.shape[1]
+        sink.add_rows(latents, F.pad(rows, (0, beyond)) if beyond else rows)
+        return None
+    full = torch.zeros_like(weight)
+    full.flatten(1)[:, : rows.shape[1]].index_copy_(0, latents, rows)
+    return full
+
+
+def _way(coder: Coder, silent: Silent) -> "type[_Sparse] | type[_Dense]":
+    selection, values = silent.selection, silent.values
+    entries, room = values.shape[0], selection.tokens * selection.width
+    if values.device.type == "cpu" and entries <= _DENSE_SHARE * room:
+        work = entries * coder.spec.d_out
+        if coder.kernels.pick("auxk", values.device, values.dtype, work) == "numba":
+            return _Sparse
+    return _Dense
+
+
+class _Sparse:
+    """Products at the codes' entries, on a CPU."""
+
+    def __init__(self, silent: Silent, W_dec_nE: Tensor) -> None:
+        self.silent = silent
+        self.W_dec_nE = W_dec_nE
+
+    def guess_minus(self, residual_NE: Tensor) -> Tensor:
+        """[N, E]: ê − e."""
+        selection, out_NE = self.silent.selection, torch.neg(residual_NE)
+        index = (selection.offsets.numpy(), selection.latents.numpy(), self.silent.values.numpy())
+        slabs.bags(out_NE.numpy(), self.W_dec_nE.numpy(), *index)
+        return out_NE
+
+    def gradients(self, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
+        turned = self.silent.selection.by_latent
+        z_A = self.silent.values.index_select(0, turned.order).mul_(scale)
+        offsets, tokens = turned.offsets.numpy(), turned.tokens.numpy()
+        dW_dec_nE = torch.zeros_like(self.W_dec_nE)
+        error, W_dec = error_NE.numpy(), self.W_dec_nE.numpy()
+        dots = slabs.bags_and_dots(dW_dec_nE.numpy(), error, W_dec, offsets, tokens, z_A.numpy())
+        da_A = torch.from_numpy(dots).mul_(scale)
+        dW_enc_nD = x_ND.new_zeros(self.W_dec_nE.shape[0], x_ND.shape[1])
+        slabs.bags(dW_enc_nD.numpy(), x_ND.contiguous().numpy(), offsets, tokens, da_A.numpy())
+        latents = torch.arange(turned.offsets.shape[0] - 1).repeat_interleave(turned.offsets.diff())
+        return dW_dec_nE, dW_enc_nD, da_A.new_zeros(dW_dec_nE.shape[0]).index_add_(0, latents, da_A)
+
+
+class _Dense:
+    """Dense products with the gathered rows."""
+
+    def __init__(self, silent: Silent, W_dec_nE: Tensor) -> None:
+        selection = silent.selection
+        self.z_Nn = silent.values.new_zeros(selection.tokens, selection.width)
+        self.z_Nn.view(-1)[selection.rows * selection.width + selection.latents] = silent.values
+        self.W_dec_nE = W_dec_nE
+
+    def guess_minus(self, residual_NE: Tensor) -> Tensor:
+        """[N, E]: ê − e."""
+        return torch.addmm(residual_NE, self.z_Nn, self.W_dec_nE, beta=-1)
+
+    def gradients(self, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
+        da_Nn = (error_NE @ self.W_dec_nE.T).mul_(self.z_Nn > 0).mul_(scale)
+        return (self.z_Nn.T @ error_NE).mul_(scale), da_Nn.T @ x_ND, da_Nn.sum(0)

@@ -1,0 +1,193 @@
+"""Which dead latents AuxK wakes, and with what codes: of every token the k largest positive pre-activations among them.
+
+The dead latents' pre-activations are columns of the block that the encoder's product has made, so they cost no second
+product: a pass over the rows picks them out and chooses. On a CPU compiled loops look for a value that exactly k of a
+row's columns reach; the next row starts from it, and a false position (regula falsi) is a count in vector registers,
+which is cheaper than to partition or sort. Where equal values make that impossible the lower latents win.
+
+What is not positive has no code and no gradient, so it is no entry at all.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thresher.cache.kernels.jit import compiled
+from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.cpu_pool import over_rows
+from thresher.train.kernels.sparse import ByLatent, Selection
+
+
+class Silent(NamedTuple):
+    """Codes of dead latents."""
+
+    latents: Tensor
+    """[n] int64: the dead latents, ascending."""
+    selection: Selection
+    """Entries, by token; its latents count in `latents`, so its width is n."""
+    values: Tensor
+    """[A] pre-activations there, all above 0."""
+
+
+def choose_silent(a_NF: Tensor, latents: Tensor, k: int, kernels: Kernels) -> Silent:
+    """The k largest positive entries of each row among the columns `latents`; without gradient."""
+    work = a_NF.shape[0] * latents.shape[0]
+    if kernels.pick("silent", a_NF.device, a_NF.dtype, work) == "numba":
+        return _compiled_choice(a_NF, latents, k)
+    a_Nn = a_NF.index_select(1, latents)
+    if latents.shape[0] <= k:
+        return _entries(a_Nn, latents, a_Nn > 0)
+    best = torch.topk(a_Nn, k, dim=1, sorted=False).indices
+    return _entries(a_Nn, latents, torch.zeros_like(a_Nn, dtype=torch.bool).scatter_(1, best, True) & (a_Nn > 0))
+
+
+def plain_silent(a_NF: Tensor, latents: Tensor, k: int) -> Tensor:
+    """[N, n] bool: what `choose_silent` must choose; equal values go to the lower latent."""
+    a_Nn = a_NF[:, latents]
+    best = torch.sort(a_Nn, dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(a_Nn, dtype=torch.bool).scatter_(1, best, True) & (a_Nn > 0)
+
+
+def _entries(a_Nn: Tensor, latents: Tensor, mask_Nn: Tensor) -> Silent:
+    width = mask_Nn.shape[1]
+    position = torch.nonzero(mask_Nn.view(-1)).view(-1)
+    offsets = torch.nn.functional.pad(mask_Nn.sum(1).cumsum(0), (1, 0))
+    return Silent(latents, Selection(position % width, offsets, width), a_Nn.view(-1).index_select(0, position))
+
+
+def _compiled_choice(a_NF: Tensor, latents: Tensor, k: int) -> Silent:
+    tokens, width = a_NF.shape[0], latents.shape[0]
+    room = min(k, width)
+    a, columns = a_NF.numpy(), latents.numpy()
+    index = np.empty(tokens * room, np.int64)
+    values = np.empty(tokens * room, a.dtype)
+    counts = np.empty(tokens, np.int64)
+    bits = np.empty(0, np.int32 if a.itemsize == 4 else np.int64)
+
+    def piece(first: int, stop: int) -> None:
+        _choose(a, bits, columns, room, first, stop, index, values, counts)
+
+    over_rows(tokens, piece, 4 * tokens * width)
+    offsets = np.zeros(tokens + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    if offsets[-1] < tokens * room:
+        _close_up(offsets, room, index, values)
+    size = int(offsets[-1])
+    selection = Selection(torch.from_numpy(index[:size]), torch.from_numpy(offsets), width)
+    order, token, starts = np.empty(size, np.int64), np.empty(size, np.int64), np.zeros(width + 1, np.int64)
+    _turn(index[:size], offsets, order, token, starts)
+    turned = ByLatent(torch.from_numpy(order), torch.from_numpy(token), torch.from_numpy(starts))
+    selection.__dict__["by_latent"] = turned  # fills the cached property
+    return Silent(latents, selection, torch.from_numpy(values[:size]))
+
+
+@compiled(forceinline=True)
+def _reaching(row, cut):  # type: ignore[no-untyped-def]
+    """How many values are at least `cut`."""
+    found = np.int32(0)
+    for i in range(row.shape[0]):
+        found += np.int32(row[i] >= cut)
+    return found
+
+
+@compiled(forceinline=True)
+def _largest(row, bits):  # type: ignore[no-untyped-def]
+    """The largest value, some being positive: those order like their bits, which vector registers can compare."""
+    best = bits[0]
+    for i in range(bits.shape[0]):
+        best = max(best, bits[i])
+    bits[-1], last = best, bits[-1]
+    largest = row[-1]
+    bits[-1] = last
+    return largest
+
+
+@compiled()
+def _cut(row, bits, k, positive, guess):  # type: ignore[no-untyped-def]
+    """(cut, k): exactly k values reach the cut; or (cut, fewer): too many reach it, so few exceed it.
+
+    More than k values are positive, `positive` of them. More than k reach `low` and fewer reach `high`, always.
+    """
+    kind = row.dtype.type
+    low, many = kind(0), positive
+    high = _largest(row, bits)
+    few = _reaching(row, high)
+    if few >= k:
+        return high, k if few == k else 0
+    cut, steps = guess, 0
+    while True:
+        if not low < cut < high:
+            cut = low + (high - low) / kind(2)
+            if not low < cut < high:  # neighbours: what reaches low and not high equals low
+                return low, few
+        reached = _reaching(row, cut)
+        if reached == k:
+            return cut, k
+        if reached > k:
+            low, many = cut, reached
+        else:
+            high, few = cut, reached
+        steps += 1
+        share = kind(0.5) if steps % 3 == 0 else kind(many - k) / kind(many - few)
+        cut = low + (high - low) * share
+
+
+@compiled()
+def _choose(a, kind, columns, k, first, stop, index, values, counts):  # type: ignore[no-untyped-def]
+    """Rows first to stop: entries of row n go to index and values from n · k on, their number to counts[n]."""
+    width = columns.shape[0]
+    row = np.empty(width, a.dtype)
+    bits = row.view(kind.dtype)
+    guess, tiny = a.dtype.type(0), np.nextafter(a.dtype.type(0), a.dtype.type(1))
+    for n in range(first, stop):
+        for i in range(width):
+            row[i] = a[n, columns[i]]
+        positive = np.int64(_reaching(row, tiny))
+        at, end, i = n * k, n * k + min(k, positive), 0
+        counts[n] = end - at
+        if positive <= k:
+            while at < end:
+                index[at], values[at] = i, row[i]
+                at += row[i] > 0
+                i += 1
+            continue
+        guess, sure = _cut(row, bits, k, positive, guess)
+        if sure == k:
+            while at < end:
+                index[at], values[at] = i, row[i]
+                at += row[i] >= guess
+                i += 1
+            continue
+        spare = k - sure  # so many that equal the cut belong to it
+        while at < end:
+            tied = row[i] == guess and spare > 0
+            spare -= tied
+            index[at], values[at] = i, row[i]
+            at += row[i] > guess or tied
+            i += 1
+
+
+@compiled()
+def _turn(index, offsets, order, token, starts):  # type: ignore[no-untyped-def]
+    """Order the entries by latent and then by token, by counting."""
+    for entry in range(index.shape[0]):
+        starts[index[entry] + 1] += 1
+    for latent in range(starts.shape[0] - 1):
+        starts[latent + 1] += starts[latent]
+    place = starts[:-1].copy()
+    for n in range(offsets.shape[0] - 1):
+        for entry in range(offsets[n], offsets[n + 1]):
+            latent = index[entry]
+            order[place[latent]], token[place[latent]] = entry, n
+            place[latent] += 1
+
+
+@compiled()
+def _close_up(offsets, room, index, values):  # type: ignore[no-untyped-def]
+    """Move the entries of rows that take less than their room to where they belong."""
+    for n in range(offsets.shape[0] - 1):
+        for i in range(offsets[n + 1] - offsets[n]):
+            index[offsets[n] + i] = index[n * room + i]
+            values[offsets[n] + i] = values[n * room + i]
