@@ -1,12 +1,14 @@
 """The primitives of a step on a CPU: kernels/choice.py says what they compute, cpu_bags.py and cpu_update.py how."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from thresher.cache.kernels.lines import whole_lines
 from thresher.train.kernels import cpu_bags, cpu_update
 from thresher.train.kernels.cpu_pool import over_rows
 from thresher.train.kernels.cpu_update import Adam
@@ -20,7 +22,8 @@ _NOWHERE = np.empty(0)
 
 def decode(out_NM: Tensor, z_A: Tensor, W_FM: Tensor, selection: "Selection") -> None:
     """out[n] += Σ z · W[latent] over the token's entries."""
-    _bags(out_NM, W_FM, selection.offsets, selection.latents, z_A, False, None)
+    entries = (selection.offsets.numpy(), selection.latents.numpy(), z_A.numpy())
+    _bags(out_NM, W_FM, entries, cpu_bags.ADD, _NOWHERE, np.empty(0, entries[2].dtype))
 
 
 def decoder_gradient(
@@ -33,24 +36,21 @@ def decoder_gradient(
     facts: Facts | None = None,
 ) -> Tensor:
     """dz [A] = g[token] · W[latent]; dW[f] (+)= Σ z · g[token] over the latent's entries. Facts need `fresh`."""
-    turned = selection.by_latent
-    z_ordered = z_A.index_select(0, turned.order)
-    dots = torch.zeros_like(z_A)
+    assert fresh or facts is None
     rows, width = W_FM.shape
+    order, offsets, tokens, z = _turned(selection, z_A)
     noted = no_facts(rows) if facts is None else facts
-    places = (*_flat(dW_FM), *_flat(g_NM), *_flat(W_FM))
-    entries = (turned.offsets.numpy(), turned.tokens.numpy(), z_ordered.numpy(), fresh)
-    results = (noted.squares.zero_().numpy(), dots.numpy(), noted.weights.zero_().numpy())
+    squares, along, norms = (part.zero_().numpy() for part in noted)
+    dots = np.zeros_like(z)
+    places, how = (*_flat(dW_FM), *_flat(g_NM), *_flat(W_FM)), _how(dW_FM, fresh)
 
     def piece(first: int, stop: int) -> None:
-        cpu_bags.bags_and_dots(first, stop, width, *places, *entries, *results)
+        cpu_bags.bags_and_dots(first, stop, width, *places, offsets, tokens, z, how, squares, dots, norms, along)
 
     over_rows(rows, piece, (2 * z_A.shape[0] + rows) * width)
-    if facts is not None:
-        # g · w over the row is Σ z (g[token] · w): no pass over the row is needed
-        latents = selection.latents.index_select(0, turned.order)
-        facts.dots.zero_().index_add_(0, latents, (z_ordered * dots).double())
-    return torch.empty_like(dots).index_copy_(0, turned.order, dots)
+    out = torch.empty_like(z_A)
+    out.numpy()[order] = dots
+    return out
 
 
 def encoder_gradient(
@@ -62,10 +62,12 @@ def encoder_gradient(
     facts: Facts | None = None,
 ) -> Tensor:
     """dW[f] (+)= Σ da · x[token] over the latent's entries; [F] Σ da. Of the facts only the squares are set."""
-    turned = selection.by_latent
-    da_ordered = da_A.index_select(0, turned.order)
-    _bags(dW_FD, x_ND, turned.offsets, turned.tokens, da_ordered, fresh, facts)
-    return da_A.new_zeros(selection.width).index_add_(0, selection.latents, da_A)
+    assert fresh or facts is None
+    _, *entries = _turned(selection, da_A)
+    squares = _NOWHERE if facts is None else facts.squares.zero_().numpy()
+    sums = da_A.new_empty(selection.width)
+    _bags(dW_FD, x_ND, entries, _how(dW_FD, fresh), squares, sums.numpy())
+    return sums
 
 
 def update(
@@ -112,22 +114,30 @@ def facts_of(weight_FM: Tensor, grad_FM: Tensor) -> Facts:
 
 
 def _bags(
-    out: Tensor,
-    table: Tensor,
-    offsets: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    fresh: bool,
-    facts: Facts | None,
+    out: Tensor, table: Tensor, entries: Sequence[np.ndarray], how: int, squares: np.ndarray, sums: np.ndarray
 ) -> None:
+    offsets, index, weights = entries
     groups, width = offsets.shape[0] - 1, table.shape[1]
-    squares = _NOWHERE if facts is None else facts.squares.zero_().numpy()
-    places, entries = (*_flat(out), *_flat(table)), (offsets.numpy(), index.numpy(), weights.numpy(), fresh, squares)
+    places = (*_flat(out), *_flat(table))
 
     def piece(first: int, stop: int) -> None:
-        cpu_bags.bags(first, stop, width, *places, *entries)
+        cpu_bags.bags(first, stop, width, *places, offsets, index, weights, how, squares, sums)
 
     over_rows(groups, piece, (index.shape[0] + groups) * width)
+
+
+def _turned(selection: "Selection", values_A: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A selection's order by latent; offsets, tokens and values in that order."""
+    turned = selection.by_latent
+    order = turned.order.numpy()
+    return order, turned.offsets.numpy(), turned.tokens.numpy(), values_A.numpy()[order]
+
+
+def _how(out: Tensor, fresh: bool) -> int:
+    """How rows of a weight's gradient are written: it is large, and read again only when all of it is there."""
+    if not fresh:
+        return cpu_bags.ADD
+    return cpu_bags.STREAM if whole_lines(out.numpy()) else cpu_bags.REPLACE
 
 
 def _flat(matrix: Tensor) -> tuple[np.ndarray, int]:

@@ -27,6 +27,9 @@ from thresher.cache.kernels.lines import LINE_BYTES, prefetch
 LINES = 8
 """Cache lines in a wide tile: sums, a row to multiply with and addends fit the 32 registers of AVX-512."""
 
+ADD, REPLACE, STREAM = 0, 1, 2
+"""What to do with the numbers that are there: keep, drop, and drop without fetching them (`out` in cache lines)."""
+
 _AHEAD = 8  # entries
 _FUSED = ("contract",)
 _INDEX = ir.IntType(64)
@@ -56,17 +59,19 @@ class _Flat:
         place = self.builder.bitcast(self.at(position, line), self.vector.as_pointer())
         return self.builder.load(place, align=self.bytes)
 
-    def put(self, value: ir.Value, position: ir.Value, line: int) -> None:
-        """Store a vector."""
+    def put(self, value: ir.Value, position: ir.Value, line: int, past_the_cache: bool) -> None:
+        """Store a vector; past the cache if it is a whole cache line."""
         place = self.builder.bitcast(self.at(position, line), self.vector.as_pointer())
-        self.builder.store(value, place, align=self.bytes)
+        store = self.builder.store(value, place, align=LINE_BYTES if past_the_cache else self.bytes)
+        if past_the_cache:
+            store.set_metadata("nontemporal", self.builder.module.add_metadata([ir.IntType(32)(1)]))
 
 
 class _Tile(NamedTuple):
     """Which of the functions to make."""
 
     lines: int
-    fresh: bool
+    how: int
     dots: bool
 
 
@@ -93,7 +98,7 @@ def _generate(tile: _Tile, context: Any, builder: Any, signature: Any, arguments
     ]
     out, at, table, stride, column, index, weights, first, stop = given[:9]
     zero = ir.Constant(out.vector, [0.0] * out.vector.count)
-    before = [zero if tile.fresh else out.line(at, line) for line in range(tile.lines)]
+    before = [out.line(at, line) if tile.how == ADD else zero for line in range(tile.lines)]
     sums = [cgutils.alloca_once_value(builder, value) for value in before]
     w_lines = [given[9].line(given[10], line) for line in range(tile.lines)] if tile.dots else []
     last = builder.sub(index.size, _INDEX(1))
@@ -119,7 +124,7 @@ def _generate(tile: _Tile, context: Any, builder: Any, signature: Any, arguments
             builder.store(builder.fadd(builder.load(place), _total(builder, products)), place)
     totals = [builder.load(place) for place in sums]
     for line, total in enumerate(totals):
-        out.put(total, at, line)
+        out.put(total, at, line, tile.how == STREAM)
     if tile.dots:
         place = given[12].at(given[13])
         builder.store(builder.fadd(builder.load(place), _squares(builder, w_lines)), place)
@@ -162,23 +167,23 @@ def _total(builder: Any, vectors: list[ir.Value]) -> ir.Value:
     return builder.extract_element(value, ir.IntType(32)(0))
 
 
-_bag_wide, _bag_wide_fresh = _bag(_Tile(LINES, False, False)), _bag(_Tile(LINES, True, False))
-_bag_line, _bag_line_fresh = _bag(_Tile(1, False, False)), _bag(_Tile(1, True, False))
-_dots_wide, _dots_wide_fresh = _bag(_Tile(LINES, False, True)), _bag(_Tile(LINES, True, True))
-_dots_line, _dots_line_fresh = _bag(_Tile(1, False, True)), _bag(_Tile(1, True, True))
+_wide_add, _wide_replace, _wide_stream = (_bag(_Tile(LINES, how, False)) for how in (ADD, REPLACE, STREAM))
+_line_add, _line_replace = (_bag(_Tile(1, how, False)) for how in (ADD, REPLACE))
+_dots_add, _dots_replace, _dots_stream = (_bag(_Tile(LINES, how, True)) for how in (ADD, REPLACE, STREAM))
+_dots_line_add, _dots_line_replace = (_bag(_Tile(1, how, True)) for how in (ADD, REPLACE))
 
 
 @compiled(forceinline=True)
-def bags_plain(group, left, right, out, out_stride, table, stride, offsets, index, weights, fresh):  # type: ignore[no-untyped-def]
-    """Columns left to right of out[group] = Σ weights · table[index] over its entries, unless `fresh` added to it.
+def bags_plain(group, left, right, out, out_stride, table, stride, offsets, index, weights, how):  # type: ignore[no-untyped-def]
+    """Columns left to right of out[group] = Σ weights · table[index] over its entries, with ADD added to it.
 
     Returns Σ of the squares of what was written.
     """
     squares = 0.0
     for j in range(left, right):
-        total = out[group * out_stride + j]
-        if fresh:
-            total = table.dtype.type(0)
+        total = table.dtype.type(0)
+        if how == ADD:
+            total = out[group * out_stride + j]
         for entry in range(offsets[group], offsets[group + 1]):
             total += weights[entry] * table[index[entry] * stride + j]
         out[group * out_stride + j] = total
@@ -197,52 +202,63 @@ def dots_plain(group, left, right, table, stride, offsets, index, w, w_stride, d
 
 
 @compiled()
-def bags(first, stop, width, out, out_stride, table, stride, offsets, index, weights, fresh, squares):  # type: ignore[no-untyped-def]
-    """`bags_plain` for groups first to stop at all columns; adds what it returns to `squares`, unless that is empty."""
+def bags(first, stop, width, out, out_at, table, stride, offsets, index, weights, how, squares, sums):  # type: ignore[no-untyped-def]
+    """`bags_plain` for groups first to stop at all columns.
+
+    What it returns is added to `squares`, and the sum of each group's weights goes to `sums`, unless those are empty.
+    """
     line = LINE_BYTES // table.itemsize
     for group in range(first, stop):
-        at, low, high, j, total = group * out_stride, offsets[group], offsets[group + 1], 0, 0.0
+        at, low, high, j, total = group * out_at, offsets[group], offsets[group + 1], 0, 0.0
         while j + LINES * line <= width:
-            if fresh:
-                total += _bag_wide_fresh(out, at + j, table, stride, j, index, weights, low, high)
+            if how == STREAM:
+                total += _wide_stream(out, at + j, table, stride, j, index, weights, low, high)
+            elif how == REPLACE:
+                total += _wide_replace(out, at + j, table, stride, j, index, weights, low, high)
             else:
-                total += _bag_wide(out, at + j, table, stride, j, index, weights, low, high)
+                total += _wide_add(out, at + j, table, stride, j, index, weights, low, high)
             j += LINES * line
         while j + line <= width:
-            if fresh:
-                total += _bag_line_fresh(out, at + j, table, stride, j, index, weights, low, high)
+            if how == ADD:
+                total += _line_add(out, at + j, table, stride, j, index, weights, low, high)
             else:
-                total += _bag_line(out, at + j, table, stride, j, index, weights, low, high)
+                total += _line_replace(out, at + j, table, stride, j, index, weights, low, high)
             j += line
-        total += bags_plain(group, j, width, out, out_stride, table, stride, offsets, index, weights, fresh)
+        total += bags_plain(group, j, width, out, out_at, table, stride, offsets, index, weights, how)
         if squares.shape[0]:
             squares[group] += total
+        if sums.shape[0]:
+            sums[group] = weights[low:high].sum()
 
 
 @compiled()
 def bags_and_dots(  # type: ignore[no-untyped-def]
-    first, stop, width, out, out_at, table, stride, w, w_stride, offsets, index, weights, fresh, squares, dots, norms
+    first, stop, width, out, out_at, table, stride, w, w_at, offsets, index, weights, how, squares, dots, norms, along
 ):
-    """`bags`, and `dots_plain` in the same pass over the table."""
+    """`bags`, and `dots_plain` in the same pass over the table; along[group] = out[group] · w[group] of this pass."""
     line = LINE_BYTES // table.itemsize
     for group in range(first, stop):
-        at, w_at, low, high = group * out_at, group * w_stride, offsets[group], offsets[group + 1]
+        at, place, low, high = group * out_at, group * w_at, offsets[group], offsets[group + 1]
         j, total = 0, 0.0
         while j + LINES * line <= width:
-            o, p = at + j, w_at + j
-            if fresh:
-                total += _dots_wide_fresh(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+            o, p = at + j, place + j
+            if how == STREAM:
+                total += _dots_stream(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+            elif how == REPLACE:
+                total += _dots_replace(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
             else:
-                total += _dots_wide(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+                total += _dots_add(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
             j += LINES * line
         while j + line <= width:
-            o, p = at + j, w_at + j
-            if fresh:
-                total += _dots_line_fresh(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+            o, p = at + j, place + j
+            if how == ADD:
+                total += _dots_line_add(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
             else:
-                total += _dots_line(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+                total += _dots_line_replace(
+                    out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group
+                )
             j += line
-        dots_plain(group, j, width, table, stride, offsets, index, w, w_stride, dots, norms)
-        total += bags_plain(group, j, width, out, out_at, table, stride, offsets, index, weights, fresh)
-        if squares.shape[0]:
-            squares[group] += total
+        dots_plain(group, j, width, table, stride, offsets, index, w, w_at, dots, norms)
+        squares[group] += total + bags_plain(group, j, width, out, out_at, table, stride, offsets, index, weights, how)
+        for entry in range(low, high):  # the row's product with w is that of its terms
+            along[group] += np.float64(weights[entry]) * np.float64(dots[entry])
