@@ -1,0 +1,231 @@
+"""Compiled loops on a CPU equal the plain formulas, in both number formats and with any number of threads."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from thresher.cache.contracts import UserError
+from thresher.train.kernels import choice, cpu, cpu_pool, firing
+from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.gradients import Sink, no_facts
+from thresher.train.kernels.sparse import Selection
+
+WIDTHS = [1, 5, 16, 128, 147, 300]  # below a cache line, one tile, tiles with lines and single columns left
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def entries(tokens: int, width: int, seed: int = 0) -> Selection:
+    """A selection with empty tokens, empty latents, and one latent that fires nearly always."""
+    mask = torch.rand(tokens, width, generator=torch.Generator().manual_seed(seed)) < 0.15
+    mask[3] = False
+    mask[:, 5] = True
+    mask[:, 2] = False
+    return firing.compress(mask)
+
+
+def dense(values: Tensor, selection: Selection) -> Tensor:
+    out = values.new_zeros(selection.tokens, selection.width)
+    out[selection.rows, selection.latents] = values
+    return out
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Numbers of threads; with more than one, even the smallest loop is divided."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr(cpu_pool, "_WORTH_A_THREAD", 1)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_decoding_adds_weighted_rows_to_a_view_of_the_output(width: int, dtype: torch.dtype, threads: int) -> None:
+    selection = entries(20, 11)
+    z, W = rand(selection.latents.shape[0], dtype=dtype), rand(11, width, seed=1, dtype=dtype)
+    whole = rand(20, width + 3, seed=2, dtype=dtype)
+    expected = whole.clone()
+    expected[:, 3:] += dense(z, selection) @ W
+    cpu.decode(whole[:, 3:], z, W, selection)
+    torch.testing.assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_gradients_of_decoder_and_codes_and_their_facts(
+    width: int, fresh: bool, dtype: torch.dtype, threads: int
+) -> None:
+    selection = entries(20, 11)
+    z, W = rand(selection.latents.shape[0], dtype=dtype), rand(11, width, seed=1, dtype=dtype)
+    g = rand(20, width + 2, seed=2, dtype=dtype)[:, 2:]
+    dW = torch.full((11, width), math.nan, dtype=dtype) if fresh else rand(11, width, seed=3, dtype=dtype)
+    expected = dense(z, selection).T @ g + (0 if fresh else dW)
+    facts = no_facts(11) if fresh else None
+    dz = cpu.decoder_gradient(z, g, W, selection, dW, fresh, facts)
+    torch.testing.assert_close(dW, expected)
+    torch.testing.assert_close(dz, (g @ W.T)[selection.rows, selection.latents])
+    if facts is not None:
+        for got, wanted in zip(facts, (expected**2, expected * W, W**2), strict=True):
+            torch.testing.assert_close(got.to(dtype), wanted.sum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_gradients_of_encoder_and_bias(width: int, fresh: bool, dtype: torch.dtype, threads: int) -> None:
+    selection = entries(20, 11)
+    da, x = rand(selection.latents.shape[0], dtype=dtype), rand(20, width, seed=1, dtype=dtype)
+    dW = torch.full((11, width), math.nan, dtype=dtype) if fresh else rand(11, width, seed=3, dtype=dtype)
+    expected = dense(da, selection).T @ x + (0 if fresh else dW)
+    facts = no_facts(11) if fresh else None
+    sums = cpu.encoder_gradient(da, x, selection, dW, fresh, facts)
+    torch.testing.assert_close(dW, expected)
+    torch.testing.assert_close(sums, dense(da, selection).sum(0))
+    if facts is not None:
+        torch.testing.assert_close(facts.squares.to(dtype), (expected**2).sum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("along", [True, False])
+def test_the_update_equals_adam_on_the_whole_gradient(
+    unit: bool, along: bool, dtype: torch.dtype, threads: int
+) -> None:
+    weight, grad = rand(9, 37, dtype=dtype), rand(9, 37, seed=1, dtype=dtype)
+    plain = nn.Parameter(weight.clone())
+    adam = torch.optim.Adam([plain], lr=0.01, betas=(0.8, 0.95), eps=1e-8)
+    m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+    multiples = rand(9, seed=2, dtype=dtype) if along else None
+    for step in (1, 2, 3):
+        plain.grad = 0.5 * (grad if multiples is None else grad + multiples[:, None] * plain.detach())
+        adam.step()
+        if unit:
+            plain.data = torch.nn.functional.normalize(plain.data, dim=1)
+        cpu.update(weight, grad, m, v, multiples, 0.5, cpu.adam(dtype, 0.01, (0.8, 0.95), 1e-8, step), unit)
+        torch.testing.assert_close(weight, plain.detach())
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_pool, "_WORTH_A_THREAD", 1)
+    selection = entries(200, 70)
+    z, g, W = rand(selection.latents.shape[0]).float(), rand(200, 150, seed=1).float(), rand(70, 150, seed=2).float()
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        y, dW, facts = torch.zeros(200, 150), torch.empty(70, 150), no_facts(70)
+        cpu.decode(y, z, W, selection)
+        dz = cpu.decoder_gradient(z, g, W, selection, dW, True, facts)
+        results.append((y, dW, dz, *facts))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(left, right) for left, right in zip(results[0], other, strict=True))
+
+
+def test_an_error_in_another_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_pool, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def fail(first: int, stop: int) -> None:
+        raise ValueError(f"rows {first} to {stop}")
+
+    with pytest.raises(ValueError, match="rows"):
+        cpu_pool.over_rows(10, fail, 100)
+
+
+def test_every_row_is_covered_once(threads: int) -> None:
+    seen = np.zeros(101, np.int64)
+
+    def count(first: int, stop: int) -> None:
+        seen[first:stop] += 1
+
+    cpu_pool.over_rows(101, count, 1000)
+    assert (seen == 1).all()
+
+
+def sink() -> Sink:
+    return Sink(nn.Parameter(rand(4, 3)))
+
+
+def test_a_sink_keeps_its_memory_and_adds_terms_in_any_order() -> None:
+    target = sink()
+    rows, values = torch.tensor([2, 0]), rand(2, 3, seed=1)
+    target.add_rows(rows, values)  # before the first whole term: waits for it
+    assert target.fresh
+    grad, fresh, _ = target.open()
+    assert fresh
+    grad.copy_(torch.ones(4, 3))
+    target.close()
+    target.add_rows(rows, values)
+    again, fresh, _ = target.open()
+    assert not fresh
+    again.add_(1.0)
+    target.close()
+    (target.parameter.sum() * 3).backward()  # a term that autograd adds
+    expected = torch.full((4, 3), 5.0, dtype=torch.float64).index_add(0, rows, 2 * values)
+    assert target.parameter.grad is not None
+    torch.testing.assert_close(target.parameter.grad, expected)
+    memory = grad.data_ptr()
+    target.clear()
+    assert target.parameter.grad is None
+    assert target.open()[0].data_ptr() == memory
+
+
+def test_rows_alone_make_a_gradient_that_is_zero_elsewhere() -> None:
+    target = sink()
+    target.add_rows(torch.tensor([1]), torch.ones(1, 3, dtype=torch.float64))
+    target.settle()
+    assert target.parameter.grad is not None
+    assert target.parameter.grad.tolist() == [[0.0] * 3, [1.0] * 3, [0.0] * 3, [0.0] * 3]
+
+
+def test_multiples_of_the_weight_are_written_only_when_the_whole_gradient_is_wanted() -> None:
+    target = sink()
+    target.add_along(torch.arange(4.0, dtype=torch.float64))
+    target.add_along(torch.ones(4, dtype=torch.float64))
+    target.settle()
+    assert target.fresh
+    target.settle(whole=True)
+    assert target.parameter.grad is not None
+    expected = target.parameter.detach() * torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64)
+    torch.testing.assert_close(target.parameter.grad, expected)
+
+
+@pytest.mark.parametrize("spoil", ["rows", "open", "autograd"])
+def test_facts_hold_until_something_is_added(spoil: str) -> None:
+    target = sink()
+    grad, _, facts = target.open(facts=True)
+    assert facts is not None
+    grad.fill_(1.0)
+    target.close()
+    assert target.facts() is facts
+    if spoil == "rows":
+        target.add_rows(torch.tensor([0]), torch.ones(1, 3, dtype=torch.float64))
+    elif spoil == "open":
+        target.open(facts=True)
+        target.close()
+    else:
+        target.parameter.sum().backward()
+    assert target.facts() is None
+
+
+def test_forced_kernels_are_plain_or_refused_and_all_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_device, cuda = torch.device("cpu"), torch.device("cuda")
+    plain, auto, fast = Kernels("plain"), Kernels(), Kernels("fast")
+    assert plain.pick("decode", cpu_device, torch.float32, 1) == "plain"
+    assert auto.pick("decode", cpu_device, torch.float32, 1 << 30) == "numba"
+    assert auto.pick("update", cpu_device, torch.float64, 1 << 30) == "numba"
+    assert auto.pick("decode", cpu_device, torch.bfloat16, 1 << 30) == "torch"
+    assert auto.described() == "decode numba/torch, update numba"
+    monkeypatch.setattr(choice, "has_triton", lambda: False)
+    assert auto.pick("decode", cuda, torch.float32, 1 << 30) == "torch"
+    with pytest.raises(UserError, match="triton"):
+        fast.pick("decode", cuda, torch.float32, 1 << 30)
