@@ -13,19 +13,26 @@ from torch import Tensor, nn
 
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels import firing
+from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.padded import Room, wide
 from thresher.train.kernels.sparse import Selection
 
 
 class ReLU(nn.Module):
     """Every positive pre-activation."""
 
+    counted = False
+    """Whether the number of entries is known before they are selected."""
+
     def __init__(self, spec: DictionarySpec) -> None:
         super().__init__()
         self.width = spec.n_latents
+        self.kernels = Kernels()
+        self.room = None if self.counted else Room()
 
     def select(self, a_NF: Tensor) -> Selection | None:
         """Entries that training looks at; None for all."""
-        return firing.select_above(a_NF, 0.0)
+        return firing.select_above(a_NF, 0.0, self.room, kernels=self.kernels)
 
     def fire(self, a: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
         """Codes of the selected pre-activations, and for a learned threshold its 0/1 gate; both with gradients."""
@@ -45,11 +52,13 @@ class ReLU(nn.Module):
         """Entries that fire at inference, every token on its own."""
         theta = self.thresholds()
         assert theta is not None
-        return firing.select_frozen(a_NF, theta.to(a_NF))
+        return firing.select_frozen(a_NF, theta.to(a_NF.device, wide(a_NF.dtype)))
 
 
 class TopK(ReLU):
     """The k largest of each token."""
+
+    counted = True
 
     def __init__(self, spec: DictionarySpec) -> None:
         super().__init__(spec)
@@ -58,7 +67,7 @@ class TopK(ReLU):
 
     def select(self, a_NF: Tensor) -> Selection:
         """k entries per token."""
-        return firing.select_topk(a_NF, self.k)
+        return firing.select_topk(a_NF, self.k, self.kernels)
 
     def thresholds(self) -> None:
         """None: the rule is already a matter of one token."""
@@ -71,6 +80,8 @@ class TopK(ReLU):
 class BatchTopK(ReLU):
     """The ⌊kN⌋ largest positive entries of the batch."""
 
+    counted = True
+
     def __init__(self, spec: DictionarySpec) -> None:
         super().__init__(spec)
         assert spec.k is not None
@@ -81,7 +92,7 @@ class BatchTopK(ReLU):
 
     def select(self, a_NF: Tensor) -> Selection:
         """⌊kN⌋ entries, exactly."""
-        return firing.select_batch_topk(a_NF, int(self.k * a_NF.shape[0]))
+        return firing.select_batch_topk(a_NF, int(self.k * a_NF.shape[0]), self.kernels)
 
     def observe(self, z: Tensor) -> None:
         """Move the running threshold towards the smallest value this batch kept; the first batch sets it."""
@@ -118,7 +129,8 @@ class JumpReLU(ReLU):
 
     def select(self, a_NF: Tensor) -> Selection | None:
         """Entries above θ − ε/2: those that fire and those close enough to pull the threshold down."""
-        return firing.select_above(a_NF, (self.theta().detach() - self.window / 2).to(a_NF))
+        floor = (self.theta().detach() - self.window / 2).to(wide(a_NF.dtype))
+        return firing.select_above(a_NF, floor, self.room, kernels=self.kernels)
 
     def fire(self, a: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
         """a · 1[a > θ] and 1[a > θ], with window gradients."""
@@ -131,6 +143,8 @@ class JumpReLU(ReLU):
 
 class Deployed(ReLU):
     """A constant threshold per latent, as saved with the weights."""
+
+    counted = True
 
     def __init__(self, spec: DictionarySpec) -> None:
         super().__init__(spec)

@@ -12,9 +12,15 @@ Rajamanoharan et al. 2024 (arXiv:2407.14435): a rectangle of width ε around the
 BatchTopK does not sort the block. A strided sample suggests a floor that slightly too many entries exceed; those are
 compacted, and the exact value of rank ⌊k·N⌋ is found among them. If too few exceed it the floor falls to 0, so a bad
 guess costs time and never exactness.
+
+All this counts and branches on what it finds, which on a CPU is free. A device must not be asked in the middle of a
+step: there selections have a fixed capacity (kernels/padded.py), made by Triton kernels where there are such. Values
+shorter than float32 are compared as float32 with float32 thresholds everywhere.
 """
 
+import importlib
 import math
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,24 +28,65 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from thresher.train.kernels import padded
+from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.padded import Room, wide
 from thresher.train.kernels.sparse import DENSE_SHARE, Selection, per_latent
 
 _SAMPLE = 1 << 15
 _TOPK_HEAP = 128  # torch.topk on a CPU is faster than numpy while 128 k ≤ F, measured
 
 
-def select_topk(a_NF: Tensor, k: int) -> Selection:
-    """The k largest of every row."""
+def _plain(kernels: Kernels | None) -> bool:
+    return kernels is not None and kernels.forced == "plain"
+
+
+def fixed_capacity(a_NF: Tensor, kernels: Kernels | None) -> ModuleType | None:
+    """The module of `topk`, `batch_topk` and `above` that read nothing back; None where reading back is free, or
+    where the products could not deal with padding."""
+    if a_NF.device.type == "cpu":
+        return None
+    dtype = wide(a_NF.dtype)
+    if (kernels or Kernels()).pick("select", a_NF.device, dtype, a_NF.numel()) != "triton":
+        return None
+    return padded if dtype == torch.float64 else importlib.import_module("thresher.train.kernels.triton.select")
+
+
+def plain_topk(a_NF: Tensor, k: int) -> Tensor:
+    """[N, F] bool: the k largest of every row; of equal ones at the edge, any."""
+    return torch.zeros_like(a_NF, dtype=torch.bool).scatter_(1, a_NF.topk(k, dim=1).indices, True)
+
+
+def select_topk(a_NF: Tensor, k: int, kernels: Kernels | None = None) -> Selection:
+    """The k largest of every row, latents ascending; which of equal ones at the edge, the row alone decides."""
+    if _plain(kernels):
+        return compress(plain_topk(a_NF, k))
+    fixed = fixed_capacity(a_NF, kernels)
+    if fixed is not None or a_NF.device.type != "cpu":
+        return (fixed or padded).topk(a_NF, k)
     tokens, width = a_NF.shape
-    offsets = torch.arange(0, tokens * k + 1, k, device=a_NF.device)
-    if a_NF.device.type == "cpu" and _TOPK_HEAP * k > width:
+    a = a_NF.to(wide(a_NF.dtype)).numpy()
+    offsets = torch.arange(0, tokens * k + 1, k)
+    if _TOPK_HEAP * k > width:
         # numpy's partition runs on vector instructions; torch's heap only wins where k is a small share of F
-        cut = np.partition(a_NF.numpy(), width - k, axis=1)[:, width - k, None]
-        position = torch.from_numpy(np.flatnonzero(a_NF.numpy() >= cut))
-        if position.shape[0] == tokens * k:  # else some row has ties at its cut
-            return Selection(position % width, offsets, width)
-    latents = torch.topk(a_NF, k, dim=1, sorted=False).indices.reshape(-1)
-    return Selection(latents, offsets, width)
+        position = np.flatnonzero(_topk_mask(a, k))
+        return Selection(torch.from_numpy(position % width), offsets, width)
+    latents = torch.topk(a_NF, k, dim=1, sorted=False).indices.numpy()
+    latents.sort(axis=1)
+    return Selection(torch.from_numpy(latents.reshape(-1)), offsets, width)
+
+
+def _topk_mask(a: np.ndarray, k: int) -> np.ndarray:
+    """Bool mask of the k largest of every row, equal ones at the edge by position."""
+    cut = np.partition(a, -k, axis=1)[:, -k, None]
+    mask = np.greater_equal(a, cut)
+    if np.count_nonzero(mask) != k * a.shape[0]:
+        counts = np.count_nonzero(mask, axis=1)
+        ties, lost = np.flatnonzero(counts > k), np.flatnonzero(counts < k)
+        above, equal = a[ties] > cut[ties], a[ties] == cut[ties]
+        mask[ties] = above | (equal & (np.cumsum(equal, axis=1) <= k - above.sum(axis=1, keepdims=True)))
+        mask[lost[:, None], np.argsort(-a[lost], axis=1, kind="stable")[:, :k]] = True  # a cut that is not a number
+    return mask
 
 
 def plain_batch_topk(a_NF: Tensor, count: int) -> Tensor:
@@ -51,11 +98,18 @@ def plain_batch_topk(a_NF: Tensor, count: int) -> Tensor:
     return (mask & (flat > 0)).view_as(a_NF)
 
 
-def select_batch_topk(a_NF: Tensor, count: int) -> Selection:
+def select_batch_topk(a_NF: Tensor, count: int, kernels: Kernels | None = None) -> Selection:
     """The `count` largest positive entries of the block (fewer if fewer are positive); equals `plain_batch_topk`."""
-    flat = a_NF.reshape(-1)
+    if _plain(kernels):
+        return compress(plain_batch_topk(a_NF, count))
+    fixed = fixed_capacity(a_NF, kernels)
+    if fixed is not None:
+        return fixed.batch_topk(a_NF, count)
+    flat = a_NF.reshape(-1).to(wide(a_NF.dtype))
     if count == 0:
         return _compressed(torch.empty(0, dtype=torch.int64, device=flat.device), *a_NF.shape)
+    if flat.device.type != "cpu":
+        return compress(padded.best(flat, count).view_as(a_NF))
     floor = _likely_floor(flat, count)
     position = _above(flat, floor)
     if floor > 0 and position.shape[0] < count:
@@ -65,16 +119,37 @@ def select_batch_topk(a_NF: Tensor, count: int) -> Selection:
     return _compressed(position, *a_NF.shape)
 
 
-def select_above(a_NF: Tensor, floor: Tensor | float, dense_share: float = DENSE_SHARE) -> Selection | None:
-    """Every entry above its floor ([F] or a number); None when more than `dense_share` of all entries are."""
-    mask = _exceeds(a_NF, floor)
-    if int(torch.count_nonzero(mask)) > dense_share * a_NF.numel():
+def select_above(
+    a_NF: Tensor,
+    floor: Tensor | float,
+    room: Room | None = None,
+    dense_share: float = DENSE_SHARE,
+    kernels: Kernels | None = None,
+) -> Selection | None:
+    """Every entry above its floor ([F] or a number); None when more than `dense_share` of all entries are.
+
+    With a fixed capacity, `room` decides by what it knows of earlier blocks, and the selection may have `overflowed`.
+    """
+    if _plain(kernels):
         return None
-    return compress(mask)
+    fixed = fixed_capacity(a_NF, kernels)
+    if fixed is None or room is None:
+        mask = _exceeds(a_NF, floor)
+        if int(torch.count_nonzero(mask)) > dense_share * a_NF.numel():
+            return None
+        return compress(mask)
+    capacity = room.capacity(a_NF.shape[0], a_NF.shape[1], dense_share)
+    if capacity is None:
+        room.note(torch.count_nonzero(a_NF > floor), a_NF.shape[0])
+        return None
+    selection: padded.Padded
+    selection, count = fixed.above(a_NF, floor, capacity)
+    room.note(count, a_NF.shape[0])
+    return selection
 
 
 def select_frozen(a_NF: Tensor, floor: Tensor) -> Selection:
-    """Every entry above its floor [F], however many."""
+    """Every entry above its floor [F], however many. Reads back: for inference only."""
     return compress(_exceeds(a_NF, floor))
 
 
@@ -109,17 +184,15 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 def _ranked(values: Tensor, rank: int) -> float:
     """The value of a rank, the largest having rank 1."""
-    if values.device.type == "cpu":
-        at = values.shape[0] - rank
-        return float(np.partition(values.numpy(), at)[at])
-    return float(torch.topk(values, rank).values[-1])
+    at = values.shape[0] - rank
+    return float(np.partition(values.numpy(), at)[at])
 
 
 def _exceeds(a: Tensor, floor: Tensor | float) -> Tensor:
     """Bool mask of a > floor; numpy compares into bool with vector instructions, torch's CPU loop does not."""
-    if a.device.type == "cpu":
+    if a.device.type == "cpu" and a.dtype == wide(a.dtype):
         return torch.from_numpy(np.greater(a.numpy(), floor.numpy() if isinstance(floor, Tensor) else floor))
-    return a > floor
+    return a > floor  # a tensor's floor is float32 or wider, and so is then the comparison
 
 
 def _above(flat: Tensor, floor: float) -> Tensor:

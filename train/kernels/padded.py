@@ -1,0 +1,198 @@
+"""Selections of fixed capacity: what a device needs that must not be asked how many entries there are.
+
+Reading a number back makes the host wait until everything queued before it is done, and the device idle after it. So
+on CUDA a selection has room for a number of entries known beforehand: exactly N·k for TopK, ⌊k·N⌋ for BatchTopK, and
+for rules without a count what earlier steps needed and some more (`Room`). What is not used is padding behind the
+entries that count: it has a pre-activation far below zero, so its code is 0, and so is its gradient.
+
+A block with more entries than room is cut off and marked `overflowed`, a flag on the device, and the step's update has
+to be left out like one whose loss is not finite; `Room` learns of it and the capacity grows.
+
+Everything here is torch and runs on any device; kernels/triton/select.py does the same in fewer passes.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from thresher.train.kernels.sparse import ByLatent, Selection
+
+PADDING = -1e30
+"""The pre-activation of an entry that is none: below every threshold and every window, and finite."""
+
+
+class Padded(Selection):
+    """Entries at ascending flat positions, those past offsets[N] being padding."""
+
+    def __init__(self, positions: Tensor, tokens: int, width: int, overflowed: Tensor | None = None) -> None:
+        """positions [C] int64, ascending; padding stands at N · F."""
+        end = tokens * width
+        starts = torch.arange(0, end + 1, width, device=positions.device)
+        super().__init__(positions % width, torch.searchsorted(positions, starts), width)
+        self.positions = positions
+        self.end = end
+        self.overflowed = overflowed
+        """Scalar bool on the device: entries had to be left out; None: impossible."""
+
+    @property
+    def real(self) -> Tensor:
+        """[C] bool: the entries that are no padding."""
+        return self.positions < self.end
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[C] int64: the token of each entry; padding counts as the last one's."""
+        return torch.div(self.positions, self.width, rounding_mode="floor").clamp_max(self.tokens - 1)
+
+    @cached_property
+    def by_latent(self) -> ByLatent:
+        """The entries ordered by latent, padding behind all of them."""
+        keys = torch.where(self.real, self.latents, self.width)
+        ordered, order = torch.sort(keys.to(torch.int32), stable=True)
+        latents = torch.arange(self.width + 1, dtype=torch.int32, device=keys.device)
+        return ByLatent(order, self.rows.index_select(0, order), torch.searchsorted(ordered, latents))
+
+    def take(self, a_NF: Tensor) -> Tensor:
+        """[C]: the entries' values in a dense block, float32 or wider; padding gets `PADDING`."""
+        values = a_NF.reshape(-1).take(self.positions.clamp_max(self.end - 1))
+        return values.to(wide(a_NF.dtype)).masked_fill(~self.real, PADDING)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What selection computes in: float32 for every shorter format."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def topk(a_NF: Tensor, k: int) -> Padded:
+    """The k largest of every row, latents ascending; full, so there is no padding."""
+    tokens, width = a_NF.shape
+    latents = torch.topk(a_NF, k, dim=1, sorted=False).indices.sort(dim=1).values
+    starts = torch.arange(0, tokens * width, width, device=a_NF.device)
+    return Padded((latents + starts[:, None]).view(-1), tokens, width)
+
+
+def batch_topk(a_NF: Tensor, count: int) -> Padded:
+    """The `count` largest positive entries of the block, ties to the lower position; padding if fewer are positive."""
+    flat = a_NF.reshape(-1)
+    if count == 0:
+        return Padded(torch.empty(0, dtype=torch.int64, device=flat.device), *a_NF.shape)
+    return Padded(_positions(best(flat, count), count), *a_NF.shape)
+
+
+def above(a_NF: Tensor, floor: Tensor | float, capacity: int) -> tuple[Padded, Tensor]:
+    """The first `capacity` entries above their floor ([F] or a number), and how many there are, on the device."""
+    tokens, width = a_NF.shape
+    mask = (a_NF > floor).reshape(-1)
+    count = torch.count_nonzero(mask)
+    return Padded(_positions(mask, capacity), tokens, width, count > capacity), count
+
+
+def cut(parts: Sequence[tuple[Padded, Tensor]], count: int) -> list[tuple[Padded, Tensor]]:
+    """Selections of several blocks and their values [C], reduced to the `count` largest positive ones of all blocks.
+
+    Of equal ones the earlier stays. If each part holds the `count` largest of its block, together they are now what
+    `batch_topk` would have chosen from the blocks on top of each other.
+    """
+    values = torch.cat([values for _, values in parts])
+    if values.shape[0] <= count:
+        return list(parts)
+    keep = best(values, count)
+    out = []
+    for (old, own), mask in zip(parts, keep.split([own.shape[0] for _, own in parts]), strict=True):
+        capacity = min(own.shape[0], count)
+        places = _positions(mask, capacity)
+        positions = torch.cat([old.positions, old.positions.new_full((1,), old.end)]).index_select(0, places)
+        kept = torch.cat([own, own.new_full((1,), PADDING)]).index_select(0, places)
+        out.append((Padded(positions, old.tokens, old.width), kept))
+    return out
+
+
+def best(flat: Tensor, count: int) -> Tensor:
+    """Bool mask of the `count` largest positive numbers, of equal ones the first."""
+    edge = torch.topk(flat, count, sorted=False).values.min().clamp_min(0.0)
+    keep = flat > edge
+    tied = (flat == edge) & (edge > 0)
+    return keep | (tied & (tied.cumsum(0, dtype=torch.int32) <= count - keep.sum()))
+
+
+def _positions(mask: Tensor, capacity: int) -> Tensor:
+    """[capacity] int64: ascending positions of the true entries, then the vector's length."""
+    return torch.nonzero_static(mask, size=capacity, fill_value=mask.shape[0]).view(-1)
+
+
+class Room(nn.Module):
+    """How many entries the next selection may hold, from the counts of earlier ones.
+
+    A count is read `LAG` selections after it was made. By then the device has usually passed it, and nobody waits; and
+    because the lag is a number and not a race, the same recipe takes the same decisions. Until the first count is read
+    the step goes dense, which holds any number. The state is saved with the weights, so a resumed run decides likewise.
+    """
+
+    LAG = 4
+    """Selections between a count and its use."""
+    MARGIN = 1.25
+    """Capacity over the largest count remembered."""
+    DECAY = 0.98
+    """What of the remembered count is left after each selection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0.0
+        """Entries per token, the largest of late; 0: not known."""
+        self._counts: deque[tuple[Tensor, int]] = deque()
+        self._arrivals: deque[torch.cuda.Event | None] = deque()
+
+    def capacity(self, tokens: int, width: int, dense_share: float) -> int | None:
+        """Entries that a block of [tokens, width] gets room for; None: a selection would not pay, or nothing is known.
+
+        Sizes are rounded up to one of eight per octave, so that a step rarely meets a new one.
+        """
+        if len(self._counts) >= self.LAG:
+            self._read()
+        if self.peak == 0.0:
+            return None
+        wanted = math.ceil(self.MARGIN * self.peak * tokens) + 64
+        unit = 1 << max(wanted.bit_length() - 4, 0)
+        capacity = -(-wanted // unit) * unit
+        return capacity if capacity <= dense_share * tokens * width else None
+
+    def note(self, count: Tensor, tokens: int) -> None:
+        """A selection's count, a scalar on the device."""
+        if count.device.type == "cuda":
+            landed = torch.empty((), dtype=torch.int64, pin_memory=True)
+            landed.copy_(count, non_blocking=True)
+            arrival = torch.cuda.Event()
+            arrival.record()
+            self._arrivals.append(arrival)
+            count = landed
+        else:
+            self._arrivals.append(None)
+        self._counts.append((count, tokens))
+
+    def _read(self) -> None:
+        count, tokens = self._counts.popleft()
+        arrival = self._arrivals.popleft()
+        if arrival is not None:
+            arrival.synchronize()
+        self.peak = max(int(count) / tokens, 1 / tokens, self.DECAY * self.peak)
+
+    def get_extra_state(self) -> Tensor:
+        """[1 + 2·pending] float64: the peak, then counts and tokens not yet used."""
+        for arrival in self._arrivals:
+            if arrival is not None:
+                arrival.synchronize()
+        pending = [float(number) for count, tokens in self._counts for number in (int(count), tokens)]
+        return torch.tensor([self.peak, *pending], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put back what `get_extra_state` gave."""
+        peak, *pending = state.tolist()
+        self.peak = peak
+        self._counts = deque(
+            (torch.tensor(int(count)), int(tokens)) for count, tokens in zip(pending[::2], pending[1::2], strict=True)
+        )
+        self._arrivals = deque(None for _ in self._counts)
