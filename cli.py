@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from thresher.cache.estimate import Training
     from thresher.cache.layout import Contexts
     from thresher.cache.reader import CacheReader
-    from thresher.cache.source import Source
     from thresher.cache.windows import WindowedSource
     from thresher.evaluate.results import Results
     from thresher.evaluate.run import EvaluateConfig
@@ -125,9 +124,13 @@ def train(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     wandb: Wandb = "disabled",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace some steps for Chrome and TensorBoard, into the run directory.")
+    ] = False,
 ) -> None:
     """Train every dictionary of the recipe's sweep from one pass over the cache."""
-    results = train_recipe(_read(name, assignments), cache, runs, resume=resume, live=live, device=device, wandb=wandb)
+    recipe = _read(name, assignments)
+    results = train_recipe(recipe, cache, runs, resume=resume, live=live, device=device, wandb=wandb, profile=profile)
     if any(result.status == "failed" for result in results):
         raise typer.Exit(1)
 
@@ -359,23 +362,18 @@ def train_recipe(
     live: bool = False,
     device: str,
     wandb: WandbMode,
+    profile: bool = False,
 ) -> "list[RunResult]":
     """Train all dictionaries of the recipe: from its cache, from a ring that harvest refills, or live."""
-    with _source(recipe, cache, live) as source:
-        results = _train_from(source, recipe, runs, resume=resume, device=device, wandb=wandb)
-        source.finish()
-    return results
-
-
-def _train_from(
-    reader: "Source", recipe: "Recipe", runs: Path | None, *, resume: bool, device: str, wandb: WandbMode
-) -> "list[RunResult]":
     from thresher.train.run import train as run_train
 
     folder = runs or Path("runs") / recipe.name
-    results = run_train(
-        _plans(recipe, reader.sites), reader, out=folder, device=device, resume=resume, wandb=wandb, console=out
-    )
+    with _source(recipe, cache, live) as source:
+        plans = _plans(recipe, source.sites)
+        results = run_train(
+            plans, source, out=folder, device=device, resume=resume, wandb=wandb, profile=profile, console=out
+        )
+        source.finish()
     failed = [result.name for result in results if result.status == "failed"]
     out.print(
         f"{len(results) - len(failed)} dictionaries in {folder}" + (f"; failed: {', '.join(failed)}" if failed else "")
