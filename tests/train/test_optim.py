@@ -7,6 +7,8 @@ from thresher.cache.contracts import UserError
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.kernels.choice import Kernels
+from thresher.train.losses import losses
 from thresher.train.optim import Optimiser, base_rate, plain_step, rate_factor
 
 
@@ -40,6 +42,47 @@ def test_the_step_equals_projection_clipping_adam_renormalisation_in_that_order(
             torch.testing.assert_close(left, right)
     for weight in fast.W_dec:
         torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.ones(6))
+
+
+@pytest.mark.parametrize("kind", ["sae", "clt"])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pre_bias": True},
+        {"firing": "relu", "k": None, "sparsity": 0.5},  # its penalty holds the norm of free decoder rows
+        {"firing": "jumprelu", "k": None, "sparsity": 0.5, "penalty": "tanh"},
+        {"aux": 0.5, "aux_k": 2},
+    ],
+)
+def test_steps_with_kernels_equal_steps_in_plain_formulas(kind: str, unit: bool, settings: dict[str, object]) -> None:
+    if kind == "clt":
+        settings = {name: value for name, value in settings.items() if name != "pre_bias"}
+    one = spec(kind, unit_norm=unit, **settings)
+    coders = []
+    for forced in ("plain", "fast"):
+        coder = build(one).double()
+        coder.use(Kernels(forced))  # type: ignore[arg-type]
+        rng = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in coder.parameters():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
+        for source in range(len(one.reads)):
+            coder.encoder(source).tokens_since_fired[:2] = one.dead_after  # two dead latents
+        optimiser = Optimiser(coder, TrainConfig(clip=0.1))
+        norms = []
+        for _ in range(3):
+            xs = [torch.randn(9, 4, generator=rng, dtype=torch.float64) for _ in one.reads]
+            terms = losses(coder, coder(xs), xs, xs, [1.0] * len(xs), 1.0)
+            terms.total.backward()
+            norms.append(optimiser.step(0.01, terms.total.detach().isfinite()))
+        coders.append((coder, norms))
+    (plain, plain_norms), (fast, fast_norms) = coders
+    assert "numba" in fast.kernels.described()
+    assert all(names == ["plain"] for names in plain.kernels.used.values())
+    torch.testing.assert_close(fast_norms, plain_norms)
+    for left, right in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(left, right)
 
 
 def test_a_gradient_along_the_row_does_not_move_it() -> None:
