@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from thresher.cache.contracts import Codes
 from thresher.train.dictionary.rules import BatchTopK, rule
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.kernels import firing
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
 from thresher.train.kernels.silent import Silent, choose_silent
 from thresher.train.kernels.sparse import Selection, gathered_linear
+from thresher.train.kernels.tiles import joined, joined_silent, tile_rows
 from thresher.train.stages import stage
 
 
@@ -107,17 +109,35 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def choose(self, x_ND: Tensor, bias_F: Tensor) -> Chosen:
-        """The product and the selection of a batch."""
+        """The product and the selection of a batch; a block that would be large is made and forgotten in tiles."""
+        rows = tile_rows(self.W_enc.shape[0], bias_F.itemsize, x_ND.device)
+        if x_ND.shape[0] <= rows:
+            return self._chosen(x_ND, bias_F, x_ND.shape[0])
+        parts = [self._chosen(x_nD, bias_F, x_ND.shape[0]) for x_nD in x_ND.split(rows)]
+        silent = [part.silent for part in parts if part.silent is not None]
+        merged = joined_silent(silent) if silent else None
+        pairs = [(part.selection, part.values) for part in parts if part.selection is not None]
+        if len(pairs) < len(parts):  # one tile wants all entries: then all do
+            return Chosen(None, self.preactivations(x_ND, bias_F), merged)
+        count = int(self.rule.k * x_ND.shape[0]) if isinstance(self.rule, BatchTopK) else None
+        return Chosen(*joined(pairs, count), merged)
+
+    def _chosen(self, x_nD: Tensor, bias_F: Tensor, tokens: int) -> Chosen:
+        """What is chosen of some rows of a batch of `tokens`; of BatchTopK's entries, as many as it may be in all."""
         with stage("encode"):
-            a_NF = self.preactivations(x_ND, bias_F, self.workspace.block(x_ND.shape[0], self.W_enc))
+            a_nF = self.preactivations(x_nD, bias_F, self.workspace.block(x_nD.shape[0], self.W_enc))
         with stage("select"):
-            selection = self.rule.select(a_NF)
-            values = a_NF.clone() if selection is None else selection.take(a_NF)
+            if isinstance(self.rule, BatchTopK) and x_nD.shape[0] < tokens:
+                count = min(int(self.rule.k * tokens), a_nF.numel())
+                selection: Selection | None = firing.select_batch_topk(a_nF, count, self.kernels)
+            else:
+                selection = self.rule.select(a_nF)
+            values = a_nF.clone() if selection is None else selection.take(a_nF)
         latents = self._wanted()
         if latents is None:
             return Chosen(selection, values)
         with stage("auxk"):
-            return Chosen(selection, values, choose_silent(a_NF, latents, self.aux_k, self.kernels))
+            return Chosen(selection, values, choose_silent(a_nF, latents, self.aux_k, self.kernels))
 
     @torch.no_grad()
     def _wake(self, x_ND: Tensor, bias_F: Tensor) -> Silent | None:
@@ -150,9 +170,13 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def encode(self, x_ND: Tensor, bias_F: Tensor) -> Codes:
         """Codes under the frozen rule: each token alone decides."""
-        a_NF = self.preactivations(x_ND, bias_F)
-        selection = self.rule.select_frozen(a_NF)
-        values = selection.take(a_NF).relu_()
+        rows = tile_rows(self.W_enc.shape[0], bias_F.itemsize, x_ND.device)
+        parts = []
+        for x_nD in x_ND.split(max(1, min(rows, x_ND.shape[0]))):
+            a_nF = self.preactivations(x_nD, bias_F)
+            selection = self.rule.select_frozen(a_nF)
+            parts.append((selection, selection.take(a_nF).relu_()))
+        selection, values = parts[0] if len(parts) == 1 else joined(parts)
         return Codes(values, selection.latents, selection.offsets, selection.width)
 
     @torch.no_grad()

@@ -1,0 +1,62 @@
+"""Selections of a block of pre-activations that is too large to be made at once, from tiles of its rows.
+
+A token's own choice (TopK, thresholds) is the same in a tile as in the block, and the tiles' entries follow each other.
+BatchTopK's ⌊kN⌋ largest entries are among those that each tile alone would keep of that many, so the cut is made once
+more over all tiles; equal values go to the earlier token, as in one block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thresher.train.kernels import firing, padded
+from thresher.train.kernels.padded import Padded
+from thresher.train.kernels.silent import Silent
+from thresher.train.kernels.sparse import Selection
+
+LIMIT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+"""Size of a block by device, above which it is made in tiles."""
+
+
+def tile_rows(width: int, itemsize: int, device: torch.device) -> int:
+    """Rows of a tile."""
+    return max(1, LIMIT_BYTES.get(device.type, 1 << 30) // (width * itemsize))
+
+
+def joined(parts: Sequence[tuple[Selection, Tensor]], count: int | None = None) -> tuple[Selection, Tensor]:
+    """One selection and its values [A] from those of consecutive tiles; `count`: only the largest, so many."""
+    if any(isinstance(selection, Padded) for selection, _ in parts):
+        return _joined_padded([(s, values) for s, values in parts if isinstance(s, Padded)], count)
+    counts = torch.cat([selection.offsets.diff() for selection, _ in parts])
+    latents = torch.cat([selection.latents for selection, _ in parts])
+    values = torch.cat([values for _, values in parts])
+    if count is not None and values.shape[0] > count:
+        keep = firing._largest(values, count)
+        rows = torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts)
+        counts = torch.bincount(rows[keep], minlength=counts.shape[0])
+        latents, values = latents[keep], values[keep]
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return Selection(latents, offsets, parts[0][0].width), values
+
+
+def _joined_padded(found: Sequence[tuple[Padded, Tensor]], count: int | None) -> tuple[Selection, Tensor]:
+    parts: Sequence[tuple[Selection, Tensor]] = found if count is None else padded.cut(found, count)
+    selections = [selection for selection, _ in parts if isinstance(selection, Padded)]
+    width, tokens = selections[0].width, sum(selection.tokens for selection in selections)
+    places, start = [], 0
+    for selection in selections:
+        places.append(torch.where(selection.real, selection.positions + start * width, tokens * width))
+        start += selection.tokens
+    positions, order = torch.sort(torch.cat(places), stable=True)  # padding goes behind all tiles
+    order = order if count is None else order[:count]
+    flags = [selection.overflowed for selection in selections if selection.overflowed is not None]
+    overflowed = torch.stack(flags).any() if flags else None
+    values = torch.cat([values for _, values in parts]).index_select(0, order)
+    return Padded(positions[: order.shape[0]], tokens, width, overflowed), values
+
+
+def joined_silent(parts: Sequence[Silent]) -> Silent:
+    """The codes of dead latents in all tiles."""
+    selection, values = joined([(part.selection, part.values) for part in parts])
+    return Silent(parts[0].latents, selection, values)
