@@ -9,14 +9,15 @@ from torch import Tensor
 from thresher.cache.source import Source
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
-from thresher.train.dictionary.encoder import Fired, Workspace
+from thresher.train.dictionary.encoder import Tally, Workspace
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
 from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.padded import Padded
 from thresher.train.losses import Losses, losses
 from thresher.train.normalise import Affine, affine
 from thresher.train.optim import Optimiser, base_rate, rate_factor
-from thresher.train.parts import compact, split, survey, together
+from thresher.train.parts import split, survey
 from thresher.train.plan import RunPlan
 from thresher.train.stages import stage
 from thresher.train.state import Checkpoint
@@ -55,7 +56,7 @@ class _Window:
         self.steps = self.tokens = 0
         self.fvu = torch.zeros(sources, dtype=torch.float64, device=device)
         self.active = torch.zeros_like(self.fvu)
-        self.other = torch.zeros(3, dtype=torch.float64, device=device)
+        self.other = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, parts: Sequence[Losses], active: Tensor, norm: Tensor, tokens: int) -> None:
         """One step, in parts that add up; `active` [sources] entries that fired."""
@@ -73,7 +74,7 @@ class _Window:
         return self.active / tokens, self.fvu / tokens
 
     def terms(self) -> Tensor:
-        """Mean AuxK, penalty and gradient norm per step."""
+        """Mean AuxK, penalty and gradient norm per step, and the share of updates left out for lack of room."""
         return self.other / max(self.steps, 1)
 
 
@@ -123,46 +124,57 @@ class Fit:
     def step(self, inputs: Inputs, consumed: int) -> Tensor:
         """One optimiser step on a batch that took `consumed` rows of the stream.
 
-        Returns the gradient norm; if it is not finite, no weight was changed, and on a CPU nothing at all.
+        Returns the gradient norm; if it is not finite, no weight was changed, and on a CPU nothing at all. 0 when the
+        update was left out because a selection lacked room (kernels/padded.py).
         """
         with stage("task"):
             return self._step(inputs, consumed)
 
     def _step(self, inputs: Inputs, consumed: int) -> Tensor:
         rate = base_rate(self.plan.train, self.plan.spec) * rate_factor(self.plan.train, self.done, self.total)
-        fired, terms = self._gradients(inputs)
+        tallies, terms, overflowed = self._gradients(inputs)
         with stage("update"):
-            norm = self.optimiser.step(rate, torch.stack([part.total.detach() for part in terms]).sum().isfinite())
+            finite = torch.stack([part.total.detach() for part in terms]).sum().isfinite()
+            norm = self.optimiser.step(rate, finite if overflowed is None else finite & ~overflowed)
+        if overflowed is not None:  # left out for lack of room, which later selections have: no failure
+            norm = torch.where(overflowed, 0.0, norm)
+            self._window.other[3] += overflowed
         if norm.device.type == "cpu" and not bool(norm.isfinite()):
             return norm
-        active = [self.coder.encoder(source).observe(together(parts)) for source, parts in enumerate(fired)]
+        active = [self.coder.encoder(source).advance(parts) for source, parts in enumerate(tallies)]
         self._window.add(terms, torch.stack(active), norm, inputs.xs[0].shape[0])
         self._rate = rate
         self.done += 1
         self.position += consumed
         return norm
 
-    def _gradients(self, inputs: Inputs) -> tuple[list[list[Fired]], list[Losses]]:
-        """Gradients of one batch, in as many parts as micro_rows asks for: codes by source and part, losses by part."""
+    def _gradients(self, inputs: Inputs) -> tuple[list[list[Tally]], list[Losses], Tensor | None]:
+        """Gradients of one batch, in as many parts as micro_rows asks for.
+
+        Returns tallies by source and part, losses by part, and whether some selection lacked room (None: none can).
+        """
         spec, rows = self.plan.spec, self.plan.train.micro_rows
         ramp = min(1.0, (self.done + 1) / spec.penalty_warmup) if spec.penalty_warmup else 1.0
         xs, ys = split(inputs.xs, rows), split(inputs.ys, rows)
         known = survey(self.coder, xs, ys, ramp > 0) if len(xs) > 1 else None
         variances = [space.total_variance for space in self.writes]
-        fired, terms = [], []
+        tallies, terms, short = [], [], []
         for index, (part_xs, part_ys) in enumerate(zip(xs, ys, strict=True)):
             out = self.coder(part_xs, known and known.chosen[index])
             with stage("loss"):
                 found = losses(self.coder, out, part_xs, part_ys, variances, ramp, known and known.whole)
             with stage("backward"):
                 found.total.backward()
-            fired.append([compact(part) for part in out.fired] if known else list(out.fired))
+            tallies.append([self.coder.encoder(source).tally(part) for source, part in enumerate(out.fired)])
             terms.append(found)
-        return [list(column) for column in zip(*fired, strict=True)], terms
+            selections = [part.selection for part in out.fired if isinstance(part.selection, Padded)]
+            short += [s.overflowed for s in selections if s.overflowed is not None]
+        by_source = [list(column) for column in zip(*tallies, strict=True)]
+        return by_source, terms, torch.stack(short).any() if short else None
 
     def forget_gradients(self) -> None:
         """Give back what a step that failed has left."""
-        self.optimiser.adam.zero_grad(set_to_none=True)
+        self.optimiser.release()
 
     def release(self) -> None:
         """Give back the memory of weights and moments; nothing can follow."""
@@ -179,7 +191,7 @@ class Fit:
         theta = [dead.new_zeros(()) if t is None else t.double().mean().to(dead) for t in thresholds]
         shares, *numbers = torch.stack([dead, torch.stack(theta), *self._window.per_source()]).tolist()
         theta_mean, l0, fvu = (sum(row) / len(row) for row in numbers)
-        aux, penalty, norm = self._window.terms().tolist()
+        aux, penalty, norm, left_out = self._window.terms().tolist()
         out: dict[str, Any] = {
             "step": self.done,
             "rows": self.position,
@@ -189,6 +201,7 @@ class Fit:
             "aux": aux,
             "penalty": penalty,
             "gradient_norm": norm,
+            "left_out": left_out,
             "lr": self._rate,
             "threshold": theta_mean,
         }

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.encoder import Chosen, Fired
+from thresher.train.dictionary.encoder import Chosen
 from thresher.train.dictionary.rules import BatchTopK
-from thresher.train.kernels import firing
+from thresher.train.kernels import firing, padded
 from thresher.train.kernels.sparse import Selection
 from thresher.train.losses import Whole
+from thresher.train.stages import stage
 
 
 class Survey(NamedTuple):
@@ -77,20 +78,25 @@ def _chosen(coder: Coder, source: int, xs: Sequence[Tensor], tokens: int) -> lis
     count = int(encoder.rule.k * tokens)
     parts = []
     for x_nD in xs:
-        a_nF = encoder.preactivations(x_nD, bias_F, encoder.workspace.block(x_nD.shape[0], encoder.W_enc))
-        best = firing.select_batch_topk(a_nF, min(count, a_nF.numel()))
-        parts.append(Chosen(best, best.take(a_nF)))
+        with stage("encode"):
+            a_nF = encoder.preactivations(x_nD, bias_F, encoder.workspace.block(x_nD.shape[0], encoder.W_enc))
+        with stage("select"):
+            best = firing.select_batch_topk(a_nF, min(count, a_nF.numel()), encoder.kernels)
+            parts.append(Chosen(best, best.take(a_nF)))
     return cut(parts, count)
 
 
 def cut(parts: Sequence[Chosen], count: int) -> list[Chosen]:
     """Keep the `count` largest entries of all parts; equal ones in order of part and position."""
-    values = torch.cat([part.values for part in parts])
-    if values.shape[0] <= count:
+    selections = [part.selection for part in parts if part.selection is not None]
+    values = [part.values for part in parts]
+    if any(isinstance(selection, padded.Padded) for selection in selections):
+        made = padded.cut(list(zip(selections, values, strict=True)), count)
+        return [part._replace(selection=s, values=v) for part, (s, v) in zip(parts, made, strict=True)]
+    flat = torch.cat(values)
+    if flat.shape[0] <= count:
         return list(parts)
-    keep = torch.zeros(values.shape[0], dtype=torch.bool, device=values.device)
-    keep[firing._largest(values, count)] = True
-    pieces = keep.split([part.values.shape[0] for part in parts])
+    pieces = padded.best(flat, count).split([part.values.shape[0] for part in parts])
     return [_only(part, mask) for part, mask in zip(parts, pieces, strict=True)]
 
 
@@ -99,7 +105,7 @@ def _only(part: Chosen, keep: Tensor) -> Chosen:
     old = part.selection
     counts = torch.zeros(old.tokens, dtype=torch.int64, device=keep.device).index_add_(0, old.rows, keep.long())
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return Chosen(Selection(old.latents[keep], offsets, old.width), part.values[keep])
+    return part._replace(selection=Selection(old.latents[keep], offsets, old.width), values=part.values[keep])
 
 
 def _sums(
@@ -125,28 +131,3 @@ def _sums(
             mean_SE += away_SE * (count / (seen + count))
             seen += count
     return gates, squares if wants_residual else None
-
-
-def compact(part: Fired) -> Fired:
-    """What an encoder observes of a part, without gradient; of a dense one the entries that fire."""
-    a, z = part.a.detach(), part.z.detach()
-    if part.selection is not None:
-        return Fired(part.selection, a, z, None, part.tokens)
-    selection = firing.compress(z > 0)
-    return Fired(selection, selection.take(a), selection.take(z), None, part.tokens)
-
-
-def together(parts: Sequence[Fired]) -> Fired:
-    """One batch from compact parts."""
-    if len(parts) == 1:
-        return parts[0]
-    selections = [part.selection for part in parts if part.selection is not None]
-    assert len(selections) == len(parts), "dense parts are to be made compact"
-    starts = [0]
-    for selection in selections:
-        starts.append(starts[-1] + selection.latents.shape[0])
-    offsets = [s.offsets[:-1] + start for s, start in zip(selections, starts, strict=False)]
-    last = selections[-1].offsets[-1:] + starts[-2]
-    joined = Selection(torch.cat([s.latents for s in selections]), torch.cat([*offsets, last]), selections[0].width)
-    a, z = torch.cat([part.a for part in parts]), torch.cat([part.z for part in parts])
-    return Fired(joined, a, z, None, sum(part.tokens for part in parts))

@@ -11,8 +11,9 @@ from tests.train.conftest import KINDS, plans_for
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.encoder import Chosen
 from thresher.train.fit import Fit, Inputs, Views
+from thresher.train.kernels import firing, padded
 from thresher.train.kernels.firing import plain_batch_topk, select_batch_topk
-from thresher.train.parts import cut, split, survey, together
+from thresher.train.parts import cut, split, survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -81,12 +82,14 @@ def test_selections_in_parts_are_those_of_the_whole_batch(cache: CacheReader, ru
     known = survey(made.coder, split(xs, 64), split(ys, 64), True)
     in_parts = [made.coder(part, chosen) for part, chosen in zip(split(xs, 64), known.chosen, strict=True)]
     for source, one in enumerate(whole.fired):
-        joined = together([out.fired[source] for out in in_parts])
         assert one.selection is not None
-        assert joined.selection is not None
-        assert torch.equal(joined.selection.offsets, one.selection.offsets)
-        assert torch.equal(joined.selection.latents, one.selection.latents)
-        torch.testing.assert_close(joined.z, one.z)
+        pieces = [out.fired[source] for out in in_parts]
+        for offset, piece in zip(range(0, ROWS, 64), pieces, strict=True):
+            assert piece.selection is not None
+            first, last = (int(one.selection.offsets[n]) for n in (offset, min(offset + 64, ROWS)))
+            assert torch.equal(piece.selection.latents, one.selection.latents[first:last])
+            assert torch.equal(piece.selection.rows + offset, one.selection.rows[first:last])
+            torch.testing.assert_close(piece.z, one.z[first:last])
 
 
 def test_a_step_that_nothing_couples_takes_no_survey(cache: CacheReader) -> None:
@@ -121,3 +124,42 @@ def test_a_batch_that_is_no_larger_than_a_part_is_taken_whole(cache: CacheReader
         made.step(inputs(cache, made), ROWS)
     left, right = state(whole), state(parts)
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("rule", ["batchtopk", "topk", "jumprelu", "relu"])
+def test_parts_with_selections_of_fixed_capacity_make_the_same_step(
+    cache: CacheReader, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = fit(cache, "sae", rule, None), fit(cache, "sae", rule, 70)
+    whole.step(inputs(cache, whole), ROWS)
+    monkeypatch.setattr(firing, "fixed_capacity", lambda a, kernels: padded)  # as on a device
+    parts.step(inputs(cache, parts), ROWS)
+    left, right = state(whole), state(parts)
+    for name, tensor in left.items():
+        if "room" not in name:
+            torch.testing.assert_close(right[name], tensor, rtol=1e-9, atol=1e-12, equal_nan=True, msg=name)
+
+
+def test_a_step_whose_selection_lacked_room_is_left_out_and_no_failure(
+    cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = fit(cache, "sae", "relu", None)
+    monkeypatch.setattr(firing, "fixed_capacity", lambda a, kernels: padded)
+    room = made.coder.encoder(0).rule.room
+    room.peak = 1e-3  # room for 65 entries, where about 200 · 32 are positive
+    real, moved = padded.above, []
+
+    def above(a_NF: Tensor, floor: Any, capacity: int) -> Any:
+        return real(a_NF, floor, capacity if moved else 65)
+
+    monkeypatch.setattr(padded, "above", above)
+    before = {name: tensor.clone() for name, tensor in made.coder.named_parameters()}
+    assert made.step(inputs(cache, made), ROWS).item() == 0.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.coder.named_parameters())
+    moved.append(True)
+    room.peak = 64.0
+    assert made.step(inputs(cache, made), ROWS).item() > 0.0
+    assert not torch.equal(made.coder.encoder(0).W_enc, before["encoders.0.W_enc"])
+    numbers = made.metrics()
+    assert (numbers["left_out"], numbers["step"]) == (0.5, 2)
+    assert np.isfinite(numbers["gradient_norm"])
