@@ -199,7 +199,22 @@ def measure(folder: Path, shape: Shape, codec: Codec, passes: int, table: Table)
     return rates
 
 
-def bars(rates: dict[tuple[str, int], dict[str, Rate]]) -> list[tuple[str, float, float]]:
+def staged_alike(folder: Path, passes: int) -> float:
+    """Stored bytes of int8z staged per CPU-second over those of bf16, caches taking turns; a median over the turns."""
+    readers = {codec: CacheReader.open(folder / f"{codec}-768") for codec in ("bf16", "int8z")}
+    ratios = []
+    for _ in range(2 * passes + 1):
+        rates = {}
+        for codec, reader in readers.items():
+            count = 2 * (reader.rows("train") // BATCH_ROWS)  # into a second epoch, where rows are permuted
+            start = time.process_time()
+            moved = stage_pass(reader, count, fresh=False, tier="mapped", decode=False)
+            rates[codec] = moved / (time.process_time() - start)
+        ratios.append(rates["int8z"] / rates["bf16"])
+    return statistics.median(ratios[1:])
+
+
+def bars(alike: float, rates: dict[tuple[str, int], dict[str, Rate]]) -> list[tuple[str, float, float]]:
     """(what, measured, bar) of everything that is promised."""
     raw, packed = rates["bf16", 768], rates["int8z", 768]
     zarr_rate = raw["zarr-python, whole chunks"].gb_per_cpu_second
@@ -208,11 +223,8 @@ def bars(rates: dict[tuple[str, int], dict[str, Rate]]) -> list[tuple[str, float
         ("raw bf16 staged, of memcpy per CPU-second", raw["stage"].ratio, 0.45),
         ("raw bf16 staged, of zarr-python's whole chunks", raw["stage"].gb_per_cpu_second / zarr_rate, 8),
         ("raw bf16 staged, of zarr-python's batches", raw["stage"].gb_per_cpu_second / zarr_batch, 8),
-        (
-            "int8z staged, of raw bf16 in GB per CPU-second",
-            packed["stage"].gb_per_cpu_second / raw["stage"].gb_per_cpu_second,
-            0.9,
-        ),
+        ("int8z staged in stored bytes, of memcpy per CPU-second", packed["stage"].ratio, 0.45),
+        ("int8z staged, of what raw bf16 reaches in the same turn", alike, 0.8),
         ("verify, GB per CPU-second", raw["verify"].gb_per_cpu_second, 5),
     ]
 
@@ -229,9 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for shape in SHAPES:
             for codec in ("bf16", "int8z", "bf16-lz4"):
                 rates[codec, shape.width] = measure(Path(folder), shape, codec, passes, table)  # type: ignore[arg-type]
+        alike = staged_alike(Path(folder), passes)
     console = Console()
     console.print(table)
-    for what, got, bar in bars(rates):
+    for what, got, bar in bars(alike, rates):
         console.print(f"{'met ' if got >= bar else 'MISSED'} {what}: {got:.2f}, bar {bar}", highlight=False)
     console.print(f"torch {torch.__version__}, zarr {zarr.__version__}, {os.cpu_count()} CPUs", highlight=False)
 

@@ -62,6 +62,16 @@ class ShardFile(NamedTuple):
     """Whether chunks are compressed."""
 
 
+def refuse_ring(path: Path, plan: Plan) -> None:
+    """Raise UserError for the ring of a rolling training, which is no whole cache and never becomes one."""
+    if plan.window_shards is not None:
+        raise UserError(
+            f"{path} is the ring of a rolling training: some windows of its train shards exist at a time, so it is "
+            f"read by `thresher train` with the same recipe, and by nothing else. For a whole cache leave "
+            f"harvest.window_gb out and harvest into another place."
+        )
+
+
 class Part:
     """A complete part, opened for reading. Use `open`."""
 
@@ -80,12 +90,7 @@ class Part:
     def open(cls, path: Path) -> "Part":
         """Open the part at `path`. Raises UserError when it is missing, incomplete, damaged or newer than this."""
         plan, facts = read_root(path)
-        if plan.window_shards is not None:
-            raise UserError(
-                f"{path} is the ring of a rolling training: some windows of its train shards exist at a time, so it is "
-                f"read by `thresher train` with the same recipe, and by nothing else. For a whole cache leave "
-                f"harvest.window_gb out and harvest into another place."
-            )
+        refuse_ring(path, plan)
         if not (path / MANIFEST).exists():
             total = sum(sizes.shards for sizes in plan.splits.values())
             command = harvest_again(path, extend=(path / PARTS).is_dir())

@@ -26,7 +26,6 @@ from thresher.cache.order import SPLITS, ReadOrder
 from thresher.cache.part import Part
 from thresher.cache.records import differences, fingerprint
 from thresher.cache.rows import Rows
-from thresher.cache.rows import as_codes as as_codes  # where the staging of batches looks for it
 from thresher.cache.segments import Segment, joined, shared_calibration
 from thresher.cache.sites import unmet
 from thresher.cache.stats import SiteStats

@@ -78,7 +78,7 @@ def shared_calibration(segments: Sequence[Segment], site: str) -> Calibration | 
         other = part.calibration(site)
         if found is not None and other is not None and (found.as_array() != other.as_array()).any():
             raise UserError(
-                f"{part.path} stores {site!r} with an other calibration than {base.path}, so the two were not made "
+                f"{part.path} stores {site!r} with another calibration than {base.path}, so the two were not made "
                 f"for one another and their rows cannot be read as one. Restore both from one copy, or remove "
                 f"{part.path} and add its text again: `{harvest_again(segments[0].base.path, extend=True)}`."
             )

@@ -26,7 +26,7 @@ from thresher.cache.kernels.lines import LINE_BYTES, whole_lines
 from thresher.cache.layout import KEPT, ArraySpec, raw_dtype
 from thresher.cache.loading import Loader, Tier, array_names
 from thresher.cache.order import ReadOrder, Segment
-from thresher.cache.reader import as_codes
+from thresher.cache.rows import as_codes
 from thresher.cache.source import Source
 
 _SPARE = 6  # buffers of a kind that wait for use

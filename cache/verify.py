@@ -22,9 +22,11 @@ from thresher.cache.commit import MANIFEST, PARTS, ROOT, commits_digest, file_di
 from thresher.cache.contracts import UserError
 from thresher.cache.index import INDEX, loss, read_index
 from thresher.cache.layout import ArraySpec, chunk_index, crc32c
+from thresher.cache.part import refuse_ring
 from thresher.cache.plan import Plan
 from thresher.cache.publish import read_sealed
 from thresher.cache.records import canonical
+from thresher.cache.segments import joined, shared_calibration
 from thresher.cache.stored import calibration_digest, read_calibrations, read_contexts, read_root
 
 Progress = Callable[[int], None]
@@ -61,7 +63,18 @@ def faults(path: Path, progress: Progress | None = None) -> list[str]:
             found.append(str(error))
         else:
             found += _part_faults(part, tell)
-    return found
+    return found or _joint_faults(path)
+
+
+def _joint_faults(path: Path) -> list[str]:
+    """What is wrong with parts that are sound one by one: they were not made for one another."""
+    try:
+        segments = joined(path).segments
+        for site in segments[0].sites:
+            shared_calibration(segments, site)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def total_bytes(path: Path) -> int:
@@ -72,7 +85,7 @@ def total_bytes(path: Path) -> int:
 def _roots(path: Path) -> list[Path]:
     """The parts of a cache that were finished, as far as they are there; all with a manifest if nobody can tell."""
     if not (path / MANIFEST).exists():
-        read_root(path)
+        refuse_ring(path, read_root(path).plan)
         raise UserError(f"{path} is not complete: {MANIFEST} is missing. Run the same harvest again, then verify.")
     try:
         parts = [path / PARTS / name for name in sorted(read_index(path))]

@@ -327,6 +327,8 @@ def test_segments_of_several_calibrations_are_refused(
     reader = CacheReader.open(other)
     with pytest.raises(UserError, match=r"01-tokens.*'L00\.mlp_in'.*other calibration.*other.* Restore"):
         reader.gather("train", "L00.mlp_in", np.arange(2))
+    (fault,) = faults(other)
+    assert "'L00.mlp_in' with another calibration" in fault, "though each part is sound by itself"
 
 
 def test_a_segment_may_lack_a_split(toy: ModuleType, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from thresher.cache.plan import make_plan
 from thresher.cache.reader import CacheReader
 from thresher.cache.ring import CURSOR, Cursor, RingKeeper, open_ring, read_cursor, write_cursor
 from thresher.cache.shard import ShardData
+from thresher.cache.verify import faults
 from thresher.cache.windows import MemoryShards, MemoryWriter, WindowedSource, Windows, merged_statistics
 
 SITES = ["L00.mlp_in", "blocks.1.x"]
@@ -126,6 +127,8 @@ def test_a_ring_gives_the_rows_of_a_cache_in_the_order_of_its_windows(
             rows = epoch[number * 64 : (number + 1) * 64]
             for name in SITES:
                 assert torch.equal(batch[name], cache.gather("train", name, rows)), (number, name)
+        with pytest.raises(UserError, match="ring of a rolling training"):
+            faults(tmp_path / "ring")
         held_out = np.arange(0, ring.rows("test"), 3)
         assert torch.equal(ring.gather("test", SITES[0], held_out), cache.gather("test", SITES[0], held_out))
         sample = ring.sample("train", 50)
