@@ -22,10 +22,9 @@ from torch import Tensor
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.encoder import Chosen
 from thresher.train.dictionary.rules import BatchTopK
-from thresher.train.kernels import firing, padded
+from thresher.train.kernels import padded
 from thresher.train.kernels.sparse import Selection
 from thresher.train.losses import Whole
-from thresher.train.stages import stage
 
 
 class Survey(NamedTuple):
@@ -73,17 +72,8 @@ def _may_be_dead(coder: Coder) -> bool:
 def _chosen(coder: Coder, source: int, xs: Sequence[Tensor], tokens: int) -> list[Chosen]:
     """One source's selections in all parts."""
     encoder, bias_F = coder.encoder(source), coder.bias(source)
-    if not isinstance(encoder.rule, BatchTopK):
-        return [encoder.choose(x_nD, bias_F) for x_nD in xs]
-    count = int(encoder.rule.k * tokens)
-    parts = []
-    for x_nD in xs:
-        with stage("encode"):
-            a_nF = encoder.preactivations(x_nD, bias_F, encoder.workspace.block(x_nD.shape[0], encoder.W_enc))
-        with stage("select"):
-            best = firing.select_batch_topk(a_nF, min(count, a_nF.numel()), encoder.kernels)
-            parts.append(Chosen(best, best.take(a_nF)))
-    return cut(parts, count)
+    found = [encoder.choose(x_nD, bias_F, tokens) for x_nD in xs]
+    return cut(found, int(encoder.rule.k * tokens)) if isinstance(encoder.rule, BatchTopK) else found
 
 
 def cut(parts: Sequence[Chosen], count: int) -> list[Chosen]:

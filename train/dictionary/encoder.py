@@ -108,18 +108,22 @@ class Encoder(nn.Module):
             return (low_x @ low_W.T).to(bias_F.dtype).add_(bias_F)
 
     @torch.no_grad()
-    def choose(self, x_ND: Tensor, bias_F: Tensor) -> Chosen:
-        """The product and the selection of a batch; a block that would be large is made and forgotten in tiles."""
+    def choose(self, x_ND: Tensor, bias_F: Tensor, whole: int | None = None) -> Chosen:
+        """The product and the selection of a batch; a block that would be large is made and forgotten in tiles.
+
+        `whole`: these rows are some of a batch of so many; of BatchTopK's entries, as many come as it may keep in all.
+        """
+        tokens = x_ND.shape[0] if whole is None else whole
         rows = tile_rows(self.W_enc.shape[0], bias_F.itemsize, x_ND.device)
         if x_ND.shape[0] <= rows:
-            return self._chosen(x_ND, bias_F, x_ND.shape[0])
-        parts = [self._chosen(x_nD, bias_F, x_ND.shape[0]) for x_nD in x_ND.split(rows)]
+            return self._chosen(x_ND, bias_F, tokens)
+        parts = [self._chosen(x_nD, bias_F, tokens) for x_nD in x_ND.split(rows)]
         silent = [part.silent for part in parts if part.silent is not None]
         merged = joined_silent(silent) if silent else None
         pairs = [(part.selection, part.values) for part in parts if part.selection is not None]
         if len(pairs) < len(parts):  # one tile wants all entries: then all do
             return Chosen(None, self.preactivations(x_ND, bias_F), merged)
-        count = int(self.rule.k * x_ND.shape[0]) if isinstance(self.rule, BatchTopK) else None
+        count = int(self.rule.k * tokens) if isinstance(self.rule, BatchTopK) else None
         return Chosen(*joined(pairs, count), merged)
 
     def _chosen(self, x_nD: Tensor, bias_F: Tensor, tokens: int) -> Chosen:
