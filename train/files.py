@@ -4,6 +4,7 @@
     weights.safetensors   float32, acting on raw activations; thresholds, dead counters and means included
     metrics.jsonl         one line per logging interval (train/metrics.py)
     checkpoints/          training state (train/state.py)
+    profile/              traces of some steps, where they were asked for (train/profile.py)
 
 Tensors of weights.safetensors, i counting sources and destinations: `W_enc.i` [F, D], `b_enc.i` [F], `W_dec.i`
 [F, T, E] (T destinations written by source i, from its own on), `b_dec.i` [E], `mean.i` [E], `threshold.i` [F] (not

@@ -213,6 +213,7 @@ def _finish(
     budgets: dict[tuple[int, int], list[Job]] = {}  # what a run comes to must not depend on its company
     for job in jobs:
         if job.failed is None:
+            job.fit.forget_gradients()
             key = (job.plan.train.calibrate_rows, job.plan.train.heldout_rows)
             budgets.setdefault(key, []).append(job)
     for (calibrate_rows, heldout_rows), ready in budgets.items():
@@ -225,6 +226,7 @@ def _finish(
         for job, coder, check in zip(ready, coders, checks, strict=True):
             job.config["training"] |= _outcome(job, check)
             save_run(job.path, coder, job.config)
+            job.fit.release()  # a sweep of several streams must not keep what is done
     for job in jobs:
         status: Literal["trained", "failed"] = "failed" if job.failed else "trained"
         yield RunResult(job.plan.name, job.plan.group, job.path, status, job.config["training"])

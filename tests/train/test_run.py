@@ -1,5 +1,6 @@
 """The stage as a whole, on a small real cache."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_finished_runs_are_reused_and_metrics_grow_no_second_tail(
     assert "Reusing 2 finished" in seen.export_text()
     assert (first[0].path / "metrics.jsonl").read_text() == lines
     assert again[0].metrics == first[0].metrics
+
+
+def test_the_log_and_the_config_name_the_kernels(cache: CacheReader, tmp_path: Path) -> None:
+    plans = plans_for(cache, "t", {"steps": 5}, kind="transcoder", firing="topk", k=2)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    results = train(plans, cache, out=tmp_path, device="cpu", console=console)
+    (line,) = (line for line in console.export_text().splitlines() if line.startswith("Kernels: "))
+    used = read_config(results[0].path)["training"]["kernels"]
+    assert {"decode", "update"} <= used.keys()
+    for operation, names in used.items():
+        assert f"{operation} {'/'.join(names)}" in line
 
 
 def test_the_last_two_checkpoints_are_kept(cache: CacheReader, tmp_path: Path, console: Console) -> None:
