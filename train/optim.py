@@ -23,6 +23,7 @@ from thresher.train.config import TrainConfig
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels import cpu
+from thresher.train.kernels.gradients import Facts
 
 
 def base_rate(config: TrainConfig, spec: DictionarySpec) -> float:
@@ -66,9 +67,8 @@ class Optimiser:
         first = self.parameters[0]
         how = self.coder.kernels.pick("update", first.device, first.dtype, sum(p.numel() for p in self.parameters))
         self._sinks.settle(whole=how not in ("numba", "triton"))
-        norm = {"numba": self._by_rows, "torch": self._fused, "plain": self._plain, "triton": self._fused}[how](
-            rate, finite
-        )
+        ways = {"numba": self._by_rows, "triton": self._by_rows_on_device, "torch": self._fused, "plain": self._plain}
+        norm = ways[how](rate, finite)
         self.clear()
         return norm
 
@@ -85,47 +85,60 @@ class Optimiser:
     def _by_rows(self, rate: float, finite: Tensor) -> Tensor:
         """On a CPU: every row is touched once, by kernels of our own."""
         turns = [self._turn(parameter) for parameter in self.parameters if parameter.grad is not None]
-        norm = finite.new_full((), math.sqrt(sum(turn.square for turn in turns)), dtype=torch.float64)
-        norm = torch.where(finite & norm.isfinite(), norm, torch.inf).to(self.parameters[0].dtype)
-        if not bool(norm.isfinite()):
-            return norm
+        norm = self.parameters[0].new_tensor(sum(turn.square for turn in turns) ** 0.5)
+        if not bool(finite & norm.isfinite()):
+            return torch.full_like(norm, torch.inf)
         scale = 1.0 if self.clip is None else 1 / max(1.0, float(norm) / self.clip)
         for turn in turns:
-            state = self._state(turn.parameter)
-            state["step"] += 1
-            adam = cpu.adam(turn.parameter.dtype, rate, self._betas, self._eps, int(state["step"]))
-            moments = (_rows(state["exp_avg"]), _rows(state["exp_avg_sq"]))
-            assert turn.parameter.grad is not None
-            weight, grad = _rows(turn.parameter), _rows(turn.parameter.grad)
-            unit = any(turn.parameter is weight for weight in self._unit)
-            cpu.update(weight, grad, *moments, turn.along, scale, adam, unit)
+            weight, grad, m, v, step = self._matrices(turn.parameter)
+            step += 1
+            adam = cpu.adam(weight.dtype, rate, self._betas, self._eps, int(step))
+            cpu.update(weight, grad, m, v, turn.along, scale, adam, turn.unit)
         return norm
+
+    def _by_rows_on_device(self, rate: float, finite: Tensor) -> Tensor:
+        """The same on CUDA, where nothing is read back: whether there is an update at all is decided over there."""
+        from thresher.train.kernels import triton
+
+        rows = [
+            triton.Rows(*self._matrices(parameter), *self._noted(parameter))
+            for parameter in self.parameters
+            if parameter.grad is not None
+        ]
+        norm: Tensor = triton.step(rows, rate, finite, self.clip, self._betas, self._eps)
+        return norm
+
+    def _noted(self, parameter: nn.Parameter) -> tuple[Tensor | None, Facts | None, bool]:
+        """Multiples of the weight that its gradient lacks, facts of what it has, and whether rows keep norm 1."""
+        sink = self._sinks.find(parameter)
+        unit = any(parameter is weight for weight in self._unit)
+        return (None, None, unit) if sink is None else (sink.along, sink.facts(), unit)
 
     def _turn(self, parameter: nn.Parameter) -> "_Turn":
         """What a parameter's update needs to know of its gradient's rows."""
+        noted, facts, unit = self._noted(parameter)
         assert parameter.grad is not None
-        sink = self._sinks.find(parameter)
-        unit = any(parameter is weight for weight in self._unit)
-        facts = None if sink is None else sink.facts()
         if facts is None:
             facts = cpu.facts_of(_rows(parameter), _rows(parameter.grad))
-        if not unit and (sink is None or sink.along is None):
-            return _Turn(parameter, None, float(facts.squares.sum()))
-        assert sink is not None
-        along = torch.zeros_like(facts.dots) if sink.along is None else sink.along.double()
+        if not unit and noted is None:
+            return _Turn(parameter, unit, None, float(facts.squares.sum()))
+        along = torch.zeros_like(facts.dots) if noted is None else noted.double()
         if unit:  # the part along the row: (g + along · w) · w
             along = along - (facts.dots + along * facts.weights)
         squares = facts.squares + 2 * along * facts.dots + along.square() * facts.weights
-        return _Turn(parameter, along.to(parameter.dtype), float(squares.clamp_min(0.0).sum()))
+        return _Turn(parameter, unit, along.to(parameter.dtype), float(squares.clamp_min(0.0).sum()))
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """A parameter's moments, in the place where torch keeps them."""
+    def _matrices(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Weight, gradient and moments by rows, and the count of steps, in the place where torch keeps them."""
         state: dict[str, Tensor] = self.adam.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=None if parameter.device.type == "cpu" else parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
+        assert parameter.grad is not None
+        matrices = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        weight, grad, m, v = (_rows(tensor) for tensor in matrices)
+        return weight, grad, m, v, state["step"]
 
     def _fused(self, rate: float, finite: Tensor) -> Tensor:
         """By library calls that read nothing back."""
@@ -173,6 +186,8 @@ class _Turn(NamedTuple):
     """A parameter whose gradient is complete."""
 
     parameter: nn.Parameter
+    unit: bool
+    """Whether its rows keep norm 1."""
     along: Tensor | None
     """[F] multiples of the weight's rows that its gradient still lacks."""
     square: float
