@@ -91,7 +91,7 @@ def above(a_NF: Tensor, floor: Tensor | float, capacity: int) -> tuple[Padded, T
     return Padded(_positions(mask, capacity), tokens, width, count > capacity), count
 
 
-def cut(parts: Sequence[tuple[Padded, Tensor]], count: int) -> list[tuple[Padded, Tensor]]:
+def cut(parts: Sequence[tuple[Selection, Tensor]], count: int) -> list[tuple[Selection, Tensor]]:
     """Selections of several blocks and their values [C], reduced to the `count` largest positive ones of all blocks.
 
     Of equal ones the earlier stays. If each part holds the `count` largest of its block, together they are now what
@@ -101,8 +101,9 @@ def cut(parts: Sequence[tuple[Padded, Tensor]], count: int) -> list[tuple[Padded
     if values.shape[0] <= count:
         return list(parts)
     keep = best(values, count)
-    out = []
+    out: list[tuple[Selection, Tensor]] = []
     for (old, own), mask in zip(parts, keep.split([own.shape[0] for _, own in parts]), strict=True):
+        assert isinstance(old, Padded)
         capacity = min(own.shape[0], count)
         places = _positions(mask, capacity)
         positions = torch.cat([old.positions, old.positions.new_full((1,), old.end)]).index_select(0, places)
