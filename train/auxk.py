@@ -12,8 +12,16 @@ layer's residual through their rows for that layer, and the term is the mean ove
 the encoder has made anyway (kernels/silent.py), and then costs O(codes): everything is linear in ê − e, so its backward
 pass is three products with the same entries, whose rows are added to the gradients of dead rows alone. Where the codes
 fill a large share of [N, n], dense products on the gathered rows are faster.
+
+On a CPU with a matrix unit for bfloat16 (AMX) large products of this term alone take operands rounded to bfloat16, as
+all of a GPU's do, also in float32 training: they are four to five times faster than float32 and the sparse ones no more
+than one and a half times. The gradient then is off by up to 0.4 %; where AuxK woke 30 % dead latents, final held-out
+FVU moved by 0.0001, thirty times less than between two seeds. Parts of bfloat16 (high · high + high · low + low ·
+high) would bring back the digits, but need products with float32 results, which torch offers on a CPU only through a
+setting of the whole process. `kernels = "plain"` has none of this.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,10 +33,16 @@ from torch.autograd.function import once_differentiable
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.kernels import slabs
 from thresher.train.kernels.gradients import Sink
-from thresher.train.kernels.silent import Silent, plain_silent
+from thresher.train.kernels.silent import Silent, by_latent, keep_low, plain_silent, spread_low
 
 _DENSE_SHARE = 0.3
 """Share of [N, n] filled by codes above which four dense products are faster than four sparse ones (see RESULTS.md)."""
+
+
+_LOW_SHARE = 0.06
+"""Share above which four dense products in bfloat16 are faster than four sparse ones in float32."""
+_LOW_WORK = 1 << 26
+"""N · n · E below which they are not taken."""
 
 
 def auxiliary(
@@ -56,7 +70,8 @@ def dead_latents(coder: Coder, source: int, done: Pass) -> Tensor | None:
 
 def variation(residual_NE: Tensor) -> Tensor:
     """Σ‖e − ē‖², a scalar."""
-    return (residual_NE - residual_NE.mean(0)).square().sum()
+    centred = (residual_NE - residual_NE.mean(0)).view(-1)
+    return torch.dot(centred, centred)
 
 
 def _share(
@@ -103,7 +118,7 @@ class _Error(torch.autograd.Function):
         x_ND: Tensor,
         residual_NE: Tensor,
         b_dec_D: Tensor | None,
-        way: "type[_Sparse] | type[_Dense]",
+        way: "_Way",
         sinks: tuple[Sink | None, Sink | None],
     ) -> Tensor:
         products = way(silent, W_dec_FTE[:, 0].index_select(0, silent.latents))
@@ -136,14 +151,23 @@ def _delivered(weight: Tensor, latents: Tensor, rows: Tensor, sink: Sink | None)
     return full
 
 
-def _way(coder: Coder, silent: Silent) -> "type[_Sparse] | type[_Dense]":
-    selection, values = silent.selection, silent.values
-    entries, room = values.shape[0], selection.tokens * selection.width
-    if values.device.type == "cpu" and entries <= _DENSE_SHARE * room:
-        work = entries * coder.spec.d_out
-        if coder.kernels.pick("auxk", values.device, values.dtype, work) == "numba":
-            return _Sparse
-    return _Dense
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _way(coder: Coder, silent: Silent) -> "_Way":
+    values, room = silent.values, silent.selection.tokens * silent.selection.width
+    share, work = values.shape[0] / max(room, 1), room * coder.spec.d_out
+    on_cpu = values.device.type == "cpu"
+    if on_cpu and values.dtype == torch.float32 and share > _LOW_SHARE and work >= _LOW_WORK and has_tiles():
+        coder.kernels.used.setdefault("auxk in bfloat16", ["torch"])
+        return _Low
+    if not on_cpu or share > _DENSE_SHARE:
+        return _Dense
+    how = coder.kernels.pick("auxk", values.device, values.dtype, values.shape[0] * coder.spec.d_out)
+    return _Sparse if how == "numba" else _Dense
 
 
 class _Sparse:
@@ -162,7 +186,7 @@ class _Sparse:
 
     def gradients(self, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
-        turned = self.silent.selection.by_latent
+        turned = by_latent(self.silent.selection)
         z_A = self.silent.values.index_select(0, turned.order).mul_(scale)
         offsets, tokens = turned.offsets.numpy(), turned.tokens.numpy()
         dW_dec_nE = torch.zeros_like(self.W_dec_nE)
@@ -173,6 +197,26 @@ class _Sparse:
         slabs.bags(dW_enc_nD.numpy(), x_ND.contiguous().numpy(), offsets, tokens, da_A.numpy())
         latents = torch.arange(turned.offsets.shape[0] - 1).repeat_interleave(turned.offsets.diff())
         return dW_dec_nE, dW_enc_nD, da_A.new_zeros(dW_dec_nE.shape[0]).index_add_(0, latents, da_A)
+
+
+class _Low:
+    """Dense products with operands rounded to bfloat16, sums in float32: AMX, the matrix unit of a CPU."""
+
+    def __init__(self, silent: Silent, W_dec_nE: Tensor) -> None:
+        self.z_Nn = spread_low(silent.selection, silent.values)
+        self.W_dec_nE = W_dec_nE.bfloat16()
+
+    def guess_minus(self, residual_NE: Tensor) -> Tensor:
+        """[N, E]: ê − e."""
+        return (self.z_Nn @ self.W_dec_nE).float().sub_(residual_NE)
+
+    def gradients(self, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
+        low_NE = (error_NE * scale).bfloat16()
+        da_Nn = low_NE @ self.W_dec_nE.T
+        keep_low(da_Nn, self.z_Nn)
+        dW_enc_nD = (da_Nn.T @ x_ND.bfloat16()).float()
+        return (self.z_Nn.T @ low_NE).float(), dW_enc_nD, da_Nn.sum(0, dtype=torch.float32)
 
 
 class _Dense:
@@ -192,3 +236,6 @@ class _Dense:
         """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
         da_Nn = (error_NE @ self.W_dec_nE.T).mul_(self.z_Nn > 0).mul_(scale)
         return (self.z_Nn.T @ error_NE).mul_(scale), da_Nn.T @ x_ND, da_Nn.sum(0)
+
+
+_Way = type[_Sparse] | type[_Low] | type[_Dense]

@@ -11,7 +11,7 @@ from tests.train.test_losses import LATENTS, RULES, N, batch, make
 from thresher.train import auxk
 from thresher.train.kernels import slabs
 from thresher.train.kernels.choice import Kernels
-from thresher.train.kernels.silent import choose_silent, plain_silent
+from thresher.train.kernels.silent import by_latent, choose_silent, keep_low, plain_silent, spread_low
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -31,7 +31,7 @@ def test_the_codes_of_dead_latents_are_the_k_largest_positive_ones(
     mask[got.selection.rows, got.selection.latents] = True
     assert torch.equal(mask, plain_silent(a, latents, k))
     assert torch.equal(got.values, a[:, latents][mask])
-    turned = got.selection.by_latent
+    turned = by_latent(got.selection)
     order = torch.argsort(got.selection.latents, stable=True)
     assert torch.equal(turned.order, order)
     assert torch.equal(turned.tokens, got.selection.rows[order])
@@ -87,6 +87,37 @@ def test_the_fast_term_equals_autograd_with_all_gradients(
     for got, expected in zip(fast_grads, plain_grads, strict=True):
         torch.testing.assert_close(got, expected)
     assert any(bool(grad.abs().sum() > 0) for grad in fast_grads)
+
+
+def test_products_in_bfloat16_give_the_term_and_its_gradients_to_half_a_percent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(auxk, "has_tiles", lambda: True)
+    results = []
+    for work in (0, 1 << 60):
+        monkeypatch.setattr(auxk, "_LOW_WORK", work)
+        coder = make("clt", aux_k=4, **RULES["topk"]).float()
+        xs, ys = ([tensor.float() for tensor in tensors] for tensors in batch(coder))
+        term = auxk.auxiliary(coder, coder(xs), xs, ys)
+        assert ("auxk in bfloat16" in coder.kernels.used) == (work == 0)
+        results.append([term.detach(), *_gradients(term, dict(coder.named_parameters()))])
+    for low, exact in zip(*results, strict=True):
+        assert float((low - exact).norm()) <= 5e-3 * float(exact.norm())
+        assert torch.equal(low == 0, exact == 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6))
+def test_spreading_codes_in_bfloat16_rounds_as_torch_does(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    a = torch.randn(5, 30, generator=rng) * 10.0 ** float(torch.randint(-20, 20, (), generator=rng))
+    silent = choose_silent(a, torch.arange(30), 7, Kernels())
+    low = spread_low(silent.selection, silent.values)
+    assert torch.equal(low, (a * plain_silent(a, torch.arange(30), 7)).bfloat16())
+    gradient = torch.randn(5, 30, generator=rng).bfloat16()
+    expected = gradient * (low != 0)
+    keep_low(gradient, low)
+    assert torch.equal(gradient, expected)
 
 
 def test_codes_of_a_selection_made_before_are_found_without_its_block() -> None:
