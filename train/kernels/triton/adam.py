@@ -37,7 +37,7 @@ class Numbers(NamedTuple):
     rate: Tensor
     """Learning rate; scalar on the device, like the next two."""
     step: Tensor
-    """Number of this update, counted from 1 and without those left out."""
+    """Number of this update, counted from 1 and without those left out; [P] for P parameters at once."""
     go: Tensor
     """False: leave everything as it is."""
 
@@ -57,8 +57,21 @@ def update(
 
     `shadow` receives the new row in its own, shorter format.
     """
+    _launch(weight_FM, grad_FM, m_FM, v_FM, along_F, shadow_FM, _numbers(adam, scale)[0], unit)
+
+
+def _launch(
+    weight_FM: Tensor,
+    grad_FM: Tensor,
+    m_FM: Tensor,
+    v_FM: Tensor,
+    along_F: Tensor | None,
+    shadow_FM: Tensor | None,
+    numbers: Tensor,
+    unit: bool,
+) -> None:
     rows, width = weight_FM.shape
-    block = min(_BLOCK, max(16, 1 << (width - 1).bit_length()))
+    strides = (weight_FM.stride(0), grad_FM.stride(0), m_FM.stride(0), v_FM.stride(0))
     with on(weight_FM):
         _update[(rows,)](
             weight_FM,
@@ -67,31 +80,28 @@ def update(
             v_FM,
             along_F,
             shadow_FM,
-            _numbers(adam, scale, weight_FM),
+            numbers,
             width,
-            weight_FM.stride(0),
-            grad_FM.stride(0),
-            m_FM.stride(0),
-            v_FM.stride(0),
+            *strides,
             0 if shadow_FM is None else shadow_FM.stride(0),
             ALONG=along_F is not None,
             SHADOW=shadow_FM is not None,
             UNIT=unit,
-            BLOCK=block,
+            BLOCK=min(_BLOCK, max(16, 1 << (width - 1).bit_length())),
             SUM=accumulator(weight_FM),
         )
 
 
-def _numbers(adam: Numbers, scale: Tensor | float, like: Tensor) -> Tensor:
-    """[7] float64: go, scale, rate / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ), β₁, β₂, ε."""
-    out = torch.empty(7, dtype=torch.float64, device=like.device)
-    step = adam.step.to(torch.float64)
-    out[0] = adam.go
-    out[1] = scale
-    out[2] = adam.rate / (1 - adam.beta1**step)
-    out[3] = (1 - adam.beta2**step).rsqrt()
+def _numbers(adam: Numbers, scale: Tensor | float) -> Tensor:
+    """[P, 7] float64 for P counts of steps: go, scale, rate / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ), β₁, β₂, ε."""
+    step_P = adam.step.reshape(-1).to(torch.float64)
+    out = step_P.new_empty(step_P.shape[0], 7)
+    out[:, 0] = adam.go
+    out[:, 1] = scale
+    out[:, 2] = adam.rate / (1 - adam.beta1**step_P)
+    out[:, 3] = (1 - adam.beta2**step_P).rsqrt()
     for place, constant in enumerate((adam.beta1, adam.beta2, adam.eps), 4):
-        out[place].fill_(constant)
+        out[:, place].fill_(constant)
     return out
 
 
@@ -209,11 +219,12 @@ def step(
     norm = torch.where(finite & norm.isfinite(), norm, torch.inf)
     go = norm.isfinite()
     scale = torch.ones_like(norm) if clip is None else (clip / norm).clamp_max(1.0)
-    rate_now = torch.full_like(norm, rate)
-    for rows, (along, _) in zip(parameters, turns, strict=True):
+    for rows in parameters:
         rows.step.add_(go)
-        adam = Numbers(*betas, eps, rate_now, rows.step, go)
-        update(rows.weight, rows.grad, rows.moment1, rows.moment2, along, scale, adam, rows.unit)
+    steps = torch.stack([rows.step for rows in parameters])
+    numbers = _numbers(Numbers(*betas, eps, torch.full_like(norm, rate), steps, go), scale)
+    for rows, (along, _), own in zip(parameters, turns, numbers, strict=True):
+        _launch(rows.weight, rows.grad, rows.moment1, rows.moment2, along, None, own, rows.unit)
     return norm.to(parameters[0].weight.dtype)
 
 
