@@ -19,7 +19,8 @@ from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink, Sinks
-from thresher.train.kernels.sparse import add_decoded, bags, row_norms
+from thresher.train.kernels.sparse import add_decoded, bags
+from thresher.train.kernels.weights import folded_bias, row_norms
 from thresher.train.stages import stage
 
 
@@ -135,7 +136,9 @@ class Coder(nn.Module):
         encoder = self.encoder(source)
         if not self.spec.pre_bias or self.deployed:
             return encoder.b_enc
-        return encoder.b_enc - encoder.W_enc @ self.b_dec[source]
+        if self.kernels.forced == "plain":
+            return encoder.b_enc - encoder.W_enc @ self.b_dec[source]
+        return folded_bias(encoder.b_enc, encoder.W_enc, self.b_dec[source], encoder.sink)
 
     def forward(self, xs: Sequence[Tensor], chosen: Sequence[Chosen | None] | None = None) -> Pass:
         """Training codes and reconstructions of one batch; xs: per source [N, D]; `chosen`: selections made before."""

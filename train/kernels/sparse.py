@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from thresher.train.kernels.choice import Implementation, Kernels
+from thresher.train.kernels.choice import Kernels, primitives
 from thresher.train.kernels.gradients import Facts, Sink
 
 DENSE_SHARE = 1 / 12
@@ -161,19 +161,6 @@ class _Ways(NamedTuple):
     def returned(self, dW: Tensor) -> Tensor | None:
         """What autograd gets."""
         return dW if self.sink is None else None
-
-
-def primitives(how: Implementation) -> Any:
-    """The module that holds kernels/choice.py's primitives; None for `torch`. Imported when first used."""
-    if how == "numba":
-        from thresher.train.kernels import cpu
-
-        return cpu
-    if how == "triton":
-        from thresher.train.kernels import triton
-
-        return triton
-    return None
 
 
 def _put(dW: Tensor, value: Tensor, fresh: bool) -> None:
@@ -360,29 +347,4 @@ def spread(v_F: Tensor, selection: Selection | None) -> Tensor:
     if selection is None:
         return v_F
     out: Tensor = _Spread.apply(v_F, selection)
-    return out
-
-
-class _RowNorms(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, sink: Sink | None) -> Tensor:
-        norms_F = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-        ctx.save_for_backward(weight, norms_F)
-        ctx.sink = sink
-        return norms_F
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_F: Tensor) -> tuple[Tensor | None, ...]:
-        weight, norms_F = ctx.saved_tensors
-        multiples_F = (g_F / norms_F).masked_fill_(norms_F == 0, 0.0)  # as vector_norm: no gradient at 0
-        if ctx.sink is None:
-            return (weight.flatten(1) * multiples_F[:, None]).view_as(weight), None
-        ctx.sink.add_along(multiples_F)
-        return None, None
-
-
-def row_norms(weight: Tensor, sink: Sink | None) -> Tensor:
-    """[F]: norms of a weight's rows, with gradient: a multiple of the row itself, which a sink only notes."""
-    out: Tensor = _RowNorms.apply(weight, sink)
     return out
