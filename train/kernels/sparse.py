@@ -127,6 +127,9 @@ def per_latent(values: Tensor, selection: Selection | None) -> Tensor:
     """[F]: the sum of each latent's values ([A], or [N, F] without a selection); without gradient."""
     if selection is None:
         return values.sum(0)
+    if values.is_cuda and has_triton():  # index_add_ adds there in whatever order threads arrive
+        summed: Tensor = primitives("triton").latent_sums(values, selection)
+        return summed
     return values.new_zeros(selection.width).index_add_(0, selection.latents, values)
 
 
