@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from thresher.train.kernels.choice import Kernels, primitives, has_triton
+from thresher.train.kernels.choice import Kernels, has_triton, primitives
 from thresher.train.kernels.gradients import Facts, Sink
 
 DENSE_SHARE = 1 / 12
