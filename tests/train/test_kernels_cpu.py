@@ -199,7 +199,28 @@ def test_multiples_of_the_weight_are_written_only_when_the_whole_gradient_is_wan
     torch.testing.assert_close(target.parameter.grad, expected)
 
 
-@pytest.mark.parametrize("spoil", ["rows", "open", "autograd"])
+@pytest.mark.parametrize("late", [True, False])
+def test_rows_that_are_added_tell_their_facts_anew(late: bool) -> None:
+    target, rows = sink(), torch.tensor([2, 0])
+    values = torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    if late:
+        target.add_rows(rows, values)
+    grad, _, known = target.open(facts=True)
+    weight = target.parameter.detach()
+    assert known is not None
+    grad.fill_(0.5)
+    for fact, wanted in zip(known, (grad**2, grad * weight, weight**2), strict=True):
+        fact.copy_(wanted.sum(1))
+    target.close()
+    if not late:
+        target.add_rows(rows, values)
+    assert target.facts() is known
+    assert grad[0].tolist() == [3.5, 4.5, 5.5]
+    for fact, wanted in zip(known, (grad**2, grad * weight, weight**2), strict=True):
+        torch.testing.assert_close(fact, wanted.sum(1), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("spoil", ["open", "autograd"])
 def test_facts_hold_until_something_is_added(spoil: str) -> None:
     target = sink()
     grad, _, facts = target.open(facts=True)
@@ -207,9 +228,7 @@ def test_facts_hold_until_something_is_added(spoil: str) -> None:
     grad.fill_(1.0)
     target.close()
     assert target.facts() is facts
-    if spoil == "rows":
-        target.add_rows(torch.tensor([0]), torch.ones(1, 3, dtype=torch.float64))
-    elif spoil == "open":
+    if spoil == "open":
         target.open(facts=True)
         target.close()
     else:

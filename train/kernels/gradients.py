@@ -9,7 +9,7 @@ A sink without terms is `fresh`, which is when `parameter.grad` is None. Terms t
 after, are welcome: the buffer simply becomes `parameter.grad`, or a tensor that autograd put there the buffer.
 
 Each row's facts, ‖g‖², g · w and ‖w‖², which clipping and projection ask for, fall out of the kernel that writes the
-row. They hold until anything else is added.
+row. Rows that are added here tell theirs anew; they hold until anybody else adds something.
 """
 
 from collections.abc import Iterable
@@ -77,8 +77,13 @@ class Sink:
         if self.parameter.grad is None:
             self._late.append((rows, values))
             return
-        self.parameter.grad.flatten(1).index_add_(0, rows, values.flatten(1))
-        self._facts = None
+        known, matrix = self.facts(), self.parameter.grad.flatten(1)
+        matrix.index_add_(0, rows, values.flatten(1))
+        if known is not None:
+            g, w = (m.index_select(0, rows) for m in (matrix, self.parameter.detach().flatten(1)))
+            known.squares.index_copy_(0, rows, torch.linalg.vecdot(g, g).double())
+            known.dots.index_copy_(0, rows, torch.linalg.vecdot(g, w).double())
+            self._version = self.parameter.grad._version
 
     def add_along(self, multiples_F: Tensor) -> None:
         """Add a multiple of the weight's own row to every row."""
