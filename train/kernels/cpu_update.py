@@ -25,6 +25,25 @@ def facts(first, stop, width, weight, grad, squares, dots, weights):  # type: ig
         squares[row], dots[row], weights[row] = gg, gw, ww
 
 
+@compiled(fastmath={"contract", "reassoc", "nsz"})
+def add_rows(first, stop, width, rows, values, weight, grad, squares, dots):  # type: ignore[no-untyped-def]
+    """Add values first to stop to rows of the gradient, with ‖g‖² and g · w of what they become; none if empty."""
+    told = squares.shape[0] > 0
+    for i in range(first, stop):
+        row = rows[i]
+        g, w = grad[row * width : (row + 1) * width], weight[row * width : (row + 1) * width]
+        v = values[i * width : (i + 1) * width]
+        for j in range(width):
+            g[j] += v[j]
+        if told:
+            gg = gw = 0.0
+            for j in range(width):
+                a = np.float64(g[j])
+                gg += a * a
+                gw += a * np.float64(w[j])
+            squares[row], dots[row] = gg, gw
+
+
 class Adam(NamedTuple):
     """The numbers of one step, as the update uses them."""
 

@@ -15,8 +15,14 @@ row. Rows that are added here tell theirs anew; they hold until anybody else add
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from thresher.train.kernels import cpu_update
+from thresher.train.kernels.cpu_pool import over_rows
+
+_NONE = np.empty(0)
 
 
 class Facts(NamedTuple):
@@ -78,12 +84,21 @@ class Sink:
             self._late.append((rows, values))
             return
         known, matrix = self.facts(), self.parameter.grad.flatten(1)
-        matrix.index_add_(0, rows, values.flatten(1))
-        if known is not None:
-            g, w = (m.index_select(0, rows) for m in (matrix, self.parameter.detach().flatten(1)))
-            known.squares.index_copy_(0, rows, torch.linalg.vecdot(g, g).double())
-            known.dots.index_copy_(0, rows, torch.linalg.vecdot(g, w).double())
-            self._version = self.parameter.grad._version
+        if matrix.device.type == "cpu" and values.dtype == matrix.dtype:
+            self._add_compiled(rows, values.contiguous(), matrix, known)
+        else:
+            matrix.index_add_(0, rows, values.flatten(1))
+            self._facts = None
+
+    def _add_compiled(self, rows: Tensor, values: Tensor, matrix: Tensor, known: Facts | None) -> None:
+        """`add_rows` in one pass, on a CPU."""
+        flat = [t.detach().reshape(-1).numpy() for t in (values, self.parameter, matrix)]
+        told = [t.numpy() for t in (known.squares, known.dots)] if known is not None else [_NONE, _NONE]
+
+        def piece(first: int, stop: int) -> None:
+            cpu_update.add_rows(first, stop, matrix.shape[1], rows.numpy(), *flat, *told)
+
+        over_rows(rows.shape[0], piece, 3 * values.numel())
 
     def add_along(self, multiples_F: Tensor) -> None:
         """Add a multiple of the weight's own row to every row."""
