@@ -1,6 +1,4 @@
-"""The plan of a cache: everything that decides which bytes while it runs about 17 more vectors of the model's width a
-    token. Where a site's activations of one pass are below 4 MiB, they lie in
-, except the activations themselves.
+"""The plan of a cache: everything that decides which bytes it holds, except the activations themselves.
 
 The plan is stored once, as attributes of the root group. All metadata below it, the size of every file and the content
 of every shard follow from it, so any process that knows the plan can do any part of the work.
@@ -35,9 +33,7 @@ from thresher.cache.records import fingerprint
 
 _ROW_BYTES = 60  # of a row of a shard: order, place, context, position (int64 each), provenance and what makes it
 _CALIBRATION_ROWS = 65_536
-_KERNEL_BYTES, _COMPRESSOR_BYTES = 48_000_000, 30_000_000
-_HEAP_BYTES = 4 << 20  # smaller tensors lie in heaps (harvest/allocation.py)
-_PASS_VECTORS = 17  # per token of a pass that runs: the MLP's hidden layer twice, and what the residual stream takes
+_KERNEL_BYTES, _COMPRESSOR_BYTES = 40_000_000, 30_000_000
 
 
 class SplitPlan(NamedTuple):
@@ -259,31 +255,33 @@ def _window_shards(sites: Sequence[Site], codec: Codec, shard_rows: int, window_
     return window_bytes // (3 * shard_bytes)
 
 
-def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, hidden: int, item_bytes: int, on_host: bool) -> int:
-    """Bytes of host memory that filling a part takes at its peak, beside the model.
+def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, token_bytes: int, running_bytes: int) -> int:
+    """Bytes of host memory that filling a part takes at its peak, beside the model: the largest of three moments.
 
-    Two shards are alive, one being filled and one on its way to the disk: their buffers, and 60 bytes a row for where
-    each row comes from and goes. Numba, LLVM and the kernels that encode take 48 MB (some 35 more in a process that
-    has to compile them), compressing another 30. While there is one shard
-    only, and no kernel was needed, the rows that μ and σ are taken from wait beside it. The contexts take 10 bytes a
-    token. On a CPU (`on_host`), `passes` passes of `pass_tokens` run while two results wait: each holds its sites, and
-    while it runs about 17 more vectors of the model's width a
-    token. Where a site's activations of one pass are below 4 MiB, they lie in
-    a heap, which keeps about one result for every pass that runs: as found, not derived. `item_bytes` are those of an
-    activation.
+    1. Two shards are alive, one being filled and one on its way to the disk (their buffers, and 60 bytes a row for
+       where each row comes from and goes), while passes run.
+    2. With int8z, the rows that μ and σ are taken from lie beside the first shard and are encoded; no pass runs.
+    3. Before that, they wait while passes run, and nothing was encoded yet.
+
+    Numba and the kernels that encode take 40 MB (some 35 more in a process that has to compile them), compressing
+    another 30. The contexts take 10 bytes a token. On a CPU, `passes` passes of `pass_tokens` run at a time,
+    `running_bytes` each, and the results of one more lie there, `token_bytes` for every token; `passes` is 0 where
+    they run elsewhere.
     """
     rows = min(plan.shard_rows, max(sizes.rows for sizes in plan.splits.values()))
     shards = sum(sizes.shards for sizes in plan.splits.values())
     shard = rows * (sum(spec.row_bytes for spec in plan.site_arrays("train").values()) + _ROW_BYTES)
-    widths = sum(site.width for site in plan.sites)
-    waiting = min(_CALIBRATION_ROWS, rows) * widths * item_bytes if plan.codec == "int8z" else 0
+    waiting = min(_CALIBRATION_ROWS, rows) * token_bytes if plan.codec == "int8z" else 0
+    kernels = _KERNEL_BYTES + (_COMPRESSOR_BYTES if plan.codec == "bf16-lz4" else 0)
+    running = passes * running_bytes
+    moments = (
+        min(shards, 2) * shard + kernels + running,
+        shard + waiting + kernels,
+        rows * _ROW_BYTES + waiting + running,
+    )
     contexts = sum((9 + 1) * sizes.contexts * sizes.tokens for sizes in plan.splits.values())
-    small = sum(site.width for site in plan.sites if pass_tokens * site.width * item_bytes < _HEAP_BYTES)
-    results = ((passes + 2) * widths + passes * small) * pass_tokens * item_bytes
-    running = passes * pass_tokens * _PASS_VECTORS * hidden * item_bytes
-    working = _KERNEL_BYTES + (_COMPRESSOR_BYTES if plan.codec == "bf16-lz4" else 0)
-    held = max(min(shards, 2) * shard + working, shard + waiting)
-    return held + contexts + (results + running if on_host else 0)
+    results = (passes + 1) * pass_tokens * token_bytes if passes else 0
+    return max(moments) + contexts + results
 
 
 def context_array(packed: Contexts, name: str) -> np.ndarray:

@@ -25,7 +25,7 @@ from thresher.cache.records import differences, fingerprint
 from thresher.cache.stored import Stored, parts, read_contexts
 from thresher.cache.writer import planning
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
-from thresher.harvest.fill import Filled, batch_contexts, fill_part, note_versions, outcome
+from thresher.harvest.fill import Filled, fill_part, note_versions, outcome
 from thresher.harvest.settings import HarvestConfig, HarvestResult
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
 
@@ -270,7 +270,6 @@ class _Extension:
         create: Lock,
     ) -> Filled:
         """Fill one part; the cache's lock is held until the part's plan is published. No `extends`: it is the base."""
-        batch = batch_contexts(self.config, self.model, sites, corpus.splits["train"].token_id.shape[1], self._facts)
         return fill_part(
             self.model,
             corpus,
@@ -279,7 +278,7 @@ class _Extension:
             identity,
             path=folder,
             console=self.console,
-            batch=batch,
+            begun=self._facts,
             extends=extends,
             create=create if extends is None else None,
             planned=create.release,

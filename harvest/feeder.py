@@ -1,7 +1,7 @@
 """From the model's last activations to the shard, while the next pass runs."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -33,26 +33,30 @@ class Feeder:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def add(self, shard: ShardWriter, acts: Mapping[str, Tensor]) -> None:
-        """As `shard.add`; in threads it returns with at most two batches waiting, and raises what went wrong before."""
+    def add(self, shard: ShardWriter, acts: Mapping[str, Tensor], done: Callable[[], None]) -> None:
+        """As `shard.add`, then `done`: from then on nobody looks at the activations.
+
+        In threads it returns with at most two batches waiting, and raises what went wrong before.
+        """
         if self._thread is None:
-            shard.add(acts)
+            self._add(shard, acts, done, None)
             return
         while len(self._waiting) > 1:
             self._waiting.popleft().result()
         ready = None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
-        self._waiting.append(self._thread.submit(self._add, shard, acts, ready))
+        self._waiting.append(self._thread.submit(self._add, shard, acts, done, ready))
 
     def drain(self) -> None:
         """Wait until everything was added."""
         while self._waiting:
             self._waiting.popleft().result()
 
-    def _add(self, shard: ShardWriter, acts: Mapping[str, Tensor], ready: Any) -> None:
+    def _add(self, shard: ShardWriter, acts: Mapping[str, Tensor], done: Callable[[], None], ready: Any) -> None:
         if self._stream is None:
             shard.add(acts)
-            return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            shard.add(acts)
-            self._stream.synchronize()  # the activations may be freed now
+        else:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                shard.add(acts)
+                self._stream.synchronize()  # the activations may be freed now
+        done()

@@ -7,8 +7,10 @@ background. Any number of processes may do this for one cache at once.
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -20,20 +22,21 @@ from thresher.cache.locks import Lock
 from thresher.cache.plan import Extends, Plan, estimate_memory
 from thresher.cache.ring import RingKeeper
 from thresher.cache.writer import CacheWriter, Shard, ShardWriter
-from thresher.harvest.allocation import returned_to_the_kernel
 from thresher.harvest.corpus import Corpus
 from thresher.harvest.feeder import Feeder
+from thresher.harvest.footprint import context_bytes
 from thresher.harvest.meter import Meter
-from thresher.harvest.passes import Passes, claimed, jobs, workers_for
+from thresher.harvest.passes import Passes, claimed, jobs, threads_per_pass, workers_for
 from thresher.harvest.settings import HarvestConfig, HarvestResult, window_bytes
 from thresher.harvest.target import TransformerTarget
 from thresher.harvest.timing import foreseen
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one forward pass when the recipe gives none: enough to fill the device, little enough for its caches."""
 
 BATCH_BYTES = 1 << 30
 """Bound on the activations of one pass; three passes' worth can be alive on a GPU."""
+
 
 _IDLE_SECONDS = 0.2
 
@@ -58,15 +61,17 @@ def fill_part(
     *,
     path: Path,
     console: Console,
-    batch: int,
+    begun: Mapping[str, Any] = MappingProxyType({}),
     create: Lock | None = None,
     extends: Extends | None = None,
     planned: Callable[[], None] = lambda: None,
 ) -> Filled:
     """Fill the part of a cache at `path`, or go on with it.
 
-    `create` is the lock from `planning`, if it is held; `planned` is called once the plan is on the disk.
+    `begun` are the facts of the cache that is gone on with or extended. `create` is the lock from `planning`, if it is
+    held; `planned` is called once the plan is on the disk.
     """
+    size = pass_size(config, model, sites, corpus.splits["train"].token_id.shape[1], begun)
     with CacheWriter.open(
         path,
         identity=identity,
@@ -77,21 +82,21 @@ def fill_part(
         store=config.store,
         fvu_gate=config.fvu_gate,
         window_bytes=window_bytes(config),
-        facts=_facts(model, sites, corpus, batch),
+        facts=_facts(model, sites, corpus, size),
         extends=extends,
         create=create,
         notify=lambda line: console.print(line, highlight=False),
     ) as writer:
         planned()
-        _announce(writer, sites, memory_needed(writer.plan, model, batch), console)
+        _announce(writer, memory_needed(writer.plan, model, size.contexts, size.threads), console)
         if writer.plan.window_shards is None and not console.quiet:
-            _foresee(writer, model, sites, batch, console)
+            _foresee(writer, model, sites, size.contexts, console)
         began = time.perf_counter()
         if writer.plan.window_shards is None:
-            tokens = _fill(writer, model, sites, corpus, batch, console, claimed(writer))
+            tokens = _fill(writer, model, corpus, size, console, claimed(writer))
             writer.finalize()
         else:
-            tokens = _fill(writer, model, sites, corpus, batch, console, rolling(writer, console))
+            tokens = _fill(writer, model, corpus, size, console, rolling(writer, console))
         rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
         return Filled(rows, tokens, time.perf_counter() - began)
 
@@ -110,15 +115,24 @@ def rolling(writer: CacheWriter, console: Console) -> Iterator[Shard | None]:
     console.print("Training is over.")
 
 
-def batch_contexts(
-    config: HarvestConfig, model: TransformerTarget, sites: Sequence[Site], context: int, facts: Mapping[str, Any]
-) -> int:
-    """Contexts per pass: the recipe's; else those that this cache was begun with; else `default_batch`.
+class PassSize(NamedTuple):
+    """What a forward pass is made of; passes of another size may round the last bit otherwise."""
 
-    `facts` are those of the cache, empty for a new one. Passes of another size may round the last bit otherwise.
+    contexts: int
+    threads: int
+    """That compute it, on a CPU."""
+
+
+def pass_size(
+    config: HarvestConfig, model: TransformerTarget, sites: Sequence[Site], context: int, facts: Mapping[str, Any]
+) -> PassSize:
+    """Contexts of the recipe; else both as this cache was begun with; else what suits this machine.
+
+    `facts` are those of the cache, empty for a new one.
     """
-    begun = facts.get("batch_contexts") if facts.get("device") == str(model.device) else None
-    return config.batch_contexts or begun or default_batch(model, sites, context)
+    begun = facts if facts.get("device") == str(model.device) else {}
+    contexts = config.batch_contexts or begun.get("batch_contexts") or default_batch(model, sites, context)
+    return PassSize(contexts, begun.get("threads_per_pass") or threads_per_pass())
 
 
 def default_batch(model: TransformerTarget, sites: Sequence[Site], context: int) -> int:
@@ -149,15 +163,15 @@ def note_versions(facts: Mapping[str, Any], console: Console) -> None:
         console.print(f"Note: this cache was begun with other libraries: {lines}.", highlight=False)
 
 
-def memory_needed(plan: Plan, model: TransformerTarget, batch: int) -> int:
-    """Bytes of host memory that a harvest takes beside the model (`estimate_memory`)."""
+def memory_needed(plan: Plan, model: TransformerTarget, batch: int, threads: int | None = None) -> int:
+    """Bytes of host memory that a harvest takes beside the model (`estimate_memory`). Runs one context on a CPU."""
+    on_host, tokens = model.device.type == "cpu", plan.splits["train"].tokens
     return estimate_memory(
         plan,
-        pass_tokens=batch * plan.splits["train"].tokens,
-        passes=workers_for(model),
-        hidden=int(model.model.get_input_embeddings().weight.shape[1]),
-        item_bytes=model.dtype.itemsize,
-        on_host=model.device.type == "cpu",
+        pass_tokens=batch * tokens,
+        passes=workers_for(model, threads) if on_host else 0,
+        token_bytes=sum(site.width for site in plan.sites) * model.dtype.itemsize,
+        running_bytes=batch * context_bytes(model, plan.sites, tokens) if on_host else 0,
     )
 
 
@@ -172,25 +186,27 @@ def shown(rows: Mapping[str, int]) -> str:
     return " + ".join(f"{count:,} {split}" for split, count in rows.items()) + " rows"
 
 
-def _facts(model: TransformerTarget, sites: tuple[Site, ...], corpus: Corpus, batch: int) -> dict[str, Any]:
+def _facts(model: TransformerTarget, sites: tuple[Site, ...], corpus: Corpus, size: PassSize) -> dict[str, Any]:
     """What is recorded beside the fingerprint."""
     return {
         "corpus": corpus.facts,
         "points": model.describe(sites),
         "device": str(model.device),
-        "batch_contexts": batch,
+        "batch_contexts": size.contexts,
+        "threads_per_pass": size.threads,
         "attention": str(getattr(model.model.config, "_attn_implementation", None)),
         "versions": versions(),
     }
 
 
-def _announce(writer: CacheWriter, sites: tuple[Site, ...], memory: int, console: Console) -> None:
+def _announce(writer: CacheWriter, memory: int, console: Console) -> None:
     pending, total = len(writer.pending()), sum(sizes.shards for sizes in writer.plan.splits.values())
     rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
     going_on = f", of which {total - pending} of {total} shards are there already" if pending < total else ""
+    sites, size = len(writer.plan.sites), decimal(writer.bytes_needed())
     console.print(
-        f"Harvesting {shown(rows)} at {len(sites)} sites into {writer.path}: {decimal(writer.bytes_needed())} to write"
-        f"{going_on}; it needs about {decimal(memory)} of memory beside the model."
+        f"Harvesting {shown(rows)} at {sites} sites into {writer.path}: {size} to write{going_on}; it "
+        f"needs about {decimal(memory)} of memory beside the model."
     )
 
 
@@ -216,9 +232,8 @@ def _foresee(
 def _fill(
     writer: CacheWriter,
     model: TransformerTarget,
-    sites: tuple[Site, ...],
     corpus: Corpus,
-    batch: int,
+    size: PassSize,
     console: Console,
     shards: Iterable[Shard | None],
 ) -> int:
@@ -226,13 +241,12 @@ def _fill(
     tokens = 0
     with (
         deferred_interrupts() as stop,
-        returned_to_the_kernel(),
-        Passes(model, sites) as passes,
+        Passes(model, writer.plan.sites, size.threads) as passes,
         Feeder(model.device) as feeder,
         Meter(writer, console) as meter,
     ):
         shard: ShardWriter | None = None
-        for done in passes.run(jobs(shards, writer, corpus.splits, batch)):
+        for done in passes.run(jobs(shards, writer, corpus.splits, size.contexts)):
             if done is None:
                 if stop.requested:
                     raise _interrupted(writer, None)
@@ -244,7 +258,7 @@ def _fill(
                 shard = writer.shard(job.split, job.shard)
                 meter.begin(job.split, job.shard)
             assert shard is not None
-            feeder.add(shard, acts)
+            feeder.add(shard, acts, partial(passes.give, acts))
             tokens += job.tokens.numel()
             meter.advance(job.tokens.numel())
             if stop.requested:

@@ -18,6 +18,10 @@ Visit = Callable[[Tensor], Tensor | None]
 """Gets the tensor as the model has it; what it returns takes the tensor's place, None leaves it."""
 
 
+Keep = Callable[[Point, Tensor], Tensor]
+"""Gets what is recorded at a point, and gives what is to stay of it."""
+
+
 class PassEnded(Exception):  # noqa: N818 - no error: everything wanted has been seen
     """Cuts a forward pass short."""
 
@@ -71,11 +75,14 @@ def batched(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.view(*shape, -1) if x.dim() == 2 and x.shape[0] == shape[0] * shape[1] else x
 
 
-def taking(taken: dict[Point, Tensor], point: Point, shape: tuple[int, ...], last_of: int = 0) -> Visit:
-    """Put the tensor into `taken`; end the pass when that makes `last_of` of them (0: never)."""
+def taking(
+    taken: dict[Point, Tensor], point: Point, shape: tuple[int, ...], last_of: int = 0, keep: Keep | None = None
+) -> Visit:
+    """Put the tensor, or what `keep` makes of it, into `taken`; end the pass with the `last_of`th (0: never)."""
 
     def visit(x: Tensor) -> None:
-        taken[point] = batched(x, shape)
+        x = batched(x, shape)
+        taken[point] = x if keep is None else keep(point, x)
         if len(taken) == last_of:
             raise PassEnded
 

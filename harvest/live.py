@@ -7,6 +7,7 @@ for one pass over a corpus that a small model reads faster than a disk would be 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from thresher.cache.shard import ShardData
 from thresher.cache.windows import MemoryShards, MemoryWriter, WindowedSource, Windows, merged_statistics
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.feeder import Feeder
-from thresher.harvest.fill import batch_contexts
+from thresher.harvest.fill import pass_size
 from thresher.harvest.passes import Passes, shard_jobs
 from thresher.harvest.settings import HarvestConfig, identity, window_bytes
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
@@ -72,7 +73,7 @@ class _Maker:
     ) -> None:
         self.writer = MemoryWriter(plan, corpus.splits, config.fvu_gate)
         self._contexts = corpus.splits
-        self._batch = batch_contexts(config, model, sites, plan.splits["train"].tokens, {})
+        self._batch = pass_size(config, model, sites, plan.splits["train"].tokens, {}).contexts
         self._passes, self._feeder = Passes(model, sites), Feeder(model.device)
 
     def produce(self, split: str, index: int) -> ShardData:
@@ -80,7 +81,7 @@ class _Maker:
         shard = self.writer.shard(split, index)
         for done in self._passes.run(shard_jobs(split, index, shard.contexts, self._contexts[split], self._batch)):
             assert done is not None, "nobody else makes these shards"
-            self._feeder.add(shard, done[1])
+            self._feeder.add(shard, done[1], partial(self._passes.give, done[1]))
         self._feeder.drain()
         shard.commit()
         return self.writer.made()

@@ -2,13 +2,15 @@
 
 One small pass spread over cores mostly waits for its own threads. So on a CPU every core runs a pass of its own on a
 replica of the model that shares the weights, and the results come back in order. Which pass runs where changes no bit:
-each has the same number of threads.
+each has the same number of threads. With more cores than passes that is more than one, and how many decides the last
+bit of a product: so a cache records it, and whoever goes on with it takes the number that it was begun with.
 """
 
 import queue
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,8 @@ from torch import Tensor
 from thresher.cache.contracts import Site
 from thresher.cache.layout import Contexts
 from thresher.cache.writer import CacheWriter, Shard
+from thresher.harvest.allocation import returned_to_the_kernel
+from thresher.harvest.results import Results, Rooms
 from thresher.harvest.target import TransformerTarget
 
 MOST_REPLICAS = 8
@@ -61,49 +65,62 @@ def shard_jobs(split: str, index: int, wanted: np.ndarray, contexts: Contexts, b
         yield Job(split, index, torch.from_numpy(ids), start == 0, start + batch >= len(wanted))
 
 
-def workers_for(model: TransformerTarget) -> int:
-    """Passes that run at a time: on a CPU one per core, up to a limit; on a GPU one."""
-    return min(torch.get_num_threads(), MOST_REPLICAS) if model.device.type == "cpu" else 1
+def threads_per_pass() -> int:
+    """Threads of each pass on a CPU: one, or the cores shared out among as many passes as there may be."""
+    return max(1, torch.get_num_threads() // MOST_REPLICAS)
+
+
+def workers_for(model: TransformerTarget, threads: int | None = None) -> int:
+    """Passes that run at a time: on a CPU one per core or per so many `threads`, up to a limit; on a GPU one."""
+    if model.device.type != "cpu":
+        return 1
+    return max(1, min(torch.get_num_threads() // (threads or threads_per_pass()), MOST_REPLICAS))
 
 
 class Passes:
     """Runs jobs; a context manager that owns the threads."""
 
-    def __init__(self, model: TransformerTarget, sites: Sequence[Site]) -> None:
+    def __init__(self, model: TransformerTarget, sites: Sequence[Site], threads: int | None = None) -> None:
+        """`threads` of each pass on a CPU; None: `threads_per_pass`."""
         self._model, self._sites = model, sites
         self._threads = torch.get_num_threads()
-        self._workers = workers_for(model) if model.device.type == "cpu" else 0
+        self._workers = workers_for(model, threads) if model.device.type == "cpu" else 0
+        self._rooms, self._memory = Rooms(), ExitStack()
         if self._workers:
             self._idle: queue.SimpleQueue[TransformerTarget] = queue.SimpleQueue()
             for _ in range(self._workers):
                 self._idle.put(model.replica())
-            share = (self._threads // self._workers,)
+            share = (threads or threads_per_pass(),)
             self._pool = ThreadPoolExecutor(self._workers, "thresher-pass", initializer=_limit_threads, initargs=share)
 
     def __enter__(self) -> "Passes":
+        if self._workers:
+            self._memory.enter_context(returned_to_the_kernel())
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._workers:
             self._pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._threads)  # the workers' setting is the default of threads to come
+        self._memory.close()
 
     @property
     def workers(self) -> int:
         """Passes that run at a time."""
         return max(1, self._workers)
 
-    def run(self, todo: Iterable[Job | None]) -> Iterator[tuple[Job, dict[str, Tensor]] | None]:
+    def run(self, todo: Iterable[Job | None]) -> Iterator[tuple[Job, Results] | None]:
         """Each job with its activations [B, T, width] by site, in order; raises what went wrong in a pass.
 
-        A None among the jobs comes out as None once everything before it has: what others wait for is never held back.
+        Whoever has done with activations gives them back (`give`); else the next pass makes new room. A None among the
+        jobs comes out as None once everything before it has: what others wait for is never held back.
         """
-        ahead: deque[tuple[Job, Future[dict[str, Tensor]]]] = deque()
+        ahead: deque[tuple[Job, Future[Results]]] = deque()
         for job in todo:
             if job is None:
                 yield _awaited(*ahead.popleft()) if ahead else None
             elif not self._workers:
-                yield job, self._model.record(job.tokens, self._sites)
+                yield job, Results(self._model.record(job.tokens, self._sites))
             else:
                 ahead.append((job, self._pool.submit(self._record, job.tokens)))
                 if len(ahead) > self._workers:
@@ -111,10 +128,16 @@ class Passes:
         while ahead:
             yield _awaited(*ahead.popleft())
 
-    def _record(self, tokens: Tensor) -> dict[str, Tensor]:
-        replica = self._idle.get()
+    def give(self, results: Results) -> None:
+        """Let a further pass overwrite these activations."""
+        self._rooms.give(results)
+
+    def _record(self, tokens: Tensor) -> Results:
+        replica, room = self._idle.get(), self._rooms.take()
         try:
-            return replica.record(tokens, self._sites)
+            results = Results(replica.record(tokens, self._sites, keep=room.keep))
+            results.room = room
+            return results
         finally:
             self._idle.put(replica)
 
@@ -128,5 +151,5 @@ def _limit_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _awaited(job: Job, future: Future[dict[str, Tensor]]) -> tuple[Job, dict[str, Tensor]]:
+def _awaited(job: Job, future: Future[Results]) -> tuple[Job, Results]:
     return job, future.result()

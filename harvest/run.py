@@ -27,7 +27,7 @@ from thresher.cache.stored import read_contexts, read_root
 from thresher.cache.writer import forget_plan, planning
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.extend import can_extend, extend_cache
-from thresher.harvest.fill import batch_contexts, fill_part, note_versions, outcome, shown
+from thresher.harvest.fill import fill_part, note_versions, outcome, shown
 from thresher.harvest.settings import HarvestConfig, HarvestResult, identity
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
 
@@ -67,11 +67,10 @@ def harvest(
         corpus, facts = _stored_corpus(path, console)
         if corpus is None:
             corpus = read_corpus(data, load_tokenizer(target), model.n_ctx, model.n_vocab, console)
-        batch = batch_contexts(config, model, sites, corpus.splits["train"].token_id.shape[1], facts)
     except BaseException:
         forget_plan(path, create)
         raise
-    filled = fill_part(model, corpus, sites, config, wanted, path=path, console=console, batch=batch, create=create)
+    filled = fill_part(model, corpus, sites, config, wanted, path=path, console=console, begun=facts, create=create)
     return outcome(path, [filled], started, console)
 
 
@@ -87,8 +86,7 @@ def harvest_corpus(
 ) -> HarvestResult:
     """The harvest proper, on a loaded model and packed text; `wanted` is the cache's identity."""
     started = time.perf_counter()
-    batch = batch_contexts(config, model, sites, corpus.splits["train"].token_id.shape[1], {})
-    filled = fill_part(model, corpus, sites, config, wanted, path=path, console=console, batch=batch)
+    filled = fill_part(model, corpus, sites, config, wanted, path=path, console=console)
     return outcome(path, [filled], started, console)
 
 

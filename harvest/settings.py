@@ -44,7 +44,7 @@ class HarvestConfig:
     then refills a ring of that size while training reads it."""
 
     batch_contexts: int | None = None
-    """Contexts per forward pass; left out: about 4,096 tokens on a CPU and 32,768 on a GPU, fewer when
+    """Contexts per forward pass; left out: about 2,048 tokens on a CPU and 32,768 on a GPU, fewer when
     they would take more than 1 GiB."""
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from thresher.cache.contracts import Edit, Site, UserError
 from thresher.cache.devices import resolve_device
 from thresher.harvest.checkpoint import commit_of, digest, locate, tokenizer_files, weight_files
-from thresher.harvest.hooking import PassEnded, Visit, attached, batched, editing, taking
+from thresher.harvest.hooking import Keep, PassEnded, Visit, attached, batched, editing, taking
 from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet
 from thresher.harvest.sites import TAPS, Located, Point, resolve
 from thresher.harvest.structure import Structure, read_structure, tap_faults
@@ -160,14 +160,14 @@ class TransformerTarget:
             out[site.name] += behind if site.tap == "mlp_out" and self.structure.norm_after_mlp else ""
         return out
 
-    def record(self, tokens: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """As `contracts.Target.record`. The tensors are the model's own, made under inference mode: use them before
-        the next pass, and clone them before autograd is to see them."""
+    def record(self, tokens: Tensor, sites: Sequence[Site], keep: Keep | None = None) -> dict[str, Tensor]:
+        """As `contracts.Target.record`. The tensors are the model's own unless `keep` copies them, made under inference
+        mode: use them before the next pass, and clone them before autograd is to see them."""
         points = {site.name: self._point(site.name) for site in sites}
         wanted = list(dict.fromkeys(points.values()))
         taken: dict[Point, Tensor] = {}
         shape = tuple(tokens.shape)
-        visits = [(point, taking(taken, point, shape, last_of=len(wanted))) for point in wanted]
+        visits = [(point, taking(taken, point, shape, last_of=len(wanted), keep=keep)) for point in wanted]
         with torch.inference_mode(), attached(self.model, visits), suppress(PassEnded):
             self._run(tokens)
         return {name: taken[point] for name, point in points.items()}

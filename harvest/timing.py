@@ -13,6 +13,7 @@ from thresher.cache.contracts import Site
 from thresher.cache.estimate import disk_rates, duration
 from thresher.cache.publish import free_bytes
 from thresher.harvest.passes import Job, Passes, workers_for
+from thresher.harvest.results import Results
 from thresher.harvest.target import TransformerTarget
 
 ROUNDS = 3
@@ -47,9 +48,10 @@ def forward_rate(
 
 
 def _timed_round(model: TransformerTarget, passes: Passes, todo: Sequence[Job]) -> tuple[float, dict[str, Tensor]]:
-    began, acts = time.perf_counter(), {}
+    began, acts = time.perf_counter(), Results()
     for done in passes.run(todo):
         assert done is not None
+        passes.give(acts)
         acts = done[1]
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

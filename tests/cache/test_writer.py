@@ -17,7 +17,6 @@ from thresher.cache.codec import calibrate
 from thresher.cache.contracts import Site, UserError
 from thresher.cache.layout import ArraySpec, Contexts, crc32c
 from thresher.cache.pieces import shard_file
-from thresher.cache.plan import estimate_memory
 from thresher.cache.reader import CacheReader
 from thresher.cache.summary import summary
 
@@ -231,19 +230,6 @@ def stock(store: str, path: Path) -> np.ndarray:
     tensorstore = importlib.import_module("tensorstore")
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
     return np.asarray(tensorstore.open(spec, read=True).result().read().result()).view(np.uint16)
-
-
-def test_memory_is_two_shards_contexts_and_passes_by_hand_worked_numbers(toy: ModuleType, tmp_path: Path) -> None:
-    with toy.open_writer(tmp_path / "c", codec="bf16") as writer:
-        plan = writer.plan
-    rows = plan.shard_rows
-    widths, contexts = 24 + 24 + 7, (100 + 20 + 3) * 32
-    shards = 2 * rows * (2 * widths + 60)
-    arguments = {"pass_tokens": 64, "passes": 3, "hidden": 24, "item_bytes": 4}
-    beside = shards + 10 * contexts + 48_000_000
-    assert estimate_memory(plan, **arguments, on_host=False) == beside
-    flowing = (5 + 3) * 64 * widths * 4 + 3 * 64 * 17 * 24 * 4
-    assert estimate_memory(plan, **arguments, on_host=True) == beside + flowing
 
 
 def test_a_disk_that_filled_up_since_is_noticed_before_a_shard_is_begun(

@@ -195,12 +195,13 @@ def test_activations_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch
     record = TransformerTarget.record
 
     @torch.inference_mode()
-    def poisoned(self: TransformerTarget, tokens: Any, sites: Any) -> Any:
-        acts = record(self, tokens, sites)
+    def poisoned(self: TransformerTarget, tokens: Any, sites: Any, keep: Any = None) -> Any:
+        acts = record(self, tokens, sites, keep)
         bad = acts["L02.mlp_out"].clone()
         bad[0, 5, 7] = float("nan")
         return acts | {"L02.mlp_out": bad}
 
+    monkeypatch.setattr("thresher.harvest.fill.context_bytes", lambda *args: 0)  # whose results are empty
     monkeypatch.setattr(TransformerTarget, "record", poisoned)
     with pytest.raises(UserError, match=r"L02\.mlp_out.*context \d+.*position 5"):
         harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET)
@@ -210,7 +211,7 @@ def test_activations_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch
 
 def test_too_little_disk_is_refused_before_the_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("thresher.cache.writer.free_bytes", lambda path: 1000)
-    monkeypatch.setattr(TransformerTarget, "record", lambda *args: pytest.fail("a pass was run"))
+    monkeypatch.setattr(TransformerTarget, "record", lambda *args, **named: pytest.fail("a pass was run"))
     with pytest.raises(UserError, match=r"not enough disk space.*1,000 are free"):
         harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET)
 
