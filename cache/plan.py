@@ -259,9 +259,10 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, token_bytes: i
     """Bytes of host memory that filling a part takes at its peak, beside the model: the largest of three moments.
 
     1. Two shards are alive, one being filled and one on its way to the disk (their buffers, and 60 bytes a row for
-       where each row comes from and goes), while passes run.
+       where each row comes from and goes), while passes run. It is one shard less where each is on the disk before
+       the first pass of the next is over.
     2. With int8z, the rows that μ and σ are taken from lie beside the first shard and are encoded; no pass runs.
-    3. Before that, they wait while passes run, and nothing was encoded yet.
+    3. Before that, they are complete and measured while passes run, and the shard is still empty.
 
     Numba and the kernels that encode take 40 MB (some 35 more in a process that has to compile them), compressing
     another 30. The contexts take 10 bytes a token. On a CPU, `passes` passes of `pass_tokens` run at a time,
@@ -277,7 +278,7 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, token_bytes: i
     moments = (
         min(shards, 2) * shard + kernels + running,
         shard + waiting + kernels,
-        rows * _ROW_BYTES + waiting + running,
+        rows * _ROW_BYTES + waiting + kernels + running,
     )
     contexts = sum((9 + 1) * sizes.contexts * sizes.tokens for sizes in plan.splits.values())
     results = (passes + 1) * pass_tokens * token_bytes if passes else 0
