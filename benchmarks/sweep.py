@@ -5,8 +5,8 @@
 All have the bundled model's shape (D = 128, F = 1024, 2048 rows per step). Without `--cache`, part of the bundled text
 is harvested first. Whole stages are timed, `thresher.train.run.train` from opening a run directory to its last
 checkpoint, thresholds and held-out check included; sweeps and single runs alternate. Wall time decides, since on a
-CPU small dictionaries of a sweep step side by side (train/crew.py); CPU seconds stand beside it. The weights that come
-out must be the same bits.
+CPU small dictionaries of a sweep step side by side (train/crew.py): on a machine that others use, the ratio of minima
+says more than the median. CPU seconds stand beside it. The weights that come out must be the same bits.
 """
 
 import argparse
@@ -102,10 +102,11 @@ def measure(name: str, reader: CacheReader, steps: int, repeats: int, folder: Pa
     cpu = statistics.median(shared.cpu / alone.cpu for shared, alone in pairs)
     shared_s, alone_s = (statistics.median(pair[side].wall for pair in pairs) for side in (0, 1))
     ratio = statistics.median(ratios)
+    best = min(shared.wall for shared, _ in pairs) / min(alone.wall for _, alone in pairs)
     met = ratio <= BAR and same
     table.add_row(
-        name, f"{shared_s:.1f}", f"{alone_s:.1f}", f"{ratio:.2f}", f"{ratios[0]:.2f}–{ratios[-1]:.2f}", f"{cpu:.2f}",
-        "same" if same else "DIFFER", "met" if met else "MISSED",
+        name, f"{shared_s:.1f}", f"{alone_s:.1f}", f"{ratio:.2f}", f"{ratios[0]:.2f}–{ratios[-1]:.2f}", f"{best:.2f}",
+        f"{cpu:.2f}", "same" if same else "DIFFER", "met" if met else "MISSED",
     )  # fmt: skip
     return met
 
@@ -116,16 +117,19 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="A cache with mlp_in and mlp_out of four layers of width 128.")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="Cases whose names contain this.")
     arguments = parser.parse_args()
     where = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
     table = Table(title=f"Eight dictionaries, N × D × F = 2048 × 128 × 1024, {arguments.steps} steps, {where}")
-    for column in ("dictionaries", "sweep s", "alone s", "ratio", "spread", "CPU ratio", "weights", f"≤ {BAR}"):
+    columns = ("sweep s", "alone s", "ratio", "spread", "of minima", "CPU ratio", "weights", f"≤ {BAR}")
+    for column in ("dictionaries", *columns):
         table.add_column(column, justify="left" if column == "dictionaries" else "right")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         reader = CacheReader.open(arguments.cache) if arguments.cache else harvested(folder)
         timed([plans(CASES[next(iter(CASES))], reader, 5)], reader, folder / "warm")  # compiles, fills the page cache
-        met = [measure(case, reader, arguments.steps, arguments.repeats, folder, table) for case in CASES]
+        wanted = [case for case in CASES if arguments.only in case]
+        met = [measure(case, reader, arguments.steps, arguments.repeats, folder, table) for case in wanted]
     Console(width=140).print(table)
     print(f"Bar: a sweep takes at most {BAR} of the time of single runs: {'met' if all(met) else 'MISSED'}.")
 
