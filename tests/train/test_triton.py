@@ -15,8 +15,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.train.test_losses import RULES, batch, make
+from tests.train.test_padded import ReadingBack
+from thresher.train.config import TrainConfig
+from thresher.train.kernels import cpu
 from thresher.train.kernels.gradients import Facts
 from thresher.train.kernels.padded import Padded
+from thresher.train.losses import losses
+from thresher.train.optim import Optimiser
 
 HERE = Path(__file__).parent
 WAYS = ["interpreter", *(["cuda"] if torch.cuda.is_available() else [])] if sys.platform == "linux" else []
@@ -30,6 +36,36 @@ def test_kernels_equal_their_specifications(way: str) -> None:
         del given[name]
     done = subprocess.run(command, cwd=HERE.parent.parent, env=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux")
+@pytest.mark.parametrize(("unit", "rule"), [(True, "topk"), (False, "relu"), (True, "jumprelu tanh")])
+def test_both_updates_reckon_the_same_multiples_and_norms_and_none_reads_back(
+    unit: bool, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from thresher.train.kernels.triton import adam
+
+    coder = make("clt", unit_norm=unit, **RULES[rule])
+    optimiser = Optimiser(coder, TrainConfig())
+    xs, ys = batch(coder)
+    losses(coder, coder(xs), xs, ys, [1.0] * 3, 1.0).total.backward()
+    optimiser._sinks.settle()
+    rows = []
+    for parameter in coder.parameters():
+        if parameter.grad is not None:
+            along, facts, is_unit = optimiser._noted(parameter)
+            matrices = optimiser._matrices(parameter)
+            rows.append(adam.Rows(*matrices, along, facts or cpu.facts_of(*matrices[:2]), is_unit))
+            (multiples, square), turn = adam._along(rows[-1]), optimiser._turn(parameter)
+            assert (multiples is None) == (turn.along is None)
+            torch.testing.assert_close(multiples, turn.along)
+            assert float(square) == pytest.approx(turn.square, rel=1e-12)
+    assert any(row.along is not None for row in rows) == (rule != "topk")
+    monkeypatch.setattr(adam, "_launch", lambda *arguments: None)  # the kernel itself
+    finite = torch.tensor(True)
+    with ReadingBack():
+        norm = adam.step(rows, 1e-3, finite, 1.0, (0.9, 0.999), 1e-8)
+    assert float(norm) == pytest.approx(float(optimiser.step(1e-3, finite)))
 
 
 @pytest.fixture

@@ -167,11 +167,12 @@ def test_a_step_equals_the_plain_one_with_projection_and_clipping(clip: float | 
     copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
     plain = torch.optim.Adam(copies, lr=1e-2, foreach=False)
     state = [[torch.zeros_like(w.data), torch.zeros_like(w.data), torch.zeros((), device=DEVICE)] for w in weights]
+    shadows = [None, weights[1].detach().bfloat16()]
     for turn in range(3):
         grads = [rand(6, 10, seed=20 + 2 * turn + i) for i in range(2)]
         rows = [
-            adam.Rows(w.data, g.clone(), m, v, s, None, None, unit)
-            for w, g, (m, v, s), unit in zip(weights, grads, state, (True, False), strict=True)
+            adam.Rows(w.data, g.clone(), m, v, s, None, None, unit, low)
+            for w, g, (m, v, s), unit, low in zip(weights, grads, state, (True, False), shadows, strict=True)
         ]
         norm = adam.step(rows, 1e-2, torch.tensor(True, device=DEVICE), clip, (0.9, 0.999), 1e-8)
         for copy, g in zip(copies, grads, strict=True):
@@ -180,11 +181,14 @@ def test_a_step_equals_the_plain_one_with_projection_and_clipping(clip: float | 
         plain_step(copies, copies[:1], plain, clip)
         for w, copy in zip(weights, copies, strict=True):
             close(w.data, copy.data)
+        torch.testing.assert_close(shadows[1], weights[1].detach().bfloat16(), rtol=2**-7, atol=0)
     rows[0].grad.fill_(torch.inf)
     before = [w.detach().clone() for w in weights]
+    low_before = shadows[1].clone()
     assert adam.step(rows, 1e-2, torch.tensor(True, device=DEVICE), clip, (0.9, 0.999), 1e-8).isinf()
     assert state[0][2] == 3
     assert all(torch.equal(w.data, b) for w, b in zip(weights, before, strict=True))
+    assert torch.equal(shadows[1], low_before)
 
 
 BLOCKS: dict[str, Any] = {

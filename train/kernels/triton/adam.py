@@ -205,6 +205,8 @@ class Rows(NamedTuple):
     """Of `grad` and `weight`; None: not known."""
     unit: bool
     """Whether rows keep norm 1: the gradient's part along the row is then taken out first."""
+    shadow: Tensor | None = None
+    """[F, M] copy of the weight in a shorter format, equal to it before; written with it."""
 
 
 def step(
@@ -224,7 +226,7 @@ def step(
     steps = torch.stack([rows.step for rows in parameters])
     numbers = _numbers(Numbers(*betas, eps, torch.full_like(norm, rate), steps, go), scale)
     for rows, (along, _), own in zip(parameters, turns, numbers, strict=True):
-        _launch(rows.weight, rows.grad, rows.moment1, rows.moment2, along, None, own, rows.unit)
+        _launch(rows.weight, rows.grad, rows.moment1, rows.moment2, along, rows.shadow, own, rows.unit)
     return norm.to(parameters[0].weight.dtype)
 
 
