@@ -13,6 +13,9 @@ the encoder has made anyway (kernels/silent.py), and then costs O(codes): everyt
 pass is three products with the same entries, whose rows are added to the gradients of dead rows alone. Where the codes
 fill a large share of [N, n], dense products on the gathered rows are faster.
 
+On CUDA, where nothing may be read back, the list of dead latents has a fixed length (kernels/silent.py), the products
+are dense and take operands in the format of the encoder's, and how many are dead is a number over there.
+
 On a CPU with a matrix unit for bfloat16 (AMX) large products of this term alone take operands rounded to bfloat16, as
 all of a GPU's do, also in float32 training: they are four to five times faster than float32 and the sparse ones no more
 than one and a half times. The gradient then is off by up to 0.4 %; where AuxK woke 30 % dead latents, final held-out
@@ -22,7 +25,7 @@ setting of the whole process. `kernels = "plain"` has none of this.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +34,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from thresher.train.dictionary.coder import Coder, Pass
-from thresher.train.kernels import slabs
+from thresher.train.dictionary.encoder import Encoder
+from thresher.train.kernels import padded, slabs
 from thresher.train.kernels.gradients import Sink
-from thresher.train.kernels.silent import Silent, by_latent, keep_low, plain_silent, spread_low
+from thresher.train.kernels.silent import Dead, Silent, by_latent, keep_low, plain_silent, spread_low
+from thresher.train.kernels.tiles import tile_rows
 
 _DENSE_SHARE = 0.3
 """Share of [N, n] filled by codes above which four dense products are faster than four sparse ones (see RESULTS.md)."""
@@ -52,20 +57,31 @@ def auxiliary(
 
     `variation_S`: Σ‖e − ē‖² per destination where these rows are part of a larger batch; None: they are all of it.
     """
-    terms = []
+    terms, counts = [], []
     for source, (x_ND, y_NE) in enumerate(zip(xs, ys, strict=True)):
-        latents = dead_latents(coder, source, done)
-        if latents is not None:
+        dead = dead_latents(coder, source, done)
+        if dead is not None:
             residual_NE = y_NE - done.y[:, source].detach()
             total = variation(residual_NE) if variation_S is None else variation_S[source]
-            terms.append(_share(coder, source, latents, done.fired[source].silent, x_ND, residual_NE, total))
-    return torch.stack(terms).mean() if terms else done.y.new_zeros(())
+            terms.append(_share(coder, source, dead, done.fired[source].silent, x_ND, residual_NE, total))
+            counts += [] if dead.number is None else [dead.number]
+    if not terms:
+        return done.y.new_zeros(())
+    if not counts:
+        return torch.stack(terms).mean()
+    return torch.stack(terms).sum() / torch.count_nonzero(torch.stack(counts)).clamp_min(1)  # others are 0
 
 
-def dead_latents(coder: Coder, source: int, done: Pass) -> Tensor | None:
-    """[n] int64, or None where none is dead."""
+def dead_latents(coder: Coder, source: int, done: Pass) -> Dead | None:
+    """Which are dead, as the encoder's pass knew it; None: none."""
     silent = done.fired[source].silent
-    return coder.encoder(source).dead_latents() if silent is None else silent.latents
+    if silent is not None:
+        return Dead(silent.latents, silent.number)
+    encoder = coder.encoder(source)
+    if padded.must_not_ask(encoder.W_enc) and coder.kernels.forced != "plain":
+        return None
+    latents = encoder.dead_latents()
+    return None if latents is None else Dead(latents)
 
 
 def variation(residual_NE: Tensor) -> Tensor:
@@ -77,21 +93,24 @@ def variation(residual_NE: Tensor) -> Tensor:
 def _share(
     coder: Coder,
     source: int,
-    latents: Tensor,
+    dead: Dead,
     silent: Silent | None,
     x_ND: Tensor,
     residual_NE: Tensor,
     total: Tensor,
 ) -> Tensor:
     """One source's term."""
-    weight = min(latents.shape[0] / coder.spec.resolved_aux_k, 1.0)
+    weight: Tensor | float = min(dead.latents.shape[0] / coder.spec.resolved_aux_k, 1.0)
+    if dead.number is not None:
+        weight = (dead.number.to(total.dtype) / coder.spec.resolved_aux_k).clamp_max(1.0)
     factor = weight / total.where(total > 0, torch.inf)  # nothing to explain: 0
     if silent is None:
-        return factor * plain_error(coder, source, latents, x_ND, residual_NE)
+        coder.kernels.pick("auxk", x_ND.device, x_ND.dtype, 0)
+        return factor * plain_error(coder, source, dead.latents, x_ND, residual_NE)
     encoder, b_dec_D = coder.encoder(source), coder.b_dec[source].detach() if coder.spec.pre_bias else None
     weights = (encoder.W_enc, encoder.b_enc, coder.W_dec[source])
     sinks = (encoder.sink, coder.decoder_sink(source))
-    out: Tensor = _Error.apply(*weights, silent, x_ND, residual_NE, b_dec_D, _way(coder, silent), sinks)
+    out: Tensor = _Error.apply(*weights, silent, x_ND, residual_NE, b_dec_D, _way(coder, encoder, silent), sinks)
     return factor * out
 
 
@@ -157,17 +176,20 @@ def has_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def _way(coder: Coder, silent: Silent) -> "_Way":
+def _way(coder: Coder, encoder: Encoder, silent: Silent) -> "_Way":
     values, room = silent.values, silent.selection.tokens * silent.selection.width
     share, work = values.shape[0] / max(room, 1), room * coder.spec.d_out
     on_cpu = values.device.type == "cpu"
     if on_cpu and values.dtype == torch.float32 and share > _LOW_SHARE and work >= _LOW_WORK and has_tiles():
         coder.kernels.used.setdefault("auxk in bfloat16", ["torch"])
         return _Low
-    if not on_cpu or share > _DENSE_SHARE:
-        return _Dense
-    how = coder.kernels.pick("auxk", values.device, values.dtype, values.shape[0] * coder.spec.d_out)
-    return _Sparse if how == "numba" else _Dense
+    if silent.number is None and on_cpu and share <= _DENSE_SHARE:
+        how = coder.kernels.pick("auxk", values.device, values.dtype, values.shape[0] * coder.spec.d_out)
+        if how == "numba":
+            return _Sparse
+    seen = coder.kernels.used.setdefault("auxk", [])
+    seen += [] if "torch" in seen else ["torch"]
+    return functools.partial(_Dense, low=None if silent.number is None else encoder.matmul_dtype)
 
 
 class _Sparse:
@@ -220,22 +242,61 @@ class _Low:
 
 
 class _Dense:
-    """Dense products with the gathered rows."""
+    """Dense products with the gathered rows, for tokens in tiles where [N, n] is large."""
 
-    def __init__(self, silent: Silent, W_dec_nE: Tensor) -> None:
-        selection = silent.selection
-        self.z_Nn = silent.values.new_zeros(selection.tokens, selection.width)
-        self.z_Nn.view(-1)[selection.rows * selection.width + selection.latents] = silent.values
-        self.W_dec_nE = W_dec_nE
+    def __init__(self, silent: Silent, W_dec_nE: Tensor, low: torch.dtype | None = None) -> None:
+        """`low`: a shorter format to round operands to."""
+        self.silent = silent
+        self.low = low
+        self.W_dec_nE = W_dec_nE if low is None else W_dec_nE.to(low)
+        self._made: Tensor | None = None
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Tokens and their codes [N, n]; made once if one tile is enough."""
+        tokens = self.silent.selection.tokens
+        rows = tile_rows(max(self.silent.selection.width, 1), self.W_dec_nE.itemsize, self.W_dec_nE.device)
+        for first in range(0, tokens, rows):
+            stop = min(first + rows, tokens)
+            z_Nn = self._block(first, stop) if self._made is None else self._made
+            self._made = z_Nn if rows >= tokens else None
+            yield slice(first, stop), z_Nn
+
+    def _block(self, first: int, stop: int) -> Tensor:
+        values, selection = self.silent.values, self.silent.selection
+        if self.silent.number is None:
+            start, end = int(selection.offsets[first]), int(selection.offsets[stop])
+        else:  # every token has as many
+            start, end = (values.shape[0] // selection.tokens * token for token in (first, stop))
+        z_Nn = self.W_dec_nE.new_zeros(stop - first, selection.width)
+        places = (selection.rows[start:end] - first) * selection.width + selection.latents[start:end]
+        z_Nn.view(-1)[places] = values[start:end].to(z_Nn.dtype)
+        return z_Nn
 
     def guess_minus(self, residual_NE: Tensor) -> Tensor:
         """[N, E]: ê − e."""
-        return torch.addmm(residual_NE, self.z_Nn, self.W_dec_nE, beta=-1)
+        if self.low is None:
+            parts = [torch.addmm(residual_NE[span], z, self.W_dec_nE, beta=-1) for span, z in self.tiles()]
+        else:
+            parts = [(z @ self.W_dec_nE).to(residual_NE.dtype).sub_(residual_NE[span]) for span, z in self.tiles()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gradients(self, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
-        da_Nn = (error_NE @ self.W_dec_nE.T).mul_(self.z_Nn > 0).mul_(scale)
-        return (self.z_Nn.T @ error_NE).mul_(scale), da_Nn.T @ x_ND, da_Nn.sum(0)
+        parts = (self._tile(z, error_NE[span], x_ND[span], scale) for span, z in self.tiles())
+        dW_dec_nE, dW_enc_nD, db_n = next(parts)
+        for more_dec, more_enc, more_b in parts:
+            dW_dec_nE += more_dec
+            dW_enc_nD += more_enc
+            db_n += more_b
+        return dW_dec_nE, dW_enc_nD, db_n
+
+    def _tile(self, z_Nn: Tensor, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.low is None:
+            da_Nn = (error_NE @ self.W_dec_nE.T).mul_(z_Nn > 0).mul_(scale)
+            return (z_Nn.T @ error_NE).mul_(scale), da_Nn.T @ x_ND, da_Nn.sum(0)
+        low_NE, full = (error_NE * scale).to(self.low), x_ND.dtype
+        da_Nn = (low_NE @ self.W_dec_nE.T).mul_(z_Nn > 0)
+        return (z_Nn.T @ low_NE).to(full), (da_Nn.T @ x_ND.to(self.low)).to(full), da_Nn.sum(0, dtype=full)
 
 
-_Way = type[_Sparse] | type[_Low] | type[_Dense]
+_Way = Callable[[Silent, Tensor], _Sparse | _Low | _Dense]

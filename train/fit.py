@@ -141,7 +141,7 @@ class Fit:
             self._window.other[3] += overflowed
         if norm.device.type == "cpu" and not bool(norm.isfinite()):
             return norm
-        active = [self.coder.encoder(source).advance(parts) for source, parts in enumerate(tallies)]
+        active = [self.coder.encoder(source).advance(parts, overflowed) for source, parts in enumerate(tallies)]
         self._window.add(terms, torch.stack(active), norm, inputs.xs[0].shape[0])
         self._rate = rate
         self.done += 1

@@ -24,6 +24,8 @@ from thresher.train.auxk import auxiliary
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Fired
 from thresher.train.dictionary.rules import JumpReLU
+from thresher.train.kernels import padded
+from thresher.train.kernels.silent import Dead
 from thresher.train.kernels.sparse import spread
 from thresher.train.stages import stage
 
@@ -69,7 +71,7 @@ def losses(
     tokens = xs[0].shape[0] if whole is None else whole.tokens
     outputs = [done.y.flatten(1)] if len(ys) == 1 else done.y.unbind(1)
     errors = [squared_error(out, y) for out, y in zip(outputs, ys, strict=True)]
-    fvu = torch.stack(errors) / torch.tensor([tokens * v for v in variances], dtype=done.y.dtype).to(done.y.device)
+    fvu = torch.stack([error / (tokens * v) for error, v in zip(errors, variances, strict=True)])
     total = fvu.mean()
     aux = penalty = total.new_zeros(())
     if spec.aux > 0:
@@ -152,11 +154,16 @@ PENALTIES = {"l1": _l1, "l0": _l0, "tanh": _tanh}
 
 def preactivation_loss(coder: Coder, source: int, x_ND: Tensor) -> Tensor:
     """Σ n_f relu(θ_f − a_f) over tokens and dead latents, or all: a dense pass on their rows, by plain autograd."""
-    spec, encoder = coder.spec, coder.encoder(source)
+    encoder = coder.encoder(source)
     assert isinstance(encoder.rule, JumpReLU)
-    chosen = torch.arange(spec.n_latents, device=x_ND.device)
-    if spec.preact_on == "dead":
-        chosen = torch.nonzero(encoder.dead(spec.dead_after)).view(-1)
-    a_Nn = F.linear(x_ND, encoder.W_enc[chosen], coder.bias(source)[chosen])
-    below = torch.relu(encoder.rule.theta()[chosen] - a_Nn)
-    return (below.sum(0) * coder.decoder_norm(source)[chosen]).sum()
+    rows: tuple[Tensor, ...] = encoder.W_enc, coder.bias(source), encoder.rule.theta(), coder.decoder_norm(source)
+    real: Tensor | float = 1.0
+    if coder.spec.preact_on == "dead":
+        dead = encoder.asleep(x_ND.shape[0])
+        if dead is None and padded.must_not_ask(x_ND):
+            return x_ND.new_zeros(())
+        dead = dead or Dead(torch.empty(0, dtype=torch.int64))
+        rows, real = tuple(tensor.index_select(0, dead.latents) for tensor in rows), dead.real()
+    weight, bias, theta, norm = rows
+    below = torch.relu(theta - F.linear(x_ND, weight, bias)).sum(0)
+    return (below * norm * real).sum()

@@ -54,6 +54,7 @@ class Optimiser:
         self.clip = config.clip
         self.coder = coder
         self._sinks = coder.gather()
+        self._encoders = {(encoder := coder.encoder(source)).W_enc: encoder for source in range(len(coder.reads))}
         self._betas, self._eps = (config.beta1, config.beta2), config.eps
         self._unit = list(coder.W_dec) if coder.spec.unit_norm else []
         self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=self._betas, eps=config.eps, fused=True)
@@ -69,6 +70,9 @@ class Optimiser:
         self._sinks.settle(whole=how not in ("numba", "triton"))
         ways = {"numba": self._by_rows, "triton": self._by_rows_on_device, "torch": self._fused, "plain": self._plain}
         norm = ways[how](rate, finite)
+        if how != "triton":  # which writes a shorter copy of an encoder together with it
+            for encoder in self._encoders.values():
+                encoder.changed()
         self.clear()
         return norm
 
@@ -101,12 +105,17 @@ class Optimiser:
         from thresher.train.kernels import triton
 
         rows = [
-            triton.Rows(*self._matrices(parameter), *self._noted(parameter))
+            triton.Rows(*self._matrices(parameter), *self._noted(parameter), self._copy(parameter))
             for parameter in self.parameters
             if parameter.grad is not None
         ]
         norm: Tensor = triton.step(rows, rate, finite, self.clip, self._betas, self._eps)
         return norm
+
+    def _copy(self, parameter: nn.Parameter) -> Tensor | None:
+        """A weight's copy in a shorter format, which the update has to write too."""
+        encoder = self._encoders.get(parameter)
+        return None if encoder is None or encoder.matmul_dtype is None else encoder.low_weight()
 
     def _noted(self, parameter: nn.Parameter) -> tuple[Tensor | None, Facts | None, bool]:
         """Multiples of the weight that its gradient lacks, facts of what it has, and whether rows keep norm 1."""

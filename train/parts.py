@@ -49,7 +49,7 @@ def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[T
     spec = coder.spec
     tokens = sum(part[0].shape[0] for part in xs)
     wants_l0 = penalised and spec.resolved_penalty == "target_l0" and spec.sparsity > 0
-    wants_residual = spec.aux > 0 and _may_be_dead(coder)
+    wants_residual = spec.aux > 0 and _may_be_dead(coder, tokens)
     wants_cut = spec.firing == "batchtopk"
     if not (wants_l0 or wants_residual or wants_cut):
         return Survey([[None] * len(xs[0]) for _ in xs], Whole(tokens))
@@ -62,11 +62,9 @@ def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[T
     return Survey(kept, Whole(tokens, None if l0 is None else l0 / tokens, residual))
 
 
-def _may_be_dead(coder: Coder) -> bool:
-    """Whether AuxK has to be reckoned with; where asking would wait for a device, it has."""
-    if coder.b_dec.device.type != "cpu":
-        return True
-    return any(bool(coder.encoder(source).dead(coder.spec.dead_after).any()) for source in range(len(coder.reads)))
+def _may_be_dead(coder: Coder, tokens: int) -> bool:
+    """Whether AuxK has to be reckoned with; where asking would wait for a device, as far as is known."""
+    return any(coder.encoder(source).asleep(tokens) is not None for source in range(len(coder.reads)))
 
 
 def _chosen(coder: Coder, source: int, xs: Sequence[Tensor], tokens: int) -> list[Chosen]:

@@ -11,7 +11,7 @@ from tests.train.test_losses import LATENTS, RULES, N, batch, make
 from thresher.train import auxk
 from thresher.train.kernels import slabs
 from thresher.train.kernels.choice import Kernels
-from thresher.train.kernels.silent import by_latent, choose_silent, keep_low, plain_silent, spread_low
+from thresher.train.kernels.silent import Dead, by_latent, choose_silent, keep_low, plain_silent, spread_low
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -26,7 +26,7 @@ def test_the_codes_of_dead_latents_are_the_k_largest_positive_ones(
     a = ((3 * a).round() if coarse else a) - shift  # coarse: many are equal
     count, k = (int(torch.randint(1, 40, (), generator=rng)) for _ in range(2))
     latents = torch.randperm(40, generator=rng)[:count].sort().values
-    got = choose_silent(a, latents, k, Kernels())
+    got = choose_silent(a, Dead(latents), k, Kernels())
     mask = torch.zeros(6, count, dtype=torch.bool)
     mask[got.selection.rows, got.selection.latents] = True
     assert torch.equal(mask, plain_silent(a, latents, k))
@@ -111,7 +111,7 @@ def test_products_in_bfloat16_give_the_term_and_its_gradients_to_half_a_percent(
 def test_spreading_codes_in_bfloat16_rounds_as_torch_does(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     a = torch.randn(5, 30, generator=rng) * 10.0 ** float(torch.randint(-20, 20, (), generator=rng))
-    silent = choose_silent(a, torch.arange(30), 7, Kernels())
+    silent = choose_silent(a, Dead(torch.arange(30)), 7, Kernels())
     low = spread_low(silent.selection, silent.values)
     assert torch.equal(low, (a * plain_silent(a, torch.arange(30), 7)).bfloat16())
     gradient = torch.randn(5, 30, generator=rng).bfloat16()

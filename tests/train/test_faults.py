@@ -145,7 +145,7 @@ def test_the_loss_and_the_log_mean_the_same_latents_by_dead(cache: CacheReader) 
     for count, dead in ((1999, 0), (2000, 7), (2001, 7)):
         encoder.tokens_since_fired.zero_()[:7] = count
         found = dead_latents(made.coder, 0, made.coder(given.xs))
-        assert (0 if found is None else len(found)) == dead
+        assert (0 if found is None else len(found.latents)) == dead
         assert made.dead_share().item() == dead / 64
 
 

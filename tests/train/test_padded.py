@@ -50,6 +50,7 @@ class ReadingBack(TorchDispatchMode):
         "masked_select",
         "unique",
         "aten.equal.default",
+        "lift_fresh",  # a tensor of numbers of the host: to copy them waits too
     )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -154,7 +154,9 @@ def test_a_step_whose_selection_lacked_room_is_left_out_and_no_failure(
 
     monkeypatch.setattr(padded, "above", above)
     before = {name: tensor.clone() for name, tensor in made.coder.named_parameters()}
+    counters = made.coder.encoder(0).tokens_since_fired.clone()
     assert made.step(inputs(cache, made), ROWS).item() == 0.0
+    assert torch.equal(made.coder.encoder(0).tokens_since_fired, counters)  # nothing was learned from these tokens
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.coder.named_parameters())
     moved.append(True)
     room.peak = 64.0

@@ -43,16 +43,14 @@ class Coder(nn.Module):
         self.label = name
         self.deployed = deployed
         self.encoders = nn.ModuleList(Encoder(spec, deployed) for _ in spec.reads)
-        self.use(Kernels())
         self.W_dec = nn.ParameterList(
             torch.zeros(spec.n_latents, len(self.written(source)), spec.d_out) for source in range(len(spec.reads))
         )
         self.b_dec = nn.Parameter(torch.zeros(len(spec.writes), spec.d_out))
         self.register_buffer("mean", torch.zeros(len(spec.writes), spec.d_out))
         self.mean: Tensor
-        self.kernels = Kernels()
         self.sinks: Sinks | None = None
-        self.use(self.kernels)
+        self.use(Kernels())
 
     def written(self, source: int) -> range:
         """Indices of the destinations that a source writes."""
@@ -112,10 +110,11 @@ class Coder(nn.Module):
     # What training asks for.
 
     def use(self, kernels: Kernels) -> None:
-        """Let its choices hold here and in the encoders."""
+        """Let its choices hold here, in the encoders and in their rules."""
         self.kernels = kernels
         for source in range(len(self.spec.reads)):
-            self.encoder(source).kernels = kernels
+            encoder = self.encoder(source)
+            encoder.kernels = encoder.rule.kernels = kernels
 
     def gather(self) -> Sinks:
         """From now on, gradients of encoders and decoders go to sinks (kernels/gradients.py) and not to autograd."""

@@ -3,6 +3,10 @@
 `forward` (training) and `encode` (everything else) share the pre-activations and the rule, so no second encoder can
 drift away from the first. The dense product runs without autograd, in bf16 where asked; selection and thresholds are
 fp32, and gradients return through `gathered_linear`.
+
+For a product in bf16 a copy of W_enc in that format stays beside it, made anew when W_enc has changed: once per
+optimiser step, and by the update itself where that is a kernel of ours on CUDA. There the block of pre-activations is
+bf16 too, since every pass over it costs a fifth of the product in float32; what is compared is float32 all the same.
 """
 
 import threading
@@ -15,10 +19,11 @@ from torch import Tensor, nn
 from thresher.cache.contracts import Codes
 from thresher.train.dictionary.rules import BatchTopK, rule
 from thresher.train.dictionary.spec import DictionarySpec
-from thresher.train.kernels import firing
+from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
-from thresher.train.kernels.silent import Silent, choose_silent
+from thresher.train.kernels.padded import Forecast
+from thresher.train.kernels.silent import Dead, Silent, choose_silent, dead_first
 from thresher.train.kernels.sparse import Selection, gathered_linear
 from thresher.train.kernels.tiles import joined, joined_silent, tile_rows
 from thresher.train.stages import stage
@@ -73,12 +78,12 @@ class Workspace:
     def __init__(self) -> None:
         self._local = threading.local()
 
-    def block(self, tokens: int, W_enc: Tensor) -> Tensor:
-        """[N, F] uninitialised, for the product of N rows with an encoder."""
-        size = tokens * W_enc.shape[0]
+    def block(self, tokens: int, W_enc: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[N, F] uninitialised, for the product of N rows with an encoder; None: in the encoder's own format."""
+        size, dtype = tokens * W_enc.shape[0], dtype or W_enc.dtype
         memory: Tensor | None = getattr(self._local, "memory", None)
-        if memory is None or memory.numel() < size or memory.dtype != W_enc.dtype or memory.device != W_enc.device:
-            memory = self._local.memory = torch.empty(size, dtype=W_enc.dtype, device=W_enc.device)
+        if memory is None or memory.numel() < size or memory.dtype != dtype or memory.device != W_enc.device:
+            memory = self._local.memory = torch.empty(size, dtype=dtype, device=W_enc.device)
         return memory[:size].view(tokens, W_enc.shape[0])
 
 
@@ -94,18 +99,41 @@ class Encoder(nn.Module):
         self.tokens_since_fired: Tensor
         self.dead_after = spec.dead_after
         self.aux_k = spec.resolved_aux_k if spec.aux > 0 and not deployed else 0
+        self.forecast = None if deployed else Forecast(spec.dead_after)
+        self.register_load_state_dict_post_hook(_look_once)
         self.matmul_dtype: torch.dtype | None = None
+        self.register_buffer("low", None, persistent=False)
+        self.low: Tensor | None
+        self._low_of: tuple[int, int] | None = None
         self.workspace = Workspace()
         self.kernels = Kernels()
         self.sink: Sink | None = None  # where W_enc's gradient goes; None: to autograd
 
     def preactivations(self, x_ND: Tensor, bias_F: Tensor, out: Tensor | None = None) -> Tensor:
-        """a [N, F] in the parameters' dtype, without gradient; into `out` where possible."""
+        """a [N, F] in the parameters' dtype or that of `out`, which receives it; without gradient."""
         with torch.no_grad():
             if self.matmul_dtype is None:
                 return torch.addmm(bias_F, x_ND, self.W_enc.T, out=out)
-            low_x, low_W = x_ND.to(self.matmul_dtype), self.W_enc.to(self.matmul_dtype)
-            return (low_x @ low_W.T).to(bias_F.dtype).add_(bias_F)
+            low_x, low_W = x_ND.to(self.matmul_dtype), self.low_weight()
+            if out is not None and out.dtype == self.matmul_dtype:
+                return torch.addmm(bias_F.to(out.dtype), low_x, low_W.T, out=out)
+            return torch.add(low_x @ low_W.T, bias_F, out=out)
+
+    @torch.no_grad()
+    def low_weight(self) -> Tensor:
+        """[F, D] W_enc in `matmul_dtype`: the copy, brought up to date if W_enc has changed."""
+        assert self.matmul_dtype is not None
+        state = (self.W_enc.data_ptr(), self.W_enc._version)
+        if self.low is None or self.low.dtype != self.matmul_dtype or self.low.shape != self.W_enc.shape:
+            self.low = self.W_enc.to(self.matmul_dtype, copy=True)
+        elif self._low_of != state:
+            self.low.copy_(self.W_enc)
+        self._low_of = state
+        return self.low
+
+    def changed(self) -> None:
+        """Take note of a change of W_enc that torch does not see: by a compiled loop, or a kernel without a copy."""
+        self._low_of = None
 
     @torch.no_grad()
     def choose(self, x_ND: Tensor, bias_F: Tensor, whole: int | None = None) -> Chosen:
@@ -114,10 +142,11 @@ class Encoder(nn.Module):
         `whole`: these rows are some of a batch of so many; of BatchTopK's entries, as many come as it may keep in all.
         """
         tokens = x_ND.shape[0] if whole is None else whole
-        rows = tile_rows(self.W_enc.shape[0], bias_F.itemsize, x_ND.device)
+        rows = tile_rows(self.W_enc.shape[0], self._block_dtype().itemsize, x_ND.device)
+        dead = self._wanted(tokens)
         if x_ND.shape[0] <= rows:
-            return self._chosen(x_ND, bias_F, tokens)
-        parts = [self._chosen(x_nD, bias_F, tokens) for x_nD in x_ND.split(rows)]
+            return self._chosen(x_ND, bias_F, tokens, dead)
+        parts = [self._chosen(x_nD, bias_F, tokens, dead) for x_nD in x_ND.split(rows)]
         silent = [part.silent for part in parts if part.silent is not None]
         merged = joined_silent(silent) if silent else None
         pairs = [(part.selection, part.values) for part in parts if part.selection is not None]
@@ -126,37 +155,47 @@ class Encoder(nn.Module):
         count = int(self.rule.k * tokens) if isinstance(self.rule, BatchTopK) else None
         return Chosen(*joined(pairs, count), merged)
 
-    def _chosen(self, x_nD: Tensor, bias_F: Tensor, tokens: int) -> Chosen:
+    def _block_dtype(self) -> torch.dtype:
+        """A CPU's own loops know no bf16, and its block fits the caches or is large anyway."""
+        low = self.matmul_dtype if padded.must_not_ask(self.W_enc) else None
+        return low or self.W_enc.dtype
+
+    def _chosen(self, x_nD: Tensor, bias_F: Tensor, tokens: int, dead: Dead | None) -> Chosen:
         """What is chosen of some rows of a batch of `tokens`; of BatchTopK's entries, as many as it may be in all."""
         with stage("encode"):
-            a_nF = self.preactivations(x_nD, bias_F, self.workspace.block(x_nD.shape[0], self.W_enc))
+            block = self.workspace.block(x_nD.shape[0], self.W_enc, self._block_dtype())
+            a_nF = self.preactivations(x_nD, bias_F, block)
         with stage("select"):
             if isinstance(self.rule, BatchTopK) and x_nD.shape[0] < tokens:
                 count = min(int(self.rule.k * tokens), a_nF.numel())
                 selection: Selection | None = firing.select_batch_topk(a_nF, count, self.kernels)
             else:
                 selection = self.rule.select(a_nF)
-            values = a_nF.clone() if selection is None else selection.take(a_nF)
-        latents = self._wanted()
-        if latents is None:
+            if selection is None:
+                values = a_nF.to(bias_F.dtype, copy=True)
+            else:
+                values = selection.take(a_nF).to(bias_F.dtype)
+        if dead is None:
             return Chosen(selection, values)
         with stage("auxk"):
-            return Chosen(selection, values, choose_silent(a_nF, latents, self.aux_k, self.kernels))
+            silent = choose_silent(a_nF, dead, self.aux_k, self.kernels)
+            return Chosen(selection, values, silent._replace(values=silent.values.to(bias_F.dtype)))
 
     @torch.no_grad()
     def _wake(self, x_ND: Tensor, bias_F: Tensor) -> Silent | None:
         """Codes of dead latents for rows whose block is gone: a product with their rows."""
-        latents = self._wanted()
-        if latents is None:
+        dead = self._wanted(x_ND.shape[0])
+        if dead is None:
             return None
         with stage("auxk"):
+            latents = dead.latents
             a_Nn = torch.nn.functional.linear(x_ND, self.W_enc[latents], bias_F[latents])
-            every = torch.arange(latents.shape[0], device=latents.device)
+            every = dead._replace(latents=torch.arange(latents.shape[0], device=latents.device))
             return choose_silent(a_Nn, every, self.aux_k, self.kernels)._replace(latents=latents)
 
-    def _wanted(self) -> Tensor | None:
-        """[n] int64: dead latents whose codes AuxK's fast form takes from here; None: none."""
-        return self.dead_latents() if self.aux_k and self.kernels.forced != "plain" else None
+    def _wanted(self, tokens: int) -> Dead | None:
+        """Dead latents whose codes AuxK's fast form takes from here; None: none."""
+        return self.asleep(tokens) if self.aux_k and self.kernels.forced != "plain" else None
 
     def forward(self, x_ND: Tensor, bias_F: Tensor, chosen: Chosen | None = None) -> Fired:
         """Training codes; `bias_F` is b_enc with any pre-bias folded in, with gradient.
@@ -194,16 +233,23 @@ class Encoder(nn.Module):
         return Tally(count_F, fired.z.detach() if isinstance(self.rule, BatchTopK) else None, fired.tokens)
 
     @torch.no_grad()
-    def advance(self, parts: Sequence[Tally]) -> Tensor:
+    def advance(self, parts: Sequence[Tally], left_out: Tensor | None = None) -> Tensor:
         """Move the running threshold and the dead counters on by one optimiser step.
 
-        Returns the number of active entries, a scalar on the device.
+        `left_out`: bool scalar, whether its update was; the counters then stay, for they count tokens trained on, and
+        codes that were cut off say nothing of who fired. Returns the number of active entries, a scalar on the device.
         """
         values = [part.z for part in parts if part.z is not None]
         if values:
             self.rule.observe(values[0] if len(values) == 1 else torch.cat(values))
         count_F = torch.stack([part.counts for part in parts]).sum(0) if len(parts) > 1 else parts[0].counts
-        self.tokens_since_fired.add_(sum(part.tokens for part in parts)).masked_fill_(count_F > 0, 0)
+        tokens, fired_F = sum(part.tokens for part in parts), count_F > 0
+        if left_out is None:
+            self.tokens_since_fired.add_(tokens).masked_fill_(fired_F, 0)
+        else:
+            self.tokens_since_fired.add_((~left_out) * tokens).masked_fill_(fired_F & ~left_out, 0)
+        if self.forecast is not None:
+            self.forecast.advance(self.tokens_since_fired, tokens)
         return count_F.sum(dtype=torch.float64)
 
     def observe(self, fired: Fired) -> Tensor:
@@ -215,6 +261,22 @@ class Encoder(nn.Module):
         return self.tokens_since_fired >= dead_after
 
     def dead_latents(self) -> Tensor | None:
-        """[n] int64, ascending: latents that count as dead; None when there are none."""
+        """[n] int64, ascending: latents that count as dead; None when there are none. Reads back."""
         latents = torch.nonzero(self.dead(self.dead_after)).view(-1)
         return latents if latents.shape[0] else None
+
+    def asleep(self, tokens: int) -> Dead | None:
+        """Latents that count as dead in a batch of so many tokens, found without asking a device; None: none."""
+        if self.forecast is None or not padded.must_not_ask(self.tokens_since_fired):
+            latents = self.dead_latents()
+            return None if latents is None else Dead(latents)
+        length = self.forecast.capacity(self.tokens_since_fired, tokens)
+        return dead_first(self.dead(self.dead_after), length) if length else None
+
+
+def _look_once(encoder: nn.Module, _: object) -> None:
+    """After a load, which may wait: count what may be dead, so that no step has to do without a bound."""
+    assert isinstance(encoder, Encoder)
+    counters = encoder.tokens_since_fired
+    if encoder.forecast is not None and padded.must_not_ask(counters) and not encoder.forecast.known:
+        encoder.forecast.recount(counters)

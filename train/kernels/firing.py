@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from thresher.train.kernels import padded
-from thresher.train.kernels.choice import Kernels
+from thresher.train.kernels.choice import Implementation, Kernels
 from thresher.train.kernels.padded import Room, wide
 from thresher.train.kernels.sparse import DENSE_SHARE, Selection, per_latent
 
@@ -37,8 +37,13 @@ _SAMPLE = 1 << 15
 _TOPK_HEAP = 128  # torch.topk on a CPU is faster than numpy while 128 k ≤ F, measured
 
 
-def _plain(kernels: Kernels | None) -> bool:
-    return kernels is not None and kernels.forced == "plain"
+def _plain(a_NF: Tensor, kernels: Kernels | None) -> bool:
+    """Whether dense formulas are asked for; takes note of who selects."""
+    return kernels is not None and _pick(a_NF, kernels) == "plain"
+
+
+def _pick(a_NF: Tensor, kernels: Kernels) -> Implementation:
+    return kernels.pick("select", a_NF.device, wide(a_NF.dtype), a_NF.numel())
 
 
 def fixed_capacity(a_NF: Tensor, kernels: Kernels | None) -> ModuleType | None:
@@ -46,10 +51,9 @@ def fixed_capacity(a_NF: Tensor, kernels: Kernels | None) -> ModuleType | None:
     where the products could not deal with padding."""
     if a_NF.device.type == "cpu":
         return None
-    dtype = wide(a_NF.dtype)
-    if (kernels or Kernels()).pick("select", a_NF.device, dtype, a_NF.numel()) != "triton":
+    if _pick(a_NF, kernels or Kernels()) != "triton":
         return None
-    return padded if dtype == torch.float64 else importlib.import_module("thresher.train.kernels.triton.select")
+    return padded if a_NF.dtype == torch.float64 else importlib.import_module("thresher.train.kernels.triton.select")
 
 
 def plain_topk(a_NF: Tensor, k: int) -> Tensor:
@@ -59,7 +63,7 @@ def plain_topk(a_NF: Tensor, k: int) -> Tensor:
 
 def select_topk(a_NF: Tensor, k: int, kernels: Kernels | None = None) -> Selection:
     """The k largest of every row, latents ascending; which of equal ones at the edge, the row alone decides."""
-    if _plain(kernels):
+    if _plain(a_NF, kernels):
         return compress(plain_topk(a_NF, k))
     fixed = fixed_capacity(a_NF, kernels)
     if fixed is not None or a_NF.device.type != "cpu":
@@ -100,7 +104,7 @@ def plain_batch_topk(a_NF: Tensor, count: int) -> Tensor:
 
 def select_batch_topk(a_NF: Tensor, count: int, kernels: Kernels | None = None) -> Selection:
     """The `count` largest positive entries of the block (fewer if fewer are positive); equals `plain_batch_topk`."""
-    if _plain(kernels):
+    if _plain(a_NF, kernels):
         return compress(plain_batch_topk(a_NF, count))
     fixed = fixed_capacity(a_NF, kernels)
     if fixed is not None:
@@ -130,7 +134,7 @@ def select_above(
 
     With a fixed capacity, `room` decides by what it knows of earlier blocks, and the selection may have `overflowed`.
     """
-    if _plain(kernels):
+    if _plain(a_NF, kernels):
         return None
     fixed = fixed_capacity(a_NF, kernels)
     if fixed is None or room is None:

@@ -8,6 +8,9 @@ entries that count: it has a pre-activation far below zero, so its code is 0, an
 A block with more entries than room is cut off and marked `overflowed`, a flag on the device, and the step's update has
 to be left out like one whose loss is not finite; `Room` learns of it and the capacity grows.
 
+How many latents are dead needs no guess: a counter that tells how long a latent was silent rises by no more than a
+step's tokens, so an old count of those that come near says how many there can be now (`Forecast`).
+
 Everything here is torch and runs on any device; kernels/triton/select.py does the same in fewer passes.
 """
 
@@ -60,6 +63,11 @@ class Padded(Selection):
         """[C]: the entries' values in a dense block, float32 or wider; padding gets `PADDING`."""
         values = a_NF.reshape(-1).take(self.positions.clamp_max(self.end - 1))
         return values.to(wide(a_NF.dtype)).masked_fill(~self.real, PADDING)
+
+
+def must_not_ask(tensor: Tensor) -> bool:
+    """Whether reading a number back from where this lies makes the host wait."""
+    return tensor.device.type != "cpu"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -125,15 +133,73 @@ def _positions(mask: Tensor, capacity: int) -> Tensor:
     return torch.nonzero_static(mask, size=capacity, fill_value=mask.shape[0]).view(-1)
 
 
+def rounded(count: int) -> int:
+    """Up to one of eight sizes per octave, so that a step rarely meets a new one."""
+    unit = 1 << max(count.bit_length() - 4, 0)
+    return -(-count // unit) * unit
+
+
+class Lagged:
+    """Counts made on a device, in a queue until the device has long passed them."""
+
+    LAG = 4
+    """Counts between one and its use. By then nobody waits; and because the lag is a number and not a race, the same
+    recipe takes the same decisions."""
+
+    def __init__(self) -> None:
+        self._counts: deque[tuple[Tensor, int]] = deque()
+        self._arrivals: deque[torch.cuda.Event | None] = deque()
+
+    def put(self, count: Tensor, note: int) -> None:
+        """A count, a scalar on the device, and what is to be known beside it."""
+        if count.device.type == "cuda":
+            landed = torch.empty((), dtype=torch.int64, pin_memory=True)
+            landed.copy_(count, non_blocking=True)
+            arrival = torch.cuda.Event()
+            arrival.record()
+            self._arrivals.append(arrival)
+            count = landed
+        else:
+            self._arrivals.append(None)
+        self._counts.append((count, note))
+
+    def take(self) -> tuple[int, int] | None:
+        """The oldest count and its note, once `LAG` are waiting."""
+        if len(self._counts) < self.LAG:
+            return None
+        count, note = self._counts.popleft()
+        arrival = self._arrivals.popleft()
+        if arrival is not None:
+            arrival.synchronize()
+        return int(count), note
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._counts.clear()
+        self._arrivals.clear()
+
+    def listed(self) -> list[float]:
+        """All that waits, for a checkpoint: count, note, count, note, …"""
+        for arrival in self._arrivals:
+            if arrival is not None:
+                arrival.synchronize()
+        return [float(number) for count, note in self._counts for number in (int(count), note)]
+
+    def restore(self, listed: Sequence[float]) -> None:
+        """Put back what `listed` gave."""
+        self.clear()
+        for count, note in zip(listed[::2], listed[1::2], strict=True):
+            self.put(torch.tensor(int(count)), int(note))
+
+
 class Room(nn.Module):
     """How many entries the next selection may hold, from the counts of earlier ones.
 
-    A count is read `LAG` selections after it was made. By then the device has usually passed it, and nobody waits; and
-    because the lag is a number and not a race, the same recipe takes the same decisions. Until the first count is read
-    the step goes dense, which holds any number. The state is saved with the weights, so a resumed run decides likewise.
+    Until the first count is read the step goes dense, which holds any number. The state is saved with the weights, so a
+    resumed run decides likewise.
     """
 
-    LAG = 4
+    LAG = Lagged.LAG
     """Selections between a count and its use."""
     MARGIN = 1.25
     """Capacity over the largest count remembered."""
@@ -144,56 +210,103 @@ class Room(nn.Module):
         super().__init__()
         self.peak = 0.0
         """Entries per token, the largest of late; 0: not known."""
-        self._counts: deque[tuple[Tensor, int]] = deque()
-        self._arrivals: deque[torch.cuda.Event | None] = deque()
+        self._counts = Lagged()
 
     def capacity(self, tokens: int, width: int, dense_share: float) -> int | None:
-        """Entries that a block of [tokens, width] gets room for; None: a selection would not pay, or nothing is known.
-
-        Sizes are rounded up to one of eight per octave, so that a step rarely meets a new one.
-        """
-        if len(self._counts) >= self.LAG:
-            self._read()
+        """Entries that a block of [tokens, width] gets room for; None: a selection would not pay, or none is known."""
+        old = self._counts.take()
+        if old is not None:
+            self.peak = max(old[0] / old[1], 1 / old[1], self.DECAY * self.peak)
         if self.peak == 0.0:
             return None
-        wanted = math.ceil(self.MARGIN * self.peak * tokens) + 64
-        unit = 1 << max(wanted.bit_length() - 4, 0)
-        capacity = -(-wanted // unit) * unit
+        capacity = rounded(math.ceil(self.MARGIN * self.peak * tokens) + 64)
         return capacity if capacity <= dense_share * tokens * width else None
 
     def note(self, count: Tensor, tokens: int) -> None:
         """A selection's count, a scalar on the device."""
-        if count.device.type == "cuda":
-            landed = torch.empty((), dtype=torch.int64, pin_memory=True)
-            landed.copy_(count, non_blocking=True)
-            arrival = torch.cuda.Event()
-            arrival.record()
-            self._arrivals.append(arrival)
-            count = landed
-        else:
-            self._arrivals.append(None)
-        self._counts.append((count, tokens))
-
-    def _read(self) -> None:
-        count, tokens = self._counts.popleft()
-        arrival = self._arrivals.popleft()
-        if arrival is not None:
-            arrival.synchronize()
-        self.peak = max(int(count) / tokens, 1 / tokens, self.DECAY * self.peak)
+        self._counts.put(count, tokens)
 
     def get_extra_state(self) -> Tensor:
         """[1 + 2·pending] float64: the peak, then counts and tokens not yet used."""
-        for arrival in self._arrivals:
-            if arrival is not None:
-                arrival.synchronize()
-        pending = [float(number) for count, tokens in self._counts for number in (int(count), tokens)]
-        return torch.tensor([self.peak, *pending], dtype=torch.float64)
+        return torch.tensor([self.peak, *self._counts.listed()], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Put back what `get_extra_state` gave."""
-        peak, *pending = state.tolist()
-        self.peak = peak
-        self._counts = deque(
-            (torch.tensor(int(count)), int(tokens)) for count, tokens in zip(pending[::2], pending[1::2], strict=True)
-        )
-        self._arrivals = deque(None for _ in self._counts)
+        self.peak, *pending = state.tolist()
+        self._counts.restore(pending)
+
+
+class Forecast(nn.Module):
+    """How many latents can be dead by now, from older counts: an upper bound, known without asking.
+
+    A step adds its tokens to the counter of every latent that did not fire. So whoever counts as dead within the next H
+    tokens now lacks H or less, and a count of those bounds every count to come until H tokens have passed. A count of
+    each step is read `Lagged.LAG` steps later, which is why the bound is close: a little more than a step's tokens old.
+
+    `tokens` is the clock. What is known is thrown away when it is too old (a batch far larger than those before), and
+    by CPU training, which asks. Then there is room for all latents until the next count arrives. The state is saved
+    with the weights, so a resumed run decides likewise. Counters that are set from outside have to be told (`recount`).
+    """
+
+    def __init__(self, dead_after: int) -> None:
+        super().__init__()
+        self.dead_after = dead_after
+        self._tokens = 0
+        self._known: tuple[int, int] | None = None
+        """How many at most, and until when."""
+        self._counts = Lagged()
+
+    def most(self, silent_F: Tensor, tokens: int) -> int:
+        """Latents that may be dead in a batch of so many tokens; silent_F: tokens since each fired."""
+        if not self.known:
+            self._count(silent_F, tokens)
+        return self._known[0] if self._known is not None and self.known else silent_F.shape[0]
+
+    def capacity(self, silent_F: Tensor, tokens: int) -> int:
+        """Latents that room is made for; 0: none can be dead."""
+        most = self.most(silent_F, tokens)
+        return min(rounded(most), silent_F.shape[0])
+
+    def advance(self, silent_F: Tensor, tokens: int) -> None:
+        """Go on by a step, after which the counters are these; each rose by `tokens` at most."""
+        if not must_not_ask(silent_F):
+            self.forget()
+            return
+        self._tokens += tokens
+        self._count(silent_F, tokens)
+
+    def recount(self, silent_F: Tensor) -> None:
+        """Count now, and wait for it: not within a step."""
+        self._counts.clear()
+        horizon = self.dead_after - 1
+        self._known = int(self._near(silent_F, horizon)), self._tokens + horizon
+
+    def forget(self) -> None:
+        """Know nothing."""
+        self._known = None
+        self._counts.clear()
+
+    def _count(self, silent_F: Tensor, tokens: int) -> None:
+        horizon = self._counts.LAG * tokens
+        self._counts.put(self._near(silent_F, horizon), self._tokens + horizon)
+        self._known = self._counts.take() or self._known
+
+    def _near(self, silent_F: Tensor, horizon: int) -> Tensor:
+        return torch.count_nonzero(silent_F >= self.dead_after - horizon)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a bound that still holds."""
+        return self._known is not None and self._known[1] >= self._tokens
+
+    def get_extra_state(self) -> Tensor:
+        """float64: the clock, then (how many, until when) of what is known and of what waits; −1 for nothing known."""
+        known = (-1, -1) if self._known is None else self._known
+        return torch.tensor([self._tokens, *known, *self._counts.listed()], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put back what `get_extra_state` gave."""
+        clock, most, until, *pending = state.tolist()
+        self._tokens = int(clock)
+        self._known = None if most < 0 else (int(most), int(until))
+        self._counts.restore(pending)

@@ -6,6 +6,11 @@ row's columns reach; the next row starts from it, and a false position (regula f
 which is cheaper than to partition or sort. Where equal values make that impossible the lower latents win.
 
 What is not positive has no code and no gradient, so it is no entry at all.
+
+A device must not be asked how many latents are dead, nor how many codes they have. There the dead ones stand in a list
+of fixed length with living ones behind them (`dead_first`), whose pre-activations are replaced by a number far below
+zero; every token has the same number of entries, and those that are not positive have the value 0. The list names no
+latent twice, so that rows of zeros can be added for the living ones like any other rows.
 """
 
 from typing import NamedTuple
@@ -15,26 +20,56 @@ import torch
 from torch import Tensor
 
 from thresher.cache.kernels.jit import compiled
+from thresher.train.kernels import firing
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.cpu_pool import over_rows
+from thresher.train.kernels.padded import PADDING, wide
 from thresher.train.kernels.sparse import ByLatent, Selection
+
+
+class Dead(NamedTuple):
+    """Which latents are dead."""
+
+    latents: Tensor
+    """[n] int64: ascending, without `number`; with it the first so many are, and the rest are other ones."""
+    number: Tensor | None = None
+    """How many of them, a scalar on the device; None: all."""
+
+    def real(self) -> Tensor:
+        """[n] bool: those that are dead."""
+        if self.number is None:
+            return torch.ones_like(self.latents, dtype=torch.bool)
+        return torch.arange(self.latents.shape[0], device=self.latents.device) < self.number
 
 
 class Silent(NamedTuple):
     """Codes of dead latents."""
 
     latents: Tensor
-    """[n] int64: the dead latents, ascending."""
+    """[n] int64: as in `Dead`."""
     selection: Selection
     """Entries, by token; its latents count in `latents`, so its width is n."""
     values: Tensor
-    """[A] pre-activations there, all above 0."""
+    """[A] pre-activations there, all above 0; with a `number` as many for every token, or 0."""
+    number: Tensor | None = None
+    """As in `Dead`."""
 
 
-def choose_silent(a_NF: Tensor, latents: Tensor, k: int, kernels: Kernels) -> Silent:
-    """The k largest positive entries of each row among the columns `latents`; without gradient."""
-    work = a_NF.shape[0] * latents.shape[0]
-    if kernels.pick("silent", a_NF.device, a_NF.dtype, work) == "numba":
+def dead_first(dead_F: Tensor, length: int) -> Dead:
+    """The dead latents and behind them living ones, `length` in all, which must hold all dead ones."""
+    count = torch.count_nonzero(dead_F)
+    place_F = torch.where(dead_F, dead_F.cumsum(0), count + (~dead_F).cumsum(0)) - 1
+    latents = torch.empty_like(place_F).scatter_(0, place_F, torch.arange(dead_F.shape[0], device=dead_F.device))
+    return Dead(latents[:length], count)
+
+
+def choose_silent(a_NF: Tensor, dead: Dead, k: int, kernels: Kernels) -> Silent:
+    """The k largest positive entries of each row among the columns of dead latents; without gradient."""
+    latents = dead.latents
+    how = kernels.pick("silent", a_NF.device, a_NF.dtype, a_NF.shape[0] * latents.shape[0])
+    if dead.number is not None:
+        return _padded_choice(a_NF, dead, k, kernels)
+    if how == "numba":
         return _compiled_choice(a_NF, latents, k)
     a_Nn = a_NF.index_select(1, latents)
     if latents.shape[0] <= k:
@@ -82,6 +117,20 @@ def _entries(a_Nn: Tensor, latents: Tensor, mask_Nn: Tensor) -> Silent:
     position = torch.nonzero(mask_Nn.view(-1)).view(-1)
     offsets = torch.nn.functional.pad(mask_Nn.sum(1).cumsum(0), (1, 0))
     return Silent(latents, Selection(position % width, offsets, width), a_Nn.view(-1).index_select(0, position))
+
+
+def _padded_choice(a_NF: Tensor, dead: Dead, k: int, kernels: Kernels) -> Silent:
+    a_Nn = a_NF.index_select(1, dead.latents).masked_fill_(~dead.real(), PADDING)
+    tokens, width = a_Nn.shape
+    room = min(k, width)
+    if room < width:
+        columns = firing.select_topk(a_Nn, room, kernels).latents
+        a_Nn = a_Nn.gather(1, columns.view(tokens, room))
+    else:
+        columns = torch.arange(width, device=a_Nn.device).repeat(tokens)
+    offsets = torch.arange(0, tokens * room + 1, room, device=a_Nn.device)
+    values = torch.relu(a_Nn.to(wide(a_Nn.dtype))).view(-1)
+    return Silent(dead.latents, Selection(columns, offsets, width), values, dead.number)
 
 
 def _compiled_choice(a_NF: Tensor, latents: Tensor, k: int) -> Silent:

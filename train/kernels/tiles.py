@@ -59,4 +59,4 @@ def _joined_padded(found: Sequence[tuple[Padded, Tensor]], count: int | None) ->
 def joined_silent(parts: Sequence[Silent]) -> Silent:
     """The codes of dead latents in all tiles."""
     selection, values = joined([(part.selection, part.values) for part in parts])
-    return Silent(parts[0].latents, selection, values)
+    return parts[0]._replace(selection=selection, values=values)
