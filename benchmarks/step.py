@@ -150,7 +150,8 @@ class Case:
         for source, x_ND in enumerate(self.xs):
             encoder = self.coder.encoder(source)
             dtype = encoder.matmul_dtype or x_ND.dtype
-            torch.addmm(encoder.b_enc.to(dtype), x_ND.to(dtype), encoder.W_enc.to(dtype).T)
+            W_enc = encoder.W_enc if encoder.matmul_dtype is None else encoder.low_weight()
+            torch.addmm(encoder.b_enc.to(dtype), x_ND.to(dtype), W_enc.T)
 
 
 def _mixture(rows: int, width: int, rng: torch.Generator) -> Tensor:
