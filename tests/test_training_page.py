@@ -1,0 +1,30 @@
+"""The commands that docs/training.md shows do what the page says."""
+
+import json
+import re
+from pathlib import Path
+
+from tests.test_cli import SMALL, thresher
+
+PAGE = Path(__file__).parent.parent / "docs" / "training.md"
+SHORT = (*SMALL, "dictionary.expansion=1")
+
+
+def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    said = {}
+    for line in block.splitlines():
+        program, *arguments = line.split()
+        assert program == "thresher"
+        done = thresher(tmp_path, *arguments, sets=SHORT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said[line.split()[-1]] = done.stdout
+    assert "Bound by" in said["books-demo"]
+    assert "numba" in said["train.micro_rows=1024"]
+    assert "numba" not in said["train.kernels=plain"]
+    assert list((tmp_path / "runs/traced").glob("*/profile/*.pt.trace.json.gz"))
+    settings = [
+        json.loads(path.read_text())["training"]["settings"]["micro_rows"]
+        for path in (tmp_path / "runs/parts").glob("*/config.json")
+    ]
+    assert set(settings) == {1024}
