@@ -13,8 +13,9 @@ An SAE or a transcoder is the case of one layer. In a CLT source i writes to lay
 N tokens, D width in, E width out, F latents, L layers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Literal, NamedTuple
 
 import torch
@@ -65,6 +66,17 @@ class Weights(NamedTuple):
     """[F] by source, of jumprelu."""
     windows: Sequence[float] = ()
     """ε by source, of jumprelu."""
+
+
+def named(state: Mapping[str, Tensor]) -> Weights:
+    """Weights from tensors by name: `encoders.0.W_enc`, `W_dec.0`, `b_dec`, … as a saved state has them."""
+
+    def all_of(form: str) -> list[Tensor]:
+        return [state[name] for name in takewhile(state.__contains__, (form.format(i) for i in count()))]
+
+    jumps = all_of("encoders.{}.rule.log_theta"), [float(w) for w in all_of("encoders.{}.rule.window")]
+    encoders = all_of("encoders.{}.W_enc"), all_of("encoders.{}.b_enc")
+    return Weights(*encoders, all_of("W_dec.{}"), state["b_dec"], *jumps)
 
 
 class Dense:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.train.conftest import plans_for
-from tests.train.dense import Dense, Rules, Weights, rate
+from tests.train.dense import Dense, Rules, named, rate
 from thresher.cache.reader import CacheReader
-from thresher.train.dictionary.rules import JumpReLU
 from thresher.train.fit import Fit, Inputs, Views
 
 STEPS, ROWS = 12, 192
@@ -35,23 +34,13 @@ def both(cache: CacheReader, kind: str, firing: str, way: str) -> tuple[Fit, Den
     fit = Fit(plan, cache, torch.device("cpu"))
     fit.start(cache)
     fit.coder.double()
-    encoders = [fit.coder.encoder(source) for source in range(len(plan.spec.reads))]
-    jumps = [e.rule for e in encoders if isinstance(e.rule, JumpReLU)]
-    weights = Weights(
-        [e.W_enc for e in encoders],
-        [e.b_enc for e in encoders],
-        list(fit.coder.W_dec),
-        fit.coder.b_dec,
-        [rule.log_theta for rule in jumps],
-        [float(rule.window) for rule in jumps],
-    )
     spec = plan.spec
     rules = Rules(
         firing=firing,  # type: ignore[arg-type]
         k=float(spec.k or 0), sparsity=spec.sparsity, unit=spec.unit_norm, pre_bias=spec.pre_bias, aux_k=8,
         dead_after=ROWS, clip=0.5,
     )  # fmt: skip
-    return fit, Dense(rules, weights)
+    return fit, Dense(rules, named(fit.coder.state_dict()))
 
 
 def batch(cache: CacheReader, fit: Fit, step: int) -> Inputs:
@@ -61,7 +50,7 @@ def batch(cache: CacheReader, fit: Fit, step: int) -> Inputs:
     return Inputs([x.double() for x in inputs.xs], [y.double() for y in inputs.ys])
 
 
-def named(dense: Dense) -> dict[str, list[Tensor]]:
+def groups(dense: Dense) -> dict[str, list[Tensor]]:
     return {"W_enc": dense.W_enc, "b_enc": dense.b_enc, "W_dec": dense.W_dec, "log_theta": dense.log_theta}
 
 
@@ -77,7 +66,7 @@ def test_steps_are_those_of_the_dense_reference(cache: CacheReader, kind: str, f
         dense.step(inputs.xs, inputs.ys, [space.total_variance for space in fit.writes], rate(3e-3, step, STEPS, 5))
         revived += dense.dead()
         torch.testing.assert_close(fit.coder.b_dec, dense.b_dec, rtol=1e-7, atol=1e-9)
-        for name, tensors in named(dense).items():
+        for name, tensors in groups(dense).items():
             for source, expected in enumerate(tensors):
                 encoder = fit.coder.encoder(source)
                 homes = {"W_dec": fit.coder.W_dec[source], "log_theta": getattr(encoder.rule, "log_theta", None)}
