@@ -66,7 +66,7 @@ class CacheWriter:
         self._sole: Lock | None = None
         self._alive: Lock | None = None  # between two shards, this alone tells that somebody is at work
         self._calibrations: dict[str, Calibration] = {}
-        self.buffers = Buffers()
+        self.buffers, self._other_buffers = Buffers(), Buffers()  # shards take turns, so memory hangs on no timing
         self.direct = self.bytes_needed() > available_memory() // 4
         """Whether shards go to the disk past the page cache: cheaper, but then training right after finds them cold."""
         self._background = ThreadPoolExecutor(1, thread_name_prefix="thresher-commit")
@@ -200,6 +200,7 @@ class CacheWriter:
         assert shard == FIRST or self.plan.codec != "int8z" or self._calibrations, (
             "train shard 0 comes first: it calibrates"
         )
+        self.buffers, self._other_buffers = self._other_buffers, self.buffers
         return ShardWriter(self, split, index, source, self._contexts[split])
 
     def finalize(self) -> None:
@@ -288,7 +289,8 @@ class CacheWriter:
         arrays["moments"] = moments_entry(data.moments)
         digest = calibration_digest(self.plan, self._calibrations)
         publish_commit(self.path, self.plan, split, index, arrays, data.quality, digest)
-        self.buffers.give(data.arrays.values())
+        for buffers in (self.buffers, self._other_buffers):
+            buffers.give(data.arrays.values())
         self.claims.enter((split, index))
 
     def _can_encode(self) -> bool:
