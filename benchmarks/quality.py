@@ -10,7 +10,7 @@ are dead at the end. The ways round differently, and training makes much of litt
 dense shows how far rounding alone takes them. A difference counts as noise when its mean over seeds is below the
 standard deviation that seeds cause (of the two ways compared, pooled). AuxK has work to do: latents count as dead soon.
 
-    python benchmarks/quality.py                              # bundled model, 3 seeds; 8 minutes on 2 busy cores
+    python benchmarks/quality.py                              # 3 seeds; 35 minutes on 2 busy cores, 25 of them plain
     python benchmarks/quality.py --model DIR --text DIR       # another model, another text
 """
 
@@ -82,7 +82,8 @@ Key = tuple[str, str, int]
 
 def harvested(model: str, text: str, layers: Sequence[int], tokens: int, folder: Path) -> CacheReader:
     """A cache of what the MLPs of some layers read and write."""
-    data = DataConfig(source=text, context=256, test_fraction=0.02, validation_fraction=0.08, max_tokens=tokens)
+    shares = {"test_fraction": 0.02, "validation_fraction": 0.08}
+    data = DataConfig(source=text, context=256, max_tokens=tokens, txt_documents="line", **shares)
     path = folder / "cache.zarr"
     harvest(TargetConfig(model=model), data, HarvestConfig(layers=tuple(layers)), path=path, console=QUIET)
     return CacheReader.open(path)
