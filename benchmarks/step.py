@@ -176,14 +176,14 @@ class Timer:
         if cuda:
             torch.cuda.synchronize()
         began = self.clock()
-        with _no_synchronisation() if cuda else nullcontext():
+        with NoSynchronisation() if cuda else nullcontext():
             run()
         if cuda:
             torch.cuda.synchronize()
         return 1e3 * (self.clock() - began)
 
 
-class _no_synchronisation:  # noqa: N801
+class NoSynchronisation:
     """Makes reading back from the device an error."""
 
     def __enter__(self) -> None:

@@ -1,7 +1,7 @@
 """Tensors of forward passes straight from the kernel and straight back.
 
-glibc keeps freed blocks of up to 32 MB in a heap for every thread. Such heaps grow to several times what is in use, by
-an amount that nobody can predict: two layers in GPT-2 small's shape took 842 MB where 503 do. With a fixed threshold
+glibc keeps freed blocks of up to 32 MB in a heap for every thread. Such heaps grow beyond what is in use, by an amount
+that no formula here foresees: two layers in GPT-2 small's shape took 842 MB where 503 do. With a fixed threshold
 every tensor of a pass is mapped and unmapped by itself, except small ones. The price is page faults: a quarter of the
 speed of the bundled model's harvest (benchmarks/RESULTS.md), and 3 to 13 % of the passes of GPT-2 small's shape. The
 heaps with what is smaller are not trimmed: that would cost another 12 % and save next to nothing.

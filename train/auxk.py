@@ -41,7 +41,8 @@ from thresher.train.kernels.silent import Dead, Silent, by_latent, keep_low, pla
 from thresher.train.kernels.tiles import tile_rows
 
 _DENSE_SHARE = 0.3
-"""Share of [N, n] filled by codes above which four dense products are faster than four sparse ones (see RESULTS.md)."""
+"""Share of [N, n] filled by codes above which four dense products should be faster than four sparse ones: reckoned from
+the times of single products, not measured as a whole."""
 
 
 _LOW_SHARE = 0.06

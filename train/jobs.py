@@ -80,7 +80,7 @@ class Job:
         display.fail(self.plan.name, reason)
         advice = "A lower train.lr or smaller train.clip often helps."
         if "memory" in reason:
-            advice = "A smaller train.micro_rows helps."
+            advice = "A smaller train.micro_rows helps, in a run of another name."
         console.print(
             f"[red]Run {self.plan.name} failed[/red]: {reason}. Its last state is saved in {self.path}; the other "
             f"runs go on. {advice}"
