@@ -18,6 +18,7 @@ from rich.table import Table
 
 from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
+from thresher.cache.memory import ask_for_huge_pages
 
 if TYPE_CHECKING:
     from thresher.cache.contracts import Site
@@ -65,6 +66,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
+    ask_for_huge_pages()
     try:
         app()
     except UserError as error:

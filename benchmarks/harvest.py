@@ -2,9 +2,9 @@
 
 The yardstick is the body of the same Hugging Face model (no logits) on the same contexts in batches of the same shape,
 under inference mode, nothing kept. Against it stands a whole harvest: recording all layers, encoding, measuring,
-checksums, files with fsync, and the manifest. Both run alternately in one process, with a timing of the disk (bytes of
-the same cache, written and flushed at the rate that it sustains). Each harvest is held against the lesser of the two;
-the median of the ratios is reported, with the spread.
+checksums, files with fsync, and the manifest. Both run alternately, each in a process of its own since a harvest sets
+how its process takes memory, with a timing of the disk (bytes of the same cache, written and flushed at the rate that
+it sustains). Each harvest is held against the lesser of the two; the median of the ratios is reported, with the spread.
 
     python benchmarks/harvest.py                                   # bundled model, CPU, about a minute
     python benchmarks/harvest.py --model gpt2-small                # random weights in GPT-2 small's shape
@@ -13,12 +13,14 @@ the median of the ratios is reported, with the spread.
 
 import argparse
 import copy
+import multiprocessing
 import platform
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from rich.table import Table
 from thresher.cache.devices import resolve_device
 from thresher.cache.estimate import disk_rates
 from thresher.cache.layout import CODECS, Contexts
+from thresher.cache.memory import ask_for_huge_pages
 from thresher.harvest.checkpoint import locate
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.fill import default_batch
@@ -125,6 +128,13 @@ def bare_seconds(body: Any, token_id: np.ndarray, batch: int) -> float:
     return time.perf_counter() - started
 
 
+def serve_bare(options: argparse.Namespace, orders: Connection) -> None:
+    """In a process of its own: the seconds of one pass over all contexts, in the batches asked for; 0 ends it."""
+    _, corpus, hugging_face = MODELS[options.model].make(options.device, options.dtype, options.tokens)
+    while batch := orders.recv():
+        orders.send(bare_seconds(hugging_face.base_model, corpus.splits["train"].token_id, batch))
+
+
 def harvest_rate(model: TransformerTarget, corpus: Corpus, config: HarvestConfig, folder: Path, name: str) -> float:
     """Tokens per second of one harvest into a fresh directory."""
     sites = model.sites(config.sites)
@@ -144,8 +154,12 @@ def main() -> None:
     parser.add_argument("--folder", help="where caches are written and removed again (default: the temporary folder)")
     options = parser.parse_args()
 
+    processes = multiprocessing.get_context("spawn")
+    orders, theirs = processes.Pipe()
+    processes.Process(target=serve_bare, args=(options, theirs), daemon=True).start()
+    ask_for_huge_pages()  # as the command line does
     case = MODELS[options.model]
-    model, corpus, hugging_face = case.make(options.device, options.dtype, options.tokens)
+    model, corpus, _ = case.make(options.device, options.dtype, options.tokens)
     token_id = corpus.splits["train"].token_id
     sites = model.sites(("mlp_in", "mlp_out"))
     batch = options.batch or default_batch(model, sites, token_id.shape[1])
@@ -153,7 +167,8 @@ def main() -> None:
     bare, disk, rates = [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for pair in range(options.pairs + 1):
-            seconds = bare_seconds(hugging_face.base_model, token_id, batch)
+            orders.send(batch)
+            seconds = orders.recv()
             rate = harvest_rate(model, corpus, config, Path(folder), str(pair))
             written = sum(file.stat().st_size for file in (Path(folder) / str(pair)).rglob("*") if file.is_file())
             bytes_per_second = disk_rates(Path(folder), DISK_BYTES).write
@@ -162,6 +177,7 @@ def main() -> None:
                 bare.append(token_id.size / seconds)
                 disk.append(bytes_per_second * token_id.size / written)
                 rates.append(rate)
+    orders.send(0)
     ratios = [rate / min(yards) for rate, *yards in zip(rates, bare, disk, strict=True)]
 
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{torch.get_num_threads()} threads"

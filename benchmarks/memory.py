@@ -1,11 +1,9 @@
 """Whether a harvest takes the memory that it says it will.
 
-Every run is a `thresher harvest` of its own, watched from outside. What the line before the first pass says
-(`cache.plan.estimate_memory`, "memory beside the model") is set against the growth of the process's resident memory
-from that line to its peak (VmHWM, which the kernel keeps and is told to begin anew at that line). The contexts, 9 bytes
-a token, are in memory by then and part of what is said, so they are added. Nothing else is: file-backed pages count as
-they become resident, which those of the weights have by then, since the model has run on trial tokens. Medians of
-several runs.
+Every run is a `thresher harvest` of its own, watched from outside. What it says ("memory beside the model",
+`cache.plan.estimate_memory`) is set against the growth of the process's resident memory, files left out, from the line
+before ("Harvesting ...") to its peak. The contexts, 9 bytes a token, are in memory by then and part of what is said, so
+they are added. Medians of several runs.
 
     python benchmarks/memory.py                  # on a CPU, about ten minutes
     python benchmarks/memory.py --case bundled-int8z --runs 5
@@ -19,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,25 +52,50 @@ def measure(settings: tuple[str, ...], folder: Path) -> Run:
         command += ["--set", setting]
     # one line is one line, whatever the width of the terminal
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "1000"})
-    said, before, peak, tokens = 0.0, 0, 0, 0
+    said, tokens, growth, watch = 0.0, 0, 0, Watch(process.pid)
     assert process.stdout is not None
     for line in process.stdout:
+        if line.startswith("Harvesting "):
+            watch.begin()
         if found := re.search(r"needs about ([\d.,]+) (\w+) of memory", line):
-            before = _status(process.pid, "VmRSS")
-            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # peak := what is resident now
             said = float(found[1].replace(",", "")) * _UNITS[found[2]]
         if found := re.search(r"^Harvested .*: ([\d,]+) tokens in", line):
-            peak, tokens = _status(process.pid, "VmHWM"), int(found[1].replace(",", ""))
-    if process.wait() or not said or not peak:
+            growth, tokens = watch.end(), int(found[1].replace(",", ""))
+    if process.wait() or not said or not growth:
         sys.exit(f"{' '.join(command)} failed")
     shutil.rmtree(folder / "cache")
-    return Run(said, peak - before + 9 * tokens)
+    return Run(said, growth + 9 * tokens)
 
 
-def _status(pid: int, key: str) -> int:
-    """Bytes of a line of /proc/PID/status."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(key))
-    return 1024 * int(line.split()[1])
+class Watch:
+    """The memory of a process, looked at every 2 ms, so that what it was when a line was written is known."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._over = pid, threading.Event()
+        self._now = self._first = self._peak = 0
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def begin(self) -> None:
+        """Growth counts from the last look on."""
+        self._first = self._peak = self._now
+
+    def end(self) -> int:
+        """Bytes by which it grew at most."""
+        self._over.set()
+        self._thread.join()
+        return self._peak - self._first
+
+    def _look(self) -> None:
+        while not self._over.wait(0.002):
+            self._now = self._own()
+            self._peak = max(self._peak, self._now)
+
+    def _own(self) -> int:
+        """Bytes that are resident and no file's."""
+        text = Path(f"/proc/{self._pid}/status").read_text()
+        found = dict(re.findall(r"^(VmRSS|RssFile):\s+(\d+) kB", text, re.MULTILINE))
+        return 1024 * (int(found["VmRSS"]) - int(found["RssFile"]))
 
 
 def random_model(folder: Path) -> None:

@@ -255,7 +255,7 @@ def _window_shards(sites: Sequence[Site], codec: Codec, shard_rows: int, window_
     return window_bytes // (3 * shard_bytes)
 
 
-def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, token_bytes: int, running_bytes: int) -> int:
+def estimate_memory(plan: Plan, *, token_bytes: int, results: int, kept: int, passing: int) -> int:
     """Bytes of host memory that filling a part takes at its peak, beside the model: the largest of three moments.
 
     1. Two shards are alive, one being filled and one on its way to the disk (their buffers, and 60 bytes a row for
@@ -265,24 +265,22 @@ def estimate_memory(plan: Plan, *, pass_tokens: int, passes: int, token_bytes: i
     3. Before that, they are complete and measured while passes run, and the shard is still empty.
 
     Numba and the kernels that encode take 40 MB (some 35 more in a process that has to compile them), compressing
-    another 30. The contexts take 10 bytes a token. On a CPU, `passes` passes of `pass_tokens` run at a time,
-    `running_bytes` each, and the results of one more lie there, `token_bytes` for every token; `passes` is 0 where
-    they run elsewhere.
+    another 30. The contexts take 10 bytes a token, a row `token_bytes` before it is encoded. Forward passes take, all
+    together: `results` bytes for activations that wait for the shard, `kept` that stay with them between passes, and
+    `passing` only while they run.
     """
     rows = min(plan.shard_rows, max(sizes.rows for sizes in plan.splits.values()))
     shards = sum(sizes.shards for sizes in plan.splits.values())
     shard = rows * (sum(spec.row_bytes for spec in plan.site_arrays("train").values()) + _ROW_BYTES)
     waiting = min(_CALIBRATION_ROWS, rows) * token_bytes if plan.codec == "int8z" else 0
     kernels = _KERNEL_BYTES + (_COMPRESSOR_BYTES if plan.codec == "bf16-lz4" else 0)
-    running = passes * running_bytes
     moments = (
-        min(shards, 2) * shard + kernels + running,
-        shard + waiting + kernels,
-        rows * _ROW_BYTES + waiting + kernels + running,
+        min(shards, 2) * shard + passing,
+        shard + waiting,
+        rows * _ROW_BYTES + waiting + passing,
     )
     contexts = sum((9 + 1) * sizes.contexts * sizes.tokens for sizes in plan.splits.values())
-    results = (passes + 1) * pass_tokens * token_bytes if passes else 0
-    return max(moments) + contexts + results
+    return max(moments) + kernels + contexts + results + kept
 
 
 def context_array(packed: Contexts, name: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from thresher.cache.claims import Shard
 from thresher.cache.commit import ROOT, commit_path, side_digests
 from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
@@ -31,7 +32,7 @@ from thresher.cache.plan import Plan
 from thresher.cache.publish import publish, read_sealed, sealed
 from thresher.cache.records import canonical, differences
 from thresher.cache.stored import read_root
-from thresher.cache.windows import Shard, WindowedSource, Windows
+from thresher.cache.windows import WindowedSource, Windows
 from thresher.cache.writer import CacheWriter
 
 READY = "RING.json"

@@ -154,7 +154,7 @@ class ShardWriter:
     def _wait(self, lane: Lane, acts: Mapping[str, Tensor], picked: np.ndarray) -> None:
         """Keep rows on the host until there are enough to calibrate with."""
         index = torch.from_numpy(picked).to(self._device)
-        self._waiting.append((lane, {name: _mapped(x_RD.index_select(0, index)) for name, x_RD in acts.items()}))
+        self._waiting.append((lane, {name: _copied(x_RD, index) for name, x_RD in acts.items()}))
         if lane is self._lanes[KEPT]:
             lane.done += len(picked)
             if lane.done >= CALIBRATION_ROWS:
@@ -235,7 +235,11 @@ class ShardWriter:
         }
 
 
-def _mapped(x_ND: Tensor) -> Tensor:
-    """A copy on the host in memory of its own, which goes back to the kernel with it: a heap would keep it for good."""
-    out = torch.frombuffer(mmap.mmap(-1, x_ND.numel() * x_ND.itemsize), dtype=x_ND.dtype, count=x_ND.numel())
-    return out.view(x_ND.shape).copy_(x_ND)
+def _copied(x_RD: Tensor, index: Tensor) -> Tensor:
+    """Some rows on the host, in memory of their own that goes back to the kernel with them: a heap would keep it."""
+    shape = (len(index), x_RD.shape[1])
+    memory = mmap.mmap(-1, shape[0] * shape[1] * x_RD.itemsize)
+    out = torch.frombuffer(memory, dtype=x_RD.dtype, count=shape[0] * shape[1]).view(shape)
+    if x_RD.device.type == "cpu":
+        return torch.index_select(x_RD, 0, index, out=out)
+    return out.copy_(x_RD.index_select(0, index))

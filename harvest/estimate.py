@@ -19,10 +19,11 @@ from thresher.cache.layout import BLOSC, CODECS, Codec, Contexts, Store, row_siz
 from thresher.cache.publish import free_bytes
 from thresher.harvest.corpus import DataConfig, context_length, read_corpus
 from thresher.harvest.documents import local_path
-from thresher.harvest.fill import default_batch, memory_needed
+from thresher.harvest.fill import memory_needed, pass_size
+from thresher.harvest.passes import Passes
 from thresher.harvest.settings import HarvestConfig
 from thresher.harvest.target import TargetConfig, load_target, load_tokenizer
-from thresher.harvest.timing import forward_rate
+from thresher.harvest.timing import run_trial
 
 SMALLEST_SAMPLE, LARGEST_SAMPLE = 64 << 20, 1 << 30
 """Bytes written to time the disk: no more than the cache would, but enough to tell."""
@@ -68,12 +69,13 @@ def measure(
         work, sample, basis = bounded(sites, data, bound, context, config.store), None, "expected at most, from "
         basis += "--tokens" if tokens is not None else "data.max_tokens"
     with console.status("timing the model and the disk"):
-        batch = config.batch_contexts or default_batch(model, sites, context)
-        forward, acts = forward_rate(model, sites, batch, context, sample)
+        size = pass_size(config, model, sites, context, {})
+        with Passes(model, sites, size.threads) as passes:
+            trial = run_trial(passes, model, size, context, sample)
         bf16_bytes = sum(work.rows.values()) * 2 * sum(site.width for site in sites)
         disk = disk_rates(folder, at_most=min(LARGEST_SAMPLE, max(SMALLEST_SAMPLE, bf16_bytes)))
-    rates = Rates(disk, free_bytes(folder), forward, shrinkage(acts, work))
-    memory = {codec: memory_needed(sketched(work, codec), model, batch) for codec in CODECS}
+    rates = Rates(disk, free_bytes(folder), trial.tokens_per_s, shrinkage(trial.acts, work))
+    memory = {codec: memory_needed(sketched(work, codec), model, size, trial.running) for codec in CODECS}
     return Measured(work, rates, str(model.device), memory, basis)
 
 

@@ -17,13 +17,13 @@ from rich.console import Console
 
 from thresher.cache.commit import PARTS, ROOT, harvest_again
 from thresher.cache.contracts import Site, UserError
+from thresher.cache.directory import planning
 from thresher.cache.index import read_index
 from thresher.cache.locks import Lock
 from thresher.cache.plan import Extends
 from thresher.cache.reader import CacheReader
 from thresher.cache.records import differences, fingerprint
 from thresher.cache.stored import Stored, parts, read_contexts
-from thresher.cache.writer import planning
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.fill import Filled, fill_part, note_versions, outcome
 from thresher.harvest.settings import HarvestConfig, HarvestResult

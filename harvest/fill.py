@@ -16,20 +16,21 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.filesize import decimal
 
+from thresher.cache.claims import Shard
 from thresher.cache.contracts import Site
 from thresher.cache.interrupts import Interrupted, deferred_interrupts
 from thresher.cache.locks import Lock
 from thresher.cache.plan import Extends, Plan, estimate_memory
 from thresher.cache.ring import RingKeeper
-from thresher.cache.writer import CacheWriter, Shard, ShardWriter
+from thresher.cache.writer import CacheWriter, ShardWriter
 from thresher.harvest.corpus import Corpus
 from thresher.harvest.feeder import Feeder
-from thresher.harvest.footprint import context_bytes
+from thresher.harvest.footprint import Running
 from thresher.harvest.meter import Meter
-from thresher.harvest.passes import Passes, claimed, jobs, threads_per_pass, workers_for
+from thresher.harvest.passes import Passes, PassSize, claimed, jobs, threads_per_pass, workers_for
 from thresher.harvest.settings import HarvestConfig, HarvestResult, window_bytes
 from thresher.harvest.target import TransformerTarget
-from thresher.harvest.timing import foreseen
+from thresher.harvest.timing import WORTH_A_LINE, WORTH_A_TRIAL, counted, foretold, run_trial
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one forward pass when the recipe gives none: enough to fill the device, little enough for its caches."""
@@ -72,31 +73,34 @@ def fill_part(
     held; `planned` is called once the plan is on the disk.
     """
     size = pass_size(config, model, sites, corpus.splits["train"].token_id.shape[1], begun)
-    with CacheWriter.open(
-        path,
-        identity=identity,
-        sites=sites,
-        contexts=corpus.splits,
-        codec=config.codec,
-        seed=config.seed,
-        store=config.store,
-        fvu_gate=config.fvu_gate,
-        window_bytes=window_bytes(config),
-        facts=_facts(model, sites, corpus, size),
-        extends=extends,
-        create=create,
-        notify=lambda line: console.print(line, highlight=False),
-    ) as writer:
+    with (
+        CacheWriter.open(
+            path,
+            identity=identity,
+            sites=sites,
+            contexts=corpus.splits,
+            codec=config.codec,
+            seed=config.seed,
+            store=config.store,
+            fvu_gate=config.fvu_gate,
+            window_bytes=window_bytes(config),
+            facts=_facts(model, sites, corpus, size),
+            extends=extends,
+            create=create,
+            notify=lambda line: console.print(line, highlight=False),
+        ) as writer,
+        Passes(model, writer.plan.sites, size.threads) as passes,
+    ):
         planned()
-        _announce(writer, memory_needed(writer.plan, model, size.contexts, size.threads), console)
-        if writer.plan.window_shards is None and not console.quiet:
-            _foresee(writer, model, sites, size.contexts, console)
+        if not console.quiet:
+            _announce(writer, console)
+            _try(passes, writer, model, size, console)
         began = time.perf_counter()
         if writer.plan.window_shards is None:
-            tokens = _fill(writer, model, corpus, size, console, claimed(writer))
+            tokens = _fill(passes, writer, model, corpus, size, console, claimed(writer))
             writer.finalize()
         else:
-            tokens = _fill(writer, model, corpus, size, console, rolling(writer, console))
+            tokens = _fill(passes, writer, model, corpus, size, console, rolling(writer, console))
         rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
         return Filled(rows, tokens, time.perf_counter() - began)
 
@@ -113,14 +117,6 @@ def rolling(writer: CacheWriter, console: Console) -> Iterator[Shard | None]:
     finally:
         keeper.close()
     console.print("Training is over.")
-
-
-class PassSize(NamedTuple):
-    """What a forward pass is made of; passes of another size may round the last bit otherwise."""
-
-    contexts: int
-    threads: int
-    """That compute it, on a CPU."""
 
 
 def pass_size(
@@ -163,15 +159,16 @@ def note_versions(facts: Mapping[str, Any], console: Console) -> None:
         console.print(f"Note: this cache was begun with other libraries: {lines}.", highlight=False)
 
 
-def memory_needed(plan: Plan, model: TransformerTarget, batch: int, threads: int | None = None) -> int:
-    """Bytes of host memory that a harvest takes beside the model (`estimate_memory`). Runs one context on a CPU."""
-    on_host, tokens = model.device.type == "cpu", plan.splits["train"].tokens
+def memory_needed(plan: Plan, model: TransformerTarget, size: PassSize, running: Running) -> int:
+    """Bytes of host memory that a harvest takes beside the model (`estimate_memory`)."""
+    token_bytes = sum(site.width for site in plan.sites) * model.dtype.itemsize
+    pass_bytes = size.contexts * plan.splits["train"].tokens * token_bytes
     return estimate_memory(
         plan,
-        pass_tokens=batch * tokens,
-        passes=workers_for(model, threads) if on_host else 0,
-        token_bytes=sum(site.width for site in plan.sites) * model.dtype.itemsize,
-        running_bytes=batch * context_bytes(model, plan.sites, tokens) if on_host else 0,
+        token_bytes=token_bytes,
+        results=(workers_for(model, size.threads) + 1) * pass_bytes if model.device.type == "cpu" else 0,
+        kept=running.kept,
+        passing=running.passing,
     )
 
 
@@ -199,37 +196,42 @@ def _facts(model: TransformerTarget, sites: tuple[Site, ...], corpus: Corpus, si
     }
 
 
-def _announce(writer: CacheWriter, memory: int, console: Console) -> None:
+def _announce(writer: CacheWriter, console: Console) -> None:
     pending, total = len(writer.pending()), sum(sizes.shards for sizes in writer.plan.splits.values())
     rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
     going_on = f", of which {total - pending} of {total} shards are there already" if pending < total else ""
-    sites, size = len(writer.plan.sites), decimal(writer.bytes_needed())
     console.print(
-        f"Harvesting {shown(rows)} at {sites} sites into {writer.path}: {size} to write{going_on}; it "
-        f"needs about {decimal(memory)} of memory beside the model."
+        f"Harvesting {shown(rows)} at {len(writer.plan.sites)} sites into {writer.path}: "
+        f"{decimal(writer.bytes_needed())} to write{going_on}."
     )
 
 
-def _foresee(
-    writer: CacheWriter, model: TransformerTarget, sites: Sequence[Site], batch: int, console: Console
-) -> None:
-    """Say how long it will take and when it pays, where that takes longer than finding out."""
-    splits, pending = writer.plan.splits, writer.pending()
-    rows = {split: sum(writer.plan.shard_rows_of(*shard) for shard in pending if shard[0] == split) for split in splits}
-    line = foreseen(
-        model,
-        sites,
-        batch,
-        splits["train"].tokens,
-        tokens=sum(rows[s] * sizes.contexts * sizes.tokens // sizes.rows for s, sizes in splits.items() if sizes.rows),
-        size=writer.bytes_needed(),
-        path=writer.path,
-    )
-    if line is not None:
-        console.print(line, highlight=False)
+def _try(passes: Passes, writer: CacheWriter, model: TransformerTarget, size: PassSize, console: Console) -> None:
+    """Say what memory a harvest takes, and how long it takes, where that is long enough to ask.
+
+    Both come from trial passes, as long as these are a small part of the harvest.
+    """
+    plan, sizes, context = writer.plan, writer.plan.splits, writer.plan.splits["train"].tokens
+    rows = dict.fromkeys(sizes, 0)
+    for split, shard in writer.pending():
+        rows[split] += plan.shard_rows_of(split, shard)
+    tokens = sum(rows[split] * of.contexts * of.tokens // of.rows for split, of in sizes.items() if of.rows)
+    rounds = tokens // (size.contexts * context * passes.workers)
+    if rounds >= WORTH_A_TRIAL:
+        with console.status("trying some passes"):
+            trial = run_trial(passes, model, size, context, most_rounds=rounds // WORTH_A_TRIAL)
+        running = trial.running
+    else:
+        trial, running = None, counted(model, plan.sites, size, context)
+    memory = memory_needed(plan, model, size, running)
+    line = f"It needs about {decimal(memory)} of memory beside the model."
+    if trial is not None and rounds >= WORTH_A_LINE and plan.window_shards is None:
+        line += f" {foretold(trial, tokens=tokens, size=writer.bytes_needed(), path=writer.path)}"
+    console.print(line, highlight=False)
 
 
 def _fill(
+    passes: Passes,
     writer: CacheWriter,
     model: TransformerTarget,
     corpus: Corpus,
@@ -241,7 +243,6 @@ def _fill(
     tokens = 0
     with (
         deferred_interrupts() as stop,
-        Passes(model, writer.plan.sites, size.threads) as passes,
         Feeder(model.device) as feeder,
         Meter(writer, console) as meter,
     ):

@@ -8,7 +8,7 @@ kept elsewhere (results.py).
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 from thresher.cache.contracts import Site
 from thresher.harvest.target import TransformerTarget
+
+
+class Running(NamedTuple):
+    """Bytes of host memory that all passes of a harvest take together, beside their results."""
+
+    kept: int
+    """That stay while no pass runs."""
+    passing: int
+    """On top of that, while passes run."""
 
 
 class Footprint(TorchDispatchMode):

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from thresher.cache.contracts import Site
+from thresher.cache.memory_shards import MemoryShards, MemoryWriter
 from thresher.cache.plan import Plan, make_plan
 from thresher.cache.shard import ShardData
-from thresher.cache.windows import MemoryShards, MemoryWriter, WindowedSource, Windows, merged_statistics
+from thresher.cache.windows import WindowedSource, Windows, merged_statistics
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.feeder import Feeder
 from thresher.harvest.fill import pass_size

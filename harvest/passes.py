@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thresher.cache.claims import Shard
 from thresher.cache.contracts import Site
 from thresher.cache.layout import Contexts
-from thresher.cache.writer import CacheWriter, Shard
-from thresher.harvest.allocation import returned_to_the_kernel
+from thresher.cache.writer import CacheWriter
+from thresher.harvest.allocation import heaps_that_stay
 from thresher.harvest.results import Results, Rooms
 from thresher.harvest.target import TransformerTarget
 
@@ -38,6 +39,14 @@ class Job(NamedTuple):
     first: bool
     """Whether the shard begins with it."""
     last: bool
+
+
+class PassSize(NamedTuple):
+    """What a forward pass is made of; passes of another size may round the last bit otherwise."""
+
+    contexts: int
+    threads: int
+    """That compute it, on a CPU."""
 
 
 def claimed(writer: CacheWriter) -> Iterator[Shard | None]:
@@ -82,7 +91,7 @@ class Passes:
 
     def __init__(self, model: TransformerTarget, sites: Sequence[Site], threads: int | None = None) -> None:
         """`threads` of each pass on a CPU; None: `threads_per_pass`."""
-        self._model, self._sites = model, sites
+        self._model, self.sites = model, tuple(sites)
         self._threads = torch.get_num_threads()
         self._workers = workers_for(model, threads) if model.device.type == "cpu" else 0
         self._rooms, self._memory = Rooms(), ExitStack()
@@ -95,7 +104,7 @@ class Passes:
 
     def __enter__(self) -> "Passes":
         if self._workers:
-            self._memory.enter_context(returned_to_the_kernel())
+            self._memory.enter_context(heaps_that_stay())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,7 +129,7 @@ class Passes:
             if job is None:
                 yield _awaited(*ahead.popleft()) if ahead else None
             elif not self._workers:
-                yield job, Results(self._model.record(job.tokens, self._sites))
+                yield job, Results(self._model.record(job.tokens, self.sites))
             else:
                 ahead.append((job, self._pool.submit(self._record, job.tokens)))
                 if len(ahead) > self._workers:
@@ -135,7 +144,7 @@ class Passes:
     def _record(self, tokens: Tensor) -> Results:
         replica, room = self._idle.get(), self._rooms.take()
         try:
-            results = Results(replica.record(tokens, self._sites, keep=room.keep))
+            results = Results(replica.record(tokens, self.sites, keep=room.keep))
             results.room = room
             return results
         finally:

@@ -21,10 +21,10 @@ from rich.console import Console
 
 from thresher.cache.commit import ROOT, harvest_again
 from thresher.cache.contracts import Site, UserError
+from thresher.cache.directory import forget_plan, planning
 from thresher.cache.reader import find_complete
 from thresher.cache.records import differences
 from thresher.cache.stored import read_contexts, read_root
-from thresher.cache.writer import forget_plan, planning
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.extend import can_extend, extend_cache
 from thresher.harvest.fill import fill_part, note_versions, outcome, shown

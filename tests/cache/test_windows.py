@@ -13,12 +13,13 @@ import torch
 from thresher.cache.batches import Batches
 from thresher.cache.contracts import UserError
 from thresher.cache.interrupts import Interrupted
+from thresher.cache.memory_shards import MemoryShards, MemoryWriter
 from thresher.cache.plan import make_plan
 from thresher.cache.reader import CacheReader
 from thresher.cache.ring import CURSOR, Cursor, RingKeeper, open_ring, read_cursor, write_cursor
 from thresher.cache.shard import ShardData
 from thresher.cache.verify import faults
-from thresher.cache.windows import MemoryShards, MemoryWriter, WindowedSource, Windows, merged_statistics
+from thresher.cache.windows import WindowedSource, Windows, merged_statistics
 
 SITES = ["L00.mlp_in", "blocks.1.x"]
 WINDOW_BYTES = 140_000  # a window of two shards of the toy's eight
