@@ -1,5 +1,7 @@
 """The estimate against what a harvest then writes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +69,28 @@ def test_trial_passes_are_those_of_the_harvest(books: TransformerTarget) -> None
     torch.testing.assert_close(dict(trial.acts), expected)
 
 
+TRIED = """
+import torch
+from thresher.harvest.passes import Passes, PassSize
+from thresher.harvest.target import TargetConfig, load_target
+from thresher.harvest.timing import counted, run_trial
+
+torch.set_num_threads(2)
+model = load_target(TargetConfig(device="cpu"))
+sites, size = model.sites(["mlp_in", "mlp_out"]), PassSize(32, 1)
+with Passes(model, sites, 1) as passes:
+    kept, passing = run_trial(passes, model, size, 256, most_rounds=5).running
+print(kept + passing, sum(counted(model, sites, size, 256)))
+"""
+
+
 @pytest.mark.skipif(resident() is None, reason="needs Linux")
-def test_a_trial_tells_what_passes_take(books: TransformerTarget) -> None:
-    sites, size = books.sites(["mlp_in", "mlp_out"]), PassSize(32, 1)
-    needed = counted(books, sites, size, 256)
-    assert needed.passing > 50_000_000
-    with Passes(books, sites) as passes:
-        running = run_trial(passes, books, size, 256, most_rounds=2).running
-    assert sum(running) == pytest.approx(needed.passing, rel=0.6)  # glibc keeps more, or both are not at their peak
+def test_a_trial_tells_what_passes_take() -> None:
+    """In a process of its own: what other tests leave behind would be given back meanwhile."""
+    done = subprocess.run([sys.executable, "-c", TRIED], capture_output=True, text=True, check=True)
+    taken, needed = map(int, done.stdout.split())
+    assert needed > 100_000_000
+    assert taken == pytest.approx(needed, rel=0.3)  # the two passes need not be at their peaks together
 
 
 def test_without_numbers_from_the_kernel_tensors_are_counted(

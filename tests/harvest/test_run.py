@@ -201,7 +201,6 @@ def test_activations_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch
         bad[0, 5, 7] = float("nan")
         return acts | {"L02.mlp_out": bad}
 
-    monkeypatch.setattr("thresher.harvest.fill.context_bytes", lambda *args: 0)  # whose results are empty
     monkeypatch.setattr(TransformerTarget, "record", poisoned)
     with pytest.raises(UserError, match=r"L02\.mlp_out.*context \d+.*position 5"):
         harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET)
