@@ -34,6 +34,7 @@ from rich.table import Table
 from step_dense import DenseCLT
 from torch import Tensor
 
+from thresher.cache.memory import ask_for_huge_pages
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
@@ -279,6 +280,7 @@ def _peak() -> int:
 
 def main() -> None:
     """Print one line per case, then the bars."""
+    ask_for_huge_pages()  # as the command line does
     parser = argparse.ArgumentParser(description="One training step against its encoder matmul.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=9)

@@ -26,7 +26,7 @@ setting of the whole process. `kernels = "plain"` has none of this.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,9 @@ from torch.autograd.function import once_differentiable
 
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Encoder
-from thresher.train.kernels import padded, slabs
+from thresher.train.kernels import low, padded, slabs
 from thresher.train.kernels.gradients import Sink
-from thresher.train.kernels.silent import Dead, Silent, by_latent, keep_low, plain_silent, spread_low
+from thresher.train.kernels.silent import Dead, Silent, by_latent, plain_silent
 from thresher.train.kernels.tiles import tile_rows
 
 _DENSE_SHARE = 0.3
@@ -87,7 +87,9 @@ def dead_latents(coder: Coder, source: int, done: Pass) -> Dead | None:
 
 def variation(residual_NE: Tensor) -> Tensor:
     """Σ‖e − ē‖², a scalar."""
-    centred = (residual_NE - residual_NE.mean(0)).view(-1)
+    tokens = residual_NE.shape[0]
+    mean_1E = residual_NE.new_full((1, tokens), 1 / tokens) @ residual_NE  # several times as fast as a sum of columns
+    centred = (residual_NE - mean_1E).view(-1)
     return torch.dot(centred, centred)
 
 
@@ -141,34 +143,49 @@ class _Error(torch.autograd.Function):
         way: "_Way",
         sinks: tuple[Sink | None, Sink | None],
     ) -> Tensor:
-        products = way(silent, W_dec_FTE[:, 0].index_select(0, silent.latents))
-        error_NE = products.guess_minus(residual_NE)
+        products = way(silent, W_dec_FTE[:, 0])
+        total = products.error(residual_NE)
         ctx.products, ctx.latents, ctx.sinks = products, silent.latents, sinks
-        ctx.save_for_backward(W_enc, b_enc, W_dec_FTE, x_ND, error_NE, b_dec_D)
-        return torch.dot(error_NE.view(-1), error_NE.view(-1))
+        ctx.save_for_backward(W_enc, b_enc, W_dec_FTE, x_ND, b_dec_D)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        W_enc, b_enc, W_dec_FTE, x_ND, error_NE, b_dec_D = ctx.saved_tensors
-        dW_dec_nE, dW_enc_nD, db_n = ctx.products.gradients(error_NE, x_ND, 2 * g)
-        if b_dec_D is not None:
-            dW_enc_nD.addr_(db_n, b_dec_D, alpha=-1)
-        db_F = torch.zeros_like(b_enc).index_copy_(0, ctx.latents, db_n)
+        W_enc, b_enc, W_dec_FTE, x_ND, b_dec_D = ctx.saved_tensors
+        found = ctx.products.gradients(x_ND, b_dec_D, 2 * g)
+        db_F = torch.zeros_like(b_enc).index_copy_(0, ctx.latents, found.b_enc)
         sink_enc, sink_dec = ctx.sinks
-        dW_enc = _delivered(W_enc, ctx.latents, dW_enc_nD, sink_enc)
-        return dW_enc, db_F, _delivered(W_dec_FTE, ctx.latents, dW_dec_nE, sink_dec), *[None] * 6
+        dW_enc = _delivered(W_enc, ctx.latents, found.W_enc, found.factor, sink_enc)
+        return dW_enc, db_F, _delivered(W_dec_FTE, ctx.latents, found.W_dec, found.factor, sink_dec), *[None] * 6
 
 
-def _delivered(weight: Tensor, latents: Tensor, rows: Tensor, sink: Sink | None) -> Tensor | None:
+class _Gradients(NamedTuple):
+    """To dead rows."""
+
+    W_dec: Tensor
+    """[n, E]"""
+    W_enc: Tensor
+    """[n, D]"""
+    b_enc: Tensor
+    """[n]"""
+    factor: float = 1.0
+    """The gradients to the two weights are these times this; they may be in a shorter format."""
+
+
+def _delivered(weight: Tensor, latents: Tensor, rows: Tensor, factor: float, sink: Sink | None) -> Tensor | None:
     """What autograd gets: nothing where a sink takes the rows. They are the first columns of the weight's rows."""
     if sink is not None:
         beyond = weight[0].numel() - rows.shape[1]
-        sink.add_rows(latents, F.pad(rows, (0, beyond)) if beyond else rows)
+        sink.add_rows(latents, F.pad(rows, (0, beyond)) if beyond else rows, factor)
         return None
     full = torch.zeros_like(weight)
-    full.flatten(1)[:, : rows.shape[1]].index_copy_(0, latents, rows)
+    full.flatten(1)[:, : rows.shape[1]].index_copy_(0, latents, rows.to(full.dtype).mul_(factor))
     return full
+
+
+def _less(x_ND: Tensor, b_dec_D: Tensor | None) -> Tensor:
+    return x_ND if b_dec_D is None else x_ND - b_dec_D
 
 
 @functools.cache
@@ -196,59 +213,67 @@ def _way(coder: Coder, encoder: Encoder, silent: Silent) -> "_Way":
 class _Sparse:
     """Products at the codes' entries, on a CPU."""
 
-    def __init__(self, silent: Silent, W_dec_nE: Tensor) -> None:
+    def __init__(self, silent: Silent, W_dec_FE: Tensor) -> None:
         self.silent = silent
-        self.W_dec_nE = W_dec_nE
+        self.W_dec_nE = W_dec_FE.index_select(0, silent.latents)
 
-    def guess_minus(self, residual_NE: Tensor) -> Tensor:
-        """[N, E]: ê − e."""
+    def error(self, residual_NE: Tensor) -> Tensor:
+        """Σ‖ê − e‖²; keeps ê − e."""
         selection, out_NE = self.silent.selection, torch.neg(residual_NE)
         index = (selection.offsets.numpy(), selection.latents.numpy(), self.silent.values.numpy())
         slabs.bags(out_NE.numpy(), self.W_dec_nE.numpy(), *index)
-        return out_NE
+        self.error_NE = out_NE
+        return torch.dot(out_NE.view(-1), out_NE.view(-1))
 
-    def gradients(self, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
+    def gradients(self, x_ND: Tensor, b_dec_D: Tensor | None, scale: Tensor) -> _Gradients:
+        """What follows from ê − e, times `scale`, for inputs less b_dec."""
         turned = by_latent(self.silent.selection)
         z_A = self.silent.values.index_select(0, turned.order).mul_(scale)
         offsets, tokens = turned.offsets.numpy(), turned.tokens.numpy()
         dW_dec_nE = torch.zeros_like(self.W_dec_nE)
-        error, W_dec = error_NE.numpy(), self.W_dec_nE.numpy()
+        error, W_dec = self.error_NE.numpy(), self.W_dec_nE.numpy()
         dots = slabs.bags_and_dots(dW_dec_nE.numpy(), error, W_dec, offsets, tokens, z_A.numpy())
         da_A = torch.from_numpy(dots).mul_(scale)
         dW_enc_nD = x_ND.new_zeros(self.W_dec_nE.shape[0], x_ND.shape[1])
-        slabs.bags(dW_enc_nD.numpy(), x_ND.contiguous().numpy(), offsets, tokens, da_A.numpy())
+        slabs.bags(dW_enc_nD.numpy(), _less(x_ND, b_dec_D).contiguous().numpy(), offsets, tokens, da_A.numpy())
         latents = torch.arange(turned.offsets.shape[0] - 1).repeat_interleave(turned.offsets.diff())
-        return dW_dec_nE, dW_enc_nD, da_A.new_zeros(dW_dec_nE.shape[0]).index_add_(0, latents, da_A)
+        db_n = da_A.new_zeros(dW_dec_nE.shape[0]).index_add_(0, latents, da_A)
+        return _Gradients(dW_dec_nE, dW_enc_nD, db_n)
 
 
 class _Low:
     """Dense products with operands rounded to bfloat16, sums in float32: AMX, the matrix unit of a CPU."""
 
-    def __init__(self, silent: Silent, W_dec_nE: Tensor) -> None:
-        self.z_Nn = spread_low(silent.selection, silent.values)
-        self.W_dec_nE = W_dec_nE.bfloat16()
+    def __init__(self, silent: Silent, W_dec_FE: Tensor) -> None:
+        selection = silent.selection
+        self.z_Nn = low.spread(silent.values, selection.latents, selection.offsets, selection.width)
+        self.W_dec_nE = low.gather(W_dec_FE, silent.latents)
 
-    def guess_minus(self, residual_NE: Tensor) -> Tensor:
-        """[N, E]: ê − e."""
-        return (self.z_Nn @ self.W_dec_nE).float().sub_(residual_NE)
+    def error(self, residual_NE: Tensor) -> Tensor:
+        """Σ‖ê − e‖²; keeps ê − e."""
+        guess_NE = self.z_Nn.new_empty(residual_NE.shape)
+        for z_Mn, guess_ME in zip(self.z_Nn.chunk(2), guess_NE.chunk(2), strict=True):
+            torch.mm(z_Mn, self.W_dec_nE, out=guess_ME)  # whole, this product gets only one thread from oneDNN
+        self.error_NE, total = low.difference(guess_NE, residual_NE)
+        return total
 
-    def gradients(self, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
-        low_NE = (error_NE * scale).bfloat16()
-        da_Nn = low_NE @ self.W_dec_nE.T
-        keep_low(da_Nn, self.z_Nn)
-        dW_enc_nD = (da_Nn.T @ x_ND.bfloat16()).float()
-        return (self.z_Nn.T @ low_NE).float(), dW_enc_nD, da_Nn.sum(0, dtype=torch.float32)
+    def gradients(self, x_ND: Tensor, b_dec_D: Tensor | None, scale: Tensor) -> _Gradients:
+        """What follows from ê − e, times `scale`, for inputs less b_dec."""
+        da_Nn = self.error_NE @ self.W_dec_nE.T
+        low.keep(da_Nn, self.z_Nn)
+        low_ND = x_ND.bfloat16() if b_dec_D is None else low.less(x_ND, b_dec_D)
+        db_n = (da_Nn.new_ones(1, da_Nn.shape[0]) @ da_Nn)[0].to(x_ND.dtype).mul_(scale)
+        return _Gradients(self.z_Nn.T @ self.error_NE, da_Nn.T @ low_ND, db_n, float(scale))
 
 
 class _Dense:
     """Dense products with the gathered rows, for tokens in tiles where [N, n] is large."""
 
-    def __init__(self, silent: Silent, W_dec_nE: Tensor, low: torch.dtype | None = None) -> None:
+    def __init__(self, silent: Silent, W_dec_FE: Tensor, low: torch.dtype | None = None) -> None:
         """`low`: a shorter format to round operands to."""
         self.silent = silent
         self.low = low
+        W_dec_nE = W_dec_FE.index_select(0, silent.latents)
         self.W_dec_nE = W_dec_nE if low is None else W_dec_nE.to(low)
         self._made: Tensor | None = None
 
@@ -273,23 +298,25 @@ class _Dense:
         z_Nn.view(-1)[places] = values[start:end].to(z_Nn.dtype)
         return z_Nn
 
-    def guess_minus(self, residual_NE: Tensor) -> Tensor:
-        """[N, E]: ê − e."""
+    def error(self, residual_NE: Tensor) -> Tensor:
+        """Σ‖ê − e‖²; keeps ê − e."""
         if self.low is None:
             parts = [torch.addmm(residual_NE[span], z, self.W_dec_nE, beta=-1) for span, z in self.tiles()]
         else:
             parts = [(z @ self.W_dec_nE).to(residual_NE.dtype).sub_(residual_NE[span]) for span, z in self.tiles()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        self.error_NE = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.dot(self.error_NE.view(-1), self.error_NE.view(-1))
 
-    def gradients(self, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[n, E], [n, D], [n]: gradients to dead rows of the decoder and the encoder, and to its bias."""
-        parts = (self._tile(z, error_NE[span], x_ND[span], scale) for span, z in self.tiles())
+    def gradients(self, x_ND: Tensor, b_dec_D: Tensor | None, scale: Tensor) -> _Gradients:
+        """What follows from ê − e, times `scale`, for inputs less b_dec."""
+        x_ND = _less(x_ND, b_dec_D)
+        parts = (self._tile(z, self.error_NE[span], x_ND[span], scale) for span, z in self.tiles())
         dW_dec_nE, dW_enc_nD, db_n = next(parts)
         for more_dec, more_enc, more_b in parts:
             dW_dec_nE += more_dec
             dW_enc_nD += more_enc
             db_n += more_b
-        return dW_dec_nE, dW_enc_nD, db_n
+        return _Gradients(dW_dec_nE, dW_enc_nD, db_n)
 
     def _tile(self, z_Nn: Tensor, error_NE: Tensor, x_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.low is None:

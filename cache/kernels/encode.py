@@ -21,13 +21,11 @@ their stored places [K] int64, and give the index into these of the first row th
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
 from numba.extending import intrinsic
 
 from thresher.cache.kernels.jit import compiled
 from thresher.cache.kernels.lines import announce, inlined, put
-from thresher.cache.kernels.sums import add_rows, add_squares, float_of, wide
+from thresher.cache.kernels.sums import add_rows, add_squares, bits_of, float_of, wide
 
 _intrinsic: Any = intrinsic  # the type checker does not know that the first argument is not given in calls
 
@@ -38,16 +36,6 @@ _ROUND = np.float32(1.5 * 2**23)  # x + this − this is x rounded to an integer
 _PER_LEVEL = np.float32(1 / 127)
 _SMALLEST = np.float32(2.0**-14)
 _SIGN, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-
-
-@_intrinsic
-def _bits_of(typing_context, value):  # type: ignore[no-untyped-def]
-    """The 32 bits of a float32."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
 
 
 @inlined(fastmath={"reassoc", "nsz", "contract"})
@@ -108,7 +96,7 @@ def copy_bf16(x, rows, at, out, whole_lines, sums, norms):  # type: ignore[no-un
 def _round_bf16(row, codes, error):  # type: ignore[no-untyped-def]
     """Round to the nearest bfloat16, half to even; `error` is what that changed."""
     for j in range(row.shape[0]):
-        bits = _bits_of(row[j])
+        bits = bits_of(row[j])
         half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
         code = np.uint32(np.uint32(bits + half) >> np.uint32(16))
         codes[j] = code
@@ -141,14 +129,14 @@ def _standardise(row, mean, inverse, v):  # type: ignore[no-untyped-def]
     for j in range(row.shape[0]):
         z = (wide(row[j]) - mean[j]) * inverse[j]
         v[j] = z
-        top = max(top, np.uint32(_bits_of(z) & _SIGN))  # Numba widens what operators give to 64 bits
+        top = max(top, np.uint32(bits_of(z) & _SIGN))  # Numba widens what operators give to 64 bits
     return top
 
 
 @inlined()
 def _half_bits(value):  # type: ignore[no-untyped-def]
     """The bits of a float32 ≥ 2⁻¹⁴ rounded to float16, half to even; 0x7C00 and more when it is too large."""
-    bits = _bits_of(value)
+    bits = bits_of(value)
     bits += np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
     return (bits >> np.uint32(13)) - np.uint32(112 << 10)
 

@@ -30,6 +30,16 @@ _FLOATS, _DOUBLES = ir.VectorType(ir.FloatType(), COLUMNS), ir.VectorType(ir.Dou
 
 
 @_intrinsic
+def bits_of(typing_context, value):  # type: ignore[no-untyped-def]
+    """The 32 bits of a float32."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@_intrinsic
 def float_of(typing_context, bits):  # type: ignore[no-untyped-def]
     """The float32 with these 32 bits."""
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tests.train.test_losses import LATENTS, RULES, N, batch, make
 from thresher.train import auxk
-from thresher.train.kernels import slabs
+from thresher.train.kernels import low, slabs
 from thresher.train.kernels.choice import Kernels
-from thresher.train.kernels.silent import Dead, by_latent, choose_silent, keep_low, plain_silent, spread_low
+from thresher.train.kernels.gradients import Sink
+from thresher.train.kernels.silent import Dead, by_latent, choose_silent, plain_silent
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -101,23 +102,50 @@ def test_products_in_bfloat16_give_the_term_and_its_gradients_to_half_a_percent(
         term = auxk.auxiliary(coder, coder(xs), xs, ys)
         assert ("auxk in bfloat16" in coder.kernels.used) == (work == 0)
         results.append([term.detach(), *_gradients(term, dict(coder.named_parameters()))])
-    for low, exact in zip(*results, strict=True):
-        assert float((low - exact).norm()) <= 5e-3 * float(exact.norm())
-        assert torch.equal(low == 0, exact == 0)
+    for rounded, exact in zip(*results, strict=True):
+        assert float((rounded - exact).norm()) <= 5e-3 * float(exact.norm())
+        assert torch.equal(rounded == 0, exact == 0)
 
 
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 10**6))
-def test_spreading_codes_in_bfloat16_rounds_as_torch_does(seed: int) -> None:
+def test_operands_in_bfloat16_are_rounded_as_torch_does(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     a = torch.randn(5, 30, generator=rng) * 10.0 ** float(torch.randint(-20, 20, (), generator=rng))
     silent = choose_silent(a, Dead(torch.arange(30)), 7, Kernels())
-    low = spread_low(silent.selection, silent.values)
-    assert torch.equal(low, (a * plain_silent(a, torch.arange(30), 7)).bfloat16())
+    z = low.spread(silent.values, silent.selection.latents, silent.selection.offsets, 30)
+    assert torch.equal(z, (a * plain_silent(a, torch.arange(30), 7)).bfloat16())
     gradient = torch.randn(5, 30, generator=rng).bfloat16()
-    expected = gradient * (low != 0)
-    keep_low(gradient, low)
+    expected = gradient * (z != 0)
+    low.keep(gradient, z)
     assert torch.equal(gradient, expected)
+    rows = torch.randperm(5, generator=rng)[:3]
+    assert torch.equal(low.gather(a, rows), a[rows].bfloat16())
+    assert torch.equal(low.gather(a.view(5, 2, 15)[:, 0], rows), a[rows, :15].bfloat16())  # of a CLT's decoder
+    assert torch.equal(low.less(a, a[2]), (a - a[2]).bfloat16())
+    guess, exact = torch.randn(5, 30, generator=rng).bfloat16(), torch.randn(5, 30, generator=rng)
+    difference = guess.float() - exact
+    rounded, total = low.difference(guess, exact)
+    assert torch.equal(rounded, difference.bfloat16())
+    torch.testing.assert_close(total, difference.double().square().sum().float())
+
+
+def test_rows_in_bfloat16_are_added_to_a_gradient_in_one_pass() -> None:
+    for factor in (1.0, -0.37):
+        weight = torch.nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+        sink, rows = Sink(weight), torch.tensor([4, 1])
+        values = torch.randn(2, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+        sink.add_rows(rows, values, factor)  # waits for the first whole term
+        matrix, _, facts = sink.open(facts=True)
+        matrix.fill_(1.0)
+        assert facts is not None
+        sink.close()
+        expected = torch.ones(6, 8).index_add_(0, rows, values.float(), alpha=factor)
+        torch.testing.assert_close(weight.grad, expected)
+        known = sink.facts()
+        assert known is not None
+        torch.testing.assert_close(known.squares[rows], expected[rows].double().square().sum(1))
+        torch.testing.assert_close(known.dots[rows], (expected * weight.detach()).double().sum(1)[rows])
 
 
 def test_codes_of_a_selection_made_before_are_found_without_its_block() -> None:

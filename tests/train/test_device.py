@@ -149,15 +149,16 @@ def test_dense_products_in_tiles_of_tokens_equal_those_in_one(number: bool, monk
     xs, ys = batch(coder)
     silent = coder(xs).fired[0].silent
     assert silent is not None
-    W_dec_nE, scale = coder.W_dec[0][silent.latents, 0].detach(), torch.tensor(0.7).double()
+    W_dec_FE, b_dec_D = coder.W_dec[0][:, 0].detach(), coder.b_dec[0].detach()
+    scale = torch.tensor(0.7).double()
     for low in (None, torch.bfloat16):
         results = []
         for limit in (1 << 20, 7 * silent.selection.width * 8):
             monkeypatch.setitem(tiles.LIMIT_BYTES, "cpu", limit)
-            products = auxk._Dense(silent, W_dec_nE, low)
+            products = auxk._Dense(silent, W_dec_FE, low)
             assert (len(list(products.tiles())) > 1) == (limit < 1 << 20)
-            error_NE = products.guess_minus(ys[0])
-            results.append([error_NE, *products.gradients(error_NE, xs[0], scale)])
+            total = products.error(ys[0])
+            results.append([total, products.error_NE, *products.gradients(xs[0], b_dec_D, scale)[:3]])
         for many, one in zip(*results, strict=True):
             torch.testing.assert_close(many, one, **({} if low is None else {"rtol": 2e-2, "atol": 2e-2}))
 

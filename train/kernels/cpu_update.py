@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from thresher.cache.kernels.jit import compiled
+from thresher.cache.kernels.sums import wide
 
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
@@ -26,15 +27,18 @@ def facts(first, stop, width, weight, grad, squares, dots, weights):  # type: ig
 
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
-def add_rows(first, stop, width, rows, values, weight, grad, squares, dots):  # type: ignore[no-untyped-def]
-    """Add values first to stop to rows of the gradient, with ‖g‖² and g · w of what they become; none if empty."""
+def add_rows(first, stop, width, rows, values, factor, weight, grad, squares, dots):  # type: ignore[no-untyped-def]
+    """Add factor · values first to stop to rows of the gradient, with ‖g‖² and g · w of what they become.
+
+    Values are numbers, or bit patterns of bfloat16 (uint16). Without room for the two they are not told.
+    """
     told = squares.shape[0] > 0
     for i in range(first, stop):
         row = rows[i]
         g, w = grad[row * width : (row + 1) * width], weight[row * width : (row + 1) * width]
         v = values[i * width : (i + 1) * width]
         for j in range(width):
-            g[j] += v[j]
+            g[j] += factor * wide(v[j])
         if told:
             gg = gw = 0.0
             for j in range(width):

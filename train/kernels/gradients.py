@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from thresher.train.kernels import cpu_update
 from thresher.train.kernels.cpu_pool import over_rows
+from thresher.train.kernels.low import patterns
 
 _NONE = np.empty(0)
 
@@ -49,7 +50,7 @@ class Sink:
         self.along: Tensor | None = None
         """[F]: the gradient has this multiple of the weight's row added; None: nothing."""
         self._buffer: Tensor | None = None
-        self._late: list[tuple[Tensor, Tensor]] = []
+        self._late: list[tuple[Tensor, Tensor, float]] = []
         self._facts: Facts | None = None
         self._version = -1
 
@@ -75,28 +76,35 @@ class Sink:
         assert self.parameter.grad is not None
         self._version = self.parameter.grad._version
         late, self._late = self._late, []
-        for rows, values in late:
-            self.add_rows(rows, values)
+        for rows, values, factor in late:
+            self.add_rows(rows, values, factor)
 
-    def add_rows(self, rows: Tensor, values: Tensor) -> None:
-        """Add `values` [n, …] to some rows [n], all different; at once, or after the first term that has all rows."""
+    def add_rows(self, rows: Tensor, values: Tensor, factor: float = 1.0) -> None:
+        """Add factor · `values` [n, …] to some rows [n], all different; at once, or after the first whole term.
+
+        `values` may be in a shorter format than the gradient.
+        """
         if self.parameter.grad is None:
-            self._late.append((rows, values))
+            self._late.append((rows, values, factor))
             return
         known, matrix = self.facts(), self.parameter.grad.flatten(1)
-        if matrix.device.type == "cpu" and values.dtype == matrix.dtype:
-            self._add_compiled(rows, values.contiguous(), matrix, known)
+        alike = values.dtype == matrix.dtype or (values.dtype, matrix.dtype) == (torch.bfloat16, torch.float32)
+        if matrix.device.type == "cpu" and alike:
+            self._add_compiled(rows, values.contiguous(), factor, matrix, known)
         else:
-            matrix.index_add_(0, rows, values.flatten(1))
+            matrix.index_add_(0, rows, values.flatten(1).to(matrix.dtype), alpha=factor)
             self._facts = None
 
-    def _add_compiled(self, rows: Tensor, values: Tensor, matrix: Tensor, known: Facts | None) -> None:
+    def _add_compiled(self, rows: Tensor, values: Tensor, factor: float, matrix: Tensor, known: Facts | None) -> None:
         """`add_rows` in one pass, on a CPU."""
-        flat = [t.detach().reshape(-1).numpy() for t in (values, self.parameter, matrix)]
+        added = patterns(values) if values.dtype == torch.bfloat16 else values.numpy()
+        weight, grad = (t.detach().reshape(-1).numpy() for t in (self.parameter, matrix))
         told = [t.numpy() for t in (known.squares, known.dots)] if known is not None else [_NONE, _NONE]
 
+        flat = (rows.numpy(), added.reshape(-1), grad.dtype.type(factor), weight, grad)
+
         def piece(first: int, stop: int) -> None:
-            cpu_update.add_rows(first, stop, matrix.shape[1], rows.numpy(), *flat, *told)
+            cpu_update.add_rows(first, stop, matrix.shape[1], *flat, *told)
 
         over_rows(rows.shape[0], piece, 3 * values.numel())
 

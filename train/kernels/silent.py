@@ -87,24 +87,6 @@ def by_latent(selection: Selection) -> ByLatent:
     return ByLatent(torch.from_numpy(order), torch.from_numpy(token), torch.from_numpy(starts))
 
 
-def spread_low(selection: Selection, values: Tensor) -> Tensor:
-    """[N, n] bfloat16 of a CPU's float32 codes, zero elsewhere; rounded as `Tensor.to` does."""
-    block = torch.zeros(selection.tokens, selection.width, dtype=torch.bfloat16)
-    places = (selection.latents.numpy(), selection.offsets.numpy())
-    _spread(block.view(torch.int16).numpy().view(np.uint16), values.numpy().view(np.uint32), *places)
-    return block
-
-
-def keep_low(gradient_Nn: Tensor, z_Nn: Tensor) -> None:
-    """Zero where there is no code, in place; both bfloat16 on a CPU."""
-    gradient, z = (block.view(torch.int16).numpy().reshape(-1) for block in (gradient_Nn, z_Nn))
-
-    def piece(first: int, stop: int) -> None:
-        _keep(gradient[first:stop], z[first:stop])
-
-    over_rows(z.shape[0], piece, z.shape[0] // 8)
-
-
 def plain_silent(a_NF: Tensor, latents: Tensor, k: int) -> Tensor:
     """[N, n] bool: what `choose_silent` must choose; equal values go to the lower latent."""
     a_Nn = a_NF[:, latents]
@@ -254,22 +236,6 @@ def _turn(index, offsets, order, token, starts):  # type: ignore[no-untyped-def]
             latent = index[entry]
             order[place[latent]], token[place[latent]] = entry, n
             place[latent] += 1
-
-
-@compiled()
-def _keep(gradient, z):  # type: ignore[no-untyped-def]
-    for i in range(z.shape[0]):
-        gradient[i] = gradient[i] if z[i] != 0 else np.int16(0)
-
-
-@compiled()
-def _spread(block, bits, index, offsets):  # type: ignore[no-untyped-def]
-    """The upper halves of positive floats, rounded to nearest with ties to even."""
-    for n in range(block.shape[0]):
-        for entry in range(offsets[n], offsets[n + 1]):
-            whole = bits[entry]
-            odd = (whole >> np.uint32(16)) & np.uint32(1)
-            block[n, index[entry]] = np.uint16((whole + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
 @compiled()
