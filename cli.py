@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
-from thresher.cache.memory import ask_for_huge_pages
+from thresher.cache.process import prepare_process
 
 if TYPE_CHECKING:
     from thresher.cache.contracts import Site
@@ -66,7 +66,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
-    ask_for_huge_pages()
+    prepare_process()
     try:
         app()
     except UserError as error:

@@ -32,7 +32,7 @@ from rich.table import Table
 from thresher.cache.devices import resolve_device
 from thresher.cache.estimate import disk_rates
 from thresher.cache.layout import CODECS, Contexts
-from thresher.cache.memory import ask_for_huge_pages
+from thresher.cache.process import prepare_process
 from thresher.harvest.checkpoint import locate
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.fill import default_batch
@@ -157,7 +157,7 @@ def main() -> None:
     processes = multiprocessing.get_context("spawn")
     orders, theirs = processes.Pipe()
     processes.Process(target=serve_bare, args=(options, theirs), daemon=True).start()
-    ask_for_huge_pages()  # as the command line does
+    prepare_process()  # as the command line does
     case = MODELS[options.model]
     model, corpus, _ = case.make(options.device, options.dtype, options.tokens)
     token_id = corpus.splits["train"].token_id

@@ -250,7 +250,7 @@ class Thresher:
 
     def mend(self, folder: Path, error: str) -> None:
         """Delete the commit records of the shards that the refusal or `verify` names, and the manifest."""
-        from thresher.cache.contracts import UserError
+        from thresher.cache.errors import UserError
         from thresher.cache.reader import CacheReader
 
         cache = folder / "c.zarr"

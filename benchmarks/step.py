@@ -18,6 +18,7 @@ On CUDA nothing may be read back within a step: synchronisation is an error ther
 """
 
 import argparse
+import os
 import resource
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from rich.table import Table
 from step_dense import DenseCLT
 from torch import Tensor
 
-from thresher.cache.memory import ask_for_huge_pages
+from thresher.cache.process import prepare_process
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
@@ -280,7 +281,8 @@ def _peak() -> int:
 
 def main() -> None:
     """Print one line per case, then the bars."""
-    ask_for_huge_pages()  # as the command line does
+    if prepare_process():  # as the command line does, which has not loaded torch by then
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description="One training step against its encoder matmul.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=9)

@@ -10,7 +10,9 @@ says more than the median. CPU seconds stand beside it. The weights that come ou
 """
 
 import argparse
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from thresher.cache.memory import ask_for_huge_pages
+from thresher.cache.process import prepare_process
 from thresher.cache.reader import CacheReader
 from thresher.harvest.corpus import DataConfig
 from thresher.harvest.run import HarvestConfig, harvest
@@ -114,7 +116,8 @@ def measure(name: str, reader: CacheReader, steps: int, repeats: int, folder: Pa
 
 def main() -> None:
     """Print one line per case, and whether the bar is met."""
-    ask_for_huge_pages()  # as the command line does
+    if prepare_process():  # as the command line does, which has not loaded torch by then
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description="A sweep of eight dictionaries against eight single runs.")
     parser.add_argument("--cache", type=Path, help="A cache with mlp_in and mlp_out of four layers of width 128.")
     parser.add_argument("--steps", type=int, default=200)

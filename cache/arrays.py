@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import ArraySpec, crc32c, raw_dtype, shard_index
 from thresher.cache.publish import publish
 

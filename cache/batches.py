@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.loading import Tier, choose
 from thresher.cache.source import Source
 from thresher.cache.staging import Request, Staged, Stager, stager

@@ -13,7 +13,7 @@ import numpy as np
 from thresher.cache.arrays import write_plain
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import check_calibration, committed, read_commit
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import calibration_array
 from thresher.cache.plan import Plan
 from thresher.cache.stored import (

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import FORMAT, VERSION, ArraySpec, crc32c
 from thresher.cache.plan import Plan
 from thresher.cache.publish import publish, read_sealed, sealed, write_json

@@ -14,13 +14,6 @@ import torch
 from torch import Tensor
 
 
-class UserError(ValueError):
-    """A mistake in the user's input: the command line shows its text without a traceback and exits with 2.
-
-    The text is one paragraph and says which field, what was expected, what came, and what to do.
-    """
-
-
 class Site(NamedTuple):
     """A named tensor of the target, [B, T, width]."""
 

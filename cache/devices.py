@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 
 
 def resolve_device(device: str, field: str) -> torch.device:

@@ -14,7 +14,7 @@ from typing import Any
 
 from thresher.cache.arrays import write_sharded
 from thresher.cache.commit import PARTS, ROOT
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts, group_json
 from thresher.cache.locks import CREATE, Lock, hold
 from thresher.cache.plan import Plan, context_array

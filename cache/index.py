@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from thresher.cache.commit import MANIFEST, PARTS, ROOT, file_digest, harvest_again
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import FORMAT, VERSION
 from thresher.cache.plan import Plan
 from thresher.cache.publish import read_sealed, sealed, write_json

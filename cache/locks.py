@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thresher.cache.commit import LOCK
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.publish import explained, make_directory
 
 CREATE = LOCK

@@ -1,18 +1,8 @@
-"""How this process takes memory, and how much it may still take."""
+"""How much memory this process may still take."""
 
-import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def ask_for_huge_pages() -> None:
-    """Have PyTorch ask the kernel for huge pages (2 MiB) behind its tensors on the CPU that are as large as one.
-
-    The kernel then zeroes and maps 512 pages at a time. It counts from the first tensor of a process, so it is said
-    before that; whoever set THP_MEM_ALLOC_ENABLE decides.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def available_memory() -> int:

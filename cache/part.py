@@ -37,7 +37,8 @@ from thresher.cache.commit import (
     repair,
     shard_files,
 )
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.layout import ArraySpec, Contexts, calibration_array, chunk_index, crc32c, raw_dtype, stats_array
 from thresher.cache.plan import Plan
 from thresher.cache.publish import read_sealed

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thresher.cache.commit import MANIFEST, PARTS, ROOT
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.index import read_index, strike
 from thresher.cache.layout import FORMAT
 from thresher.cache.locks import CREATE, READ, SOLE, Lock, excludes, is_held, try_hold

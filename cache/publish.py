@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import crc32c
 from thresher.cache.records import canonical
 

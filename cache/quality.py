@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.stats import Sums
 
 

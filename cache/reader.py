@@ -19,7 +19,8 @@ import numpy as np
 from thresher.cache import stats
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import MANIFEST, ROOT, is_complete
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.layout import PROVENANCE, ArraySpec, Codec, Contexts, Store, known_split
 from thresher.cache.locks import READ, Lock, share
 from thresher.cache.order import SPLITS, ReadOrder

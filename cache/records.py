@@ -20,7 +20,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 
 T = TypeVar("T")
 

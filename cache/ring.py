@@ -23,7 +23,7 @@ import numpy as np
 
 from thresher.cache.claims import Shard
 from thresher.cache.commit import ROOT, commit_path, side_digests
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.layout import FORMAT, VERSION
 from thresher.cache.locks import is_held, share, try_hold

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from thresher.cache.codec import Calibration, decode
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.layout import KEPT, ArraySpec, raw_dtype
 from thresher.cache.records import nearest
 

@@ -24,8 +24,8 @@ from thresher.cache.commit import (
     repair,
     shard_files,
 )
-from thresher.cache.contracts import UserError
 from thresher.cache.directory import discard, leftovers
+from thresher.cache.errors import UserError
 from thresher.cache.index import enter, is_listed
 from thresher.cache.layout import Contexts, crc32c, group_json, stats_array
 from thresher.cache.locks import CREATE, hold

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import PARTS, harvest_again
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.index import INDEX, loss, read_index
 from thresher.cache.part import Part
 

@@ -21,7 +21,7 @@ from thresher.cache import stats
 from thresher.cache.blocks import BlockEncoder
 from thresher.cache.buffers import Buffers
 from thresher.cache.codec import Calibration, calibrate
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.host import HostEncoder, host_rows
 from thresher.cache.kernels.encode import measure
 from thresher.cache.lane import Encoder, Lane, Shelf

@@ -15,7 +15,8 @@ import torch
 from thresher.cache.arrays import read_plain, read_sharded
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import PARTS, ROOT, is_complete
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.index import is_listed
 from thresher.cache.layout import CONTEXT_ARRAYS, FORMAT, VERSION, Contexts, calibration_array
 from thresher.cache.plan import Extends, Plan

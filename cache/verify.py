@@ -19,7 +19,7 @@ import numpy as np
 
 from thresher.cache.arrays import read_plain
 from thresher.cache.commit import MANIFEST, PARTS, ROOT, commits_digest, file_digest, read_commit, shard_files
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.index import INDEX, loss, read_index
 from thresher.cache.layout import ArraySpec, chunk_index, crc32c
 from thresher.cache.part import refuse_ring

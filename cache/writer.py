@@ -26,8 +26,9 @@ from thresher.cache.calibrations import inherit, inheritance, load_calibrations,
 from thresher.cache.claims import FIRST, Claims, Shard
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import MANIFEST, ROOT, commit_path, publish_commit
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
 from thresher.cache.directory import check_same, forget_plan, lay_out, planning
+from thresher.cache.errors import UserError
 from thresher.cache.index import begin_index
 from thresher.cache.layout import Codec, Contexts, Store, known_split
 from thresher.cache.locks import READ, Lock, excludes, share, sole_writer

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import Codes, Dictionary, Site, Target, UserError
+from thresher.cache.contracts import Codes, Dictionary, Site, Target
+from thresher.cache.errors import UserError
 from thresher.evaluate.masks import Scored
 
 

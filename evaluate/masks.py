@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 
 PATCH_RULE = "keep = 1 (real, not special) except the first real position of a row; elsewhere the live value stays"

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from thresher.cache.contracts import Dictionary, UserError
+from thresher.cache.contracts import Dictionary
+from thresher.cache.errors import UserError
 from thresher.cache.records import differences
 from thresher.evaluate.checks import Replacement
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import Codes, Edit, Target, UserError
+from thresher.cache.contracts import Codes, Edit, Target
+from thresher.cache.errors import UserError
 from thresher.evaluate import splice
 from thresher.evaluate.checks import Replacement
 from thresher.evaluate.masks import Scored, spread

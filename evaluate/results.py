@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.evaluate.statistics import Interval
 
 FORMAT, VERSION = "thresher.results", 1

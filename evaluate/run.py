@@ -13,7 +13,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from thresher.cache.contracts import Target, UserError
+from thresher.cache.contracts import Target
+from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.records import fingerprint, to_dict
 from thresher.evaluate import verdict

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.records import fingerprint, nearest
 from thresher.harvest.hub import check_on_hub
 

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.order import SPLITS, split_of
 from thresher.harvest.documents import Document, Source, content_digest, documents, local_path

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.records import fingerprint, nearest
 from thresher.harvest.checkpoint import bundled, looks_like_path
 from thresher.harvest.hub import check_on_hub

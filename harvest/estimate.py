@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.estimate import Rates, Workload, disk_rates, sketched
 from thresher.cache.layout import BLOSC, CODECS, Codec, Contexts, Store, row_sizes
 from thresher.cache.publish import free_bytes

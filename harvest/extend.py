@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from thresher.cache.commit import PARTS, ROOT, harvest_again
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
 from thresher.cache.directory import planning
+from thresher.cache.errors import UserError
 from thresher.cache.index import read_index
 from thresher.cache.locks import Lock
 from thresher.cache.plan import Extends

@@ -7,7 +7,7 @@ seconds and gives one paragraph. Nothing is asked when the files already lie in 
 
 from typing import Literal
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 
 DEADLINE_S = 8.0
 """Longest wait for the hub's answer, seconds."""

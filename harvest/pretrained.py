@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 
 
 class TanhGelu(nn.Module):

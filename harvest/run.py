@@ -20,8 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from thresher.cache.commit import ROOT, harvest_again
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
 from thresher.cache.directory import forget_plan, planning
+from thresher.cache.errors import UserError
 from thresher.cache.reader import find_complete
 from thresher.cache.records import differences
 from thresher.cache.stored import read_contexts, read_root

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import CODEC_IDS, FORMAT, VERSION
 from thresher.cache.order import ORDER_ID
 from thresher.harvest.corpus import DataConfig, data_identity

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.harvest.sites import TAPS, Point, SiteTable
 
 # Tap: hook names inside a block, the first that is the input or output of a module counts. `hook_mlp_in` is not among

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import Edit, Site, UserError
+from thresher.cache.contracts import Edit, Site
 from thresher.cache.devices import resolve_device
+from thresher.cache.errors import UserError
 from thresher.harvest.checkpoint import commit_of, digest, locate, tokenizer_files, weight_files
 from thresher.harvest.hooking import Keep, PassEnded, Visit, attached, batched, editing, taking
 from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from thresher import cli
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.index import strike
 
 SETS = ("data.max_tokens=24000", "data.context=128", "data.test_fraction=0.25", "data.validation_fraction=0.15")

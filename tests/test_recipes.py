@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.recipes.reading import read
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from thresher.cache.batches import Batches
-from thresher.cache.contracts import Codes, UserError
+from thresher.cache.contracts import Codes
+from thresher.cache.errors import UserError
 from thresher.cache.interrupts import StopFlag
 from thresher.cache.source import Source
 from thresher.train.crew import Crew, Task

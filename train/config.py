@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.train.kernels.choice import Forced
 
 

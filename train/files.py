@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.publish import explained, flush_directory, publish
 from thresher.cache.records import from_dict
 from thresher.train.dictionary.coder import Coder

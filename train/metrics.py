@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.publish import publish
 
 WandbMode = Literal["disabled", "online", "offline"]

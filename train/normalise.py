@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 
 Mode = Literal["none", "scale", "per_dim"]
 

@@ -6,7 +6,8 @@ Pure: it sees the cache's sites, not the cache.
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.records import nearest
 from thresher.cache.sites import matches
 from thresher.train.config import TrainConfig

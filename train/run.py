@@ -20,8 +20,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.console import Console
 
-from thresher.cache.contracts import UserError
 from thresher.cache.devices import resolve_device
+from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
 from thresher.cache.records import differences, to_dict
 from thresher.cache.source import Source

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.publish import free_bytes, publish
 from thresher.train.files import publish_tensors
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.writer import CacheWriter
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from thresher.cache.batches import Batches
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import KEPT, ArraySpec
 from thresher.cache.reader import CacheReader
 

@@ -14,7 +14,7 @@ import zarr
 
 from thresher.cache import bfloat16
 from thresher.cache import reader as reader_module
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import estimate_bytes, row_sizes
 from thresher.cache.locks import is_held
 from thresher.cache.reader import CacheReader, find_complete

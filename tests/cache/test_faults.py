@@ -20,7 +20,7 @@ from thresher.cache import locks
 from thresher.cache import writer as writer_module
 from thresher.cache.codec import Calibration
 from thresher.cache.commit import MANIFEST
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import VERSION
 from thresher.cache.locks import try_hold
 from thresher.cache.publish import publish
@@ -258,7 +258,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1]).parent))
 import fill, torch
 from thresher.cache.batches import Batches
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.reader import CacheReader
 whole, begun = Path(sys.argv[2]), Path(sys.argv[3])
 reader = CacheReader.open(whole)

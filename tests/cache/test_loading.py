@@ -14,7 +14,8 @@ import torch
 
 from thresher.cache import loading, part
 from thresher.cache.batches import Batches, default_group
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.layout import CODECS, Contexts
 from thresher.cache.loading import Loader, Tier, array_names, choose, taken_by
 from thresher.cache.order import ReadOrder

@@ -19,7 +19,7 @@ import zarr
 from thresher.cache import bfloat16, sealing
 from thresher.cache.arrays import read_plain, write_plain
 from thresher.cache.batches import Batches
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.index import read_index, strike
 from thresher.cache.layout import Contexts, calibration_array
 from thresher.cache.plan import Extends

@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 
 from thresher.cache import prune
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.locks import Lock, is_held, share, try_hold
 from thresher.cache.plan import Extends
 from thresher.cache.prune import Policy, Run, decide, find, is_cache, remove, survey

@@ -12,7 +12,7 @@ import pytest
 
 from thresher.cache import publish as publishing
 from thresher.cache.buffers import Buffers
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.publish import PAGE, publish
 
 

@@ -14,7 +14,7 @@ from thresher.cache import publish as publish_module
 from thresher.cache import writer as writer_module
 from thresher.cache.arrays import read_plain, write_plain
 from thresher.cache.commit import MANIFEST, commit_path, publish_manifest
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import calibration_array
 from thresher.cache.locks import try_hold
 from thresher.cache.plan import Plan

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from thresher.cache.batches import Batches
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.memory_shards import MemoryShards, MemoryWriter
 from thresher.cache.plan import make_plan

@@ -14,7 +14,8 @@ from numcodecs import blosc
 from thresher.cache import bfloat16, shard, stats
 from thresher.cache.blocks import BlockEncoder
 from thresher.cache.codec import calibrate
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.layout import ArraySpec, Contexts, crc32c
 from thresher.cache.pieces import shard_file
 from thresher.cache.reader import CacheReader

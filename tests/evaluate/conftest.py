@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from thresher.cache.contracts import Codes, Edit, Site, UserError
+from thresher.cache.contracts import Codes, Edit, Site
+from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 
 TAPS = ("resid_pre", "mlp_in", "mlp_out", "resid_post")

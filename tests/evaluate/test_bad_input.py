@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.evaluate.run import EvaluateConfig, Replacement
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.evaluate.masks import choose_rows, patch_mask, score_mask, scored
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.evaluate.columns import COLUMNS, count, sites_label
 from thresher.evaluate.headline import delta_at, headline, matched_l0
 from thresher.evaluate.metrics import SUMS

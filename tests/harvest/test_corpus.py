@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 from rich.console import Console
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.harvest.corpus import Corpus, DataConfig, data_identity, read_corpus
 from thresher.harvest.documents import Source, content_digest, documents
 

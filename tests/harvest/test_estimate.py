@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.estimate import outlook
 from thresher.harvest import timing
 from thresher.harvest.corpus import DataConfig

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from thresher.cache.arrays import read_plain
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.index import strike
 from thresher.cache.reader import CacheReader, find_complete
 from thresher.cache.stats import unpack

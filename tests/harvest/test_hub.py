@@ -10,7 +10,7 @@ from huggingface_hub import constants, hf_api
 from huggingface_hub import errors as hub_errors
 from rich.console import Console
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.harvest.checkpoint import _needed, locate
 from thresher.harvest.corpus import DataConfig, read_corpus
 from thresher.harvest.hub import DEADLINE_S

@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
 from thresher.cache.writer import ShardWriter

@@ -2,7 +2,7 @@
 
 import pytest
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.harvest.sites import TAPS, Point, SiteTable, resolve
 
 TABLE = SiteTable(

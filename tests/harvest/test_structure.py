@@ -9,7 +9,7 @@ import torch
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tests.harvest.conftest import CONFIGS, tiny
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.harvest.sites import TAPS
 from thresher.harvest.structure import tap_faults
 from thresher.harvest.target import TransformerTarget

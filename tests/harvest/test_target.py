@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 
 from tests.harvest.conftest import CONFIGS
-from thresher.cache.contracts import UserError
 from thresher.cache.devices import resolve_device
+from thresher.cache.errors import UserError
 from thresher.harvest.checkpoint import locate
 from thresher.harvest.pretrained import TanhGelu, fuse_gelu
 from thresher.harvest.sites import TAPS

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.train import state
 from thresher.train.state import Checkpoint, latest_position, load_checkpoint, save_checkpoint
 

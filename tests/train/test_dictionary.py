@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.stats import SiteStats
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from tests.train.conftest import KINDS, RULES, plans_for, stop_at
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
 from thresher.train.files import load_run, read_config

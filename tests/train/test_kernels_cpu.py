@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.train.kernels import choice, cpu, cpu_pool, firing
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink, no_facts

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.spec import DictionarySpec

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from thresher.cache.contracts import Site, UserError
+from thresher.cache.contracts import Site
+from thresher.cache.errors import UserError
 from thresher.cache.records import from_dict, to_dict
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 
 Kind = Literal["sae", "transcoder", "clt"]
 FiringName = Literal["relu", "topk", "batchtopk", "jumprelu"]

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from thresher.cache.contracts import UserError
+from thresher.cache.errors import UserError
 
 Forced = Literal["auto", "plain", "fast"]
 Implementation = Literal["plain", "torch", "numba", "triton"]
