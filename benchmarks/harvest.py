@@ -157,7 +157,8 @@ def main() -> None:
     processes = multiprocessing.get_context("spawn")
     orders, theirs = processes.Pipe()
     processes.Process(target=serve_bare, args=(options, theirs), daemon=True).start()
-    prepare_process()  # as the command line does
+    theirs.close()
+    prepare_process()  # huge pages, as the command line has them; the bare body is as anybody would run it
     case = MODELS[options.model]
     model, corpus, _ = case.make(options.device, options.dtype, options.tokens)
     token_id = corpus.splits["train"].token_id

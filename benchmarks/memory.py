@@ -73,12 +73,14 @@ class Watch:
     def __init__(self, pid: int) -> None:
         self._pid, self._over = pid, threading.Event()
         self._now = self._first = self._peak = 0
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
     def begin(self) -> None:
         """Growth counts from the last look on."""
-        self._first = self._peak = self._now
+        with self._lock:
+            self._first = self._peak = self._now
 
     def end(self) -> int:
         """Bytes by which it grew at most."""
@@ -88,8 +90,12 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(0.002):
-            self._now = self._own()
-            self._peak = max(self._peak, self._now)
+            try:
+                now = self._own()
+            except (OSError, KeyError):  # the process has ended
+                return
+            with self._lock:
+                self._now, self._peak = now, max(self._peak, now)
 
     def _own(self) -> int:
         """Bytes that are resident and no file's."""

@@ -15,5 +15,7 @@ _WANTED = {
 def prepare_process() -> bool:
     """Set what is not set yet; whether anything was. OpenMP reads it when torch is imported, PyTorch a little later."""
     missing = {name: value for name, value in _WANTED.items() if name not in os.environ}
+    if "OMP_WAIT_POLICY" in os.environ:  # which sets the other, unless that is there too
+        missing.pop("GOMP_SPINCOUNT", None)
     os.environ.update(missing)
     return bool(missing)

@@ -219,7 +219,8 @@ def _try(passes: Passes, writer: CacheWriter, model: TransformerTarget, size: Pa
     rounds = tokens // (size.contexts * context * passes.workers)
     if rounds >= WORTH_A_TRIAL:
         with console.status("trying some passes"):
-            trial = run_trial(passes, model, size, context, most_rounds=rounds // WORTH_A_TRIAL)
+            few = 2 if plan.window_shards is not None else rounds  # of a ring: somebody waits for it
+            trial = run_trial(passes, model, size, context, most_rounds=min(few, rounds // WORTH_A_TRIAL))
         running = trial.running
     else:
         trial, running = None, counted(model, plan.sites, size, context)

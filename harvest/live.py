@@ -75,6 +75,7 @@ class _Maker:
         self.writer = MemoryWriter(plan, corpus.splits, config.fvu_gate)
         self._contexts = corpus.splits
         self._batch = pass_size(config, model, sites, plan.splits["train"].tokens, {}).contexts
+        # never entered: how memory is taken (allocation.py) is left as the training that shares the process wants it
         self._passes, self._feeder = Passes(model, sites), Feeder(model.device)
 
     def produce(self, split: str, index: int) -> ShardData:

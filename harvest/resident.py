@@ -3,7 +3,6 @@
 Linux only; elsewhere nothing is known and every answer is None.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,10 @@ def resident() -> Resident | None:
         return None
 
 
-def forget_peak() -> None:
-    """Let the peak begin anew, where the kernel lets us; else it may be that of something earlier."""
-    with suppress(OSError):
+def forget_peak() -> bool:
+    """Let the peak begin anew; false where the kernel does not let us, and it may be that of something earlier."""
+    try:
         (_SELF / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

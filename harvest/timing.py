@@ -53,28 +53,28 @@ def run_trial(
         sample = np.random.default_rng(0).integers(0, model.n_vocab, (size.contexts, context))
     rows = np.resize(np.arange(len(sample)), size.contexts)
     job = Job("train", 0, torch.from_numpy(sample[rows].astype(np.int64)), False, False)
-    forget_peak()
-    before = resident()
-    seconds, acts = _timed(model, passes, [job] * passes.workers)  # also warms up
+    before = resident() if forget_peak() else None
+    rooms = set[int]()
+    seconds, acts = _timed(model, passes, [job] * passes.workers, rooms)  # also warms up
     rounds = 1
     further = max(LEAST_ROUNDS, int(ENOUGH_SECONDS / seconds)) if seconds * LEAST_ROUNDS < LONGEST_SECONDS else 1
     if most_rounds is not None:
         further = min(further, most_rounds - 1)
     if further > 0:
         rounds = further
-        seconds, acts = _timed(model, passes, [job] * passes.workers * rounds)
+        seconds, acts = _timed(model, passes, [job] * passes.workers * rounds, rooms)
     after = resident()
     rate = job.tokens.numel() * passes.workers * rounds / seconds
     if before is None or after is None or model.device.type != "cpu":
         return Trial(rate, acts, counted(model, passes.sites, size, context))
-    results = (passes.workers + 1) * sum(x.nbytes for x in acts.values())
+    results = len(rooms) * sum(x.nbytes for x in acts.values())
     kept = max(0, after.own - before.own - results)
     peak = max(0, after.peak - after.files - before.own - results)
     return Trial(rate, acts, Running(kept, max(0, peak - kept)))
 
 
 def counted(model: TransformerTarget, sites: Sequence[Site], size: PassSize, context: int) -> Running:
-    """What passes take by the tensors that are alive in one of them, without what the heaps keep beyond that."""
+    """What passes take by the tensors alive in one of them: the least, since heaps keep more in the long run."""
     if model.device.type != "cpu":
         return Running(0, 0)
     return Running(0, workers_for(model, size.threads) * size.contexts * context_bytes(model, sites, context))
@@ -94,11 +94,15 @@ def foretold(trial: Trial, *, tokens: int, size: int, path: Path) -> str:
     )
 
 
-def _timed(model: TransformerTarget, passes: Passes, todo: Sequence[Job]) -> tuple[float, Mapping[str, Tensor]]:
+def _timed(
+    model: TransformerTarget, passes: Passes, todo: Sequence[Job], rooms: set[int]
+) -> tuple[float, Mapping[str, Tensor]]:
+    """Seconds and the last activations; `rooms` gets the identity of every room that results lay in."""
     began, acts = time.perf_counter(), dict[str, Tensor]()
     for done in passes.run(todo):
         assert done is not None
         acts = done[1]
+        rooms.add(id(done[1].room))
         passes.give(done[1])  # the last one's room stays as it is
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

@@ -153,7 +153,8 @@ class _Error(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         W_enc, b_enc, W_dec_FTE, x_ND, b_dec_D = ctx.saved_tensors
-        found = ctx.products.gradients(x_ND, b_dec_D, 2 * g)
+        products, ctx.products = ctx.products, None  # autograd frees only what was saved with it
+        found = products.gradients(x_ND, b_dec_D, 2 * g)
         db_F = torch.zeros_like(b_enc).index_copy_(0, ctx.latents, found.b_enc)
         sink_enc, sink_dec = ctx.sinks
         dW_enc = _delivered(W_enc, ctx.latents, found.W_enc, found.factor, sink_enc)

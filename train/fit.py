@@ -134,7 +134,7 @@ class Fit:
         rate = base_rate(self.plan.train, self.plan.spec) * rate_factor(self.plan.train, self.done, self.total)
         tallies, terms, overflowed = self._gradients(inputs)
         with stage("update"):
-            finite = torch.stack([part.total.detach() for part in terms]).sum().isfinite()
+            finite = torch.stack([part.total for part in terms]).sum().isfinite()
             norm = self.optimiser.step(rate, finite if overflowed is None else finite & ~overflowed)
         if overflowed is not None:  # left out for lack of room, which later selections have: no failure
             norm = torch.where(overflowed, 0.0, norm)
@@ -166,7 +166,7 @@ class Fit:
             with stage("backward"):
                 found.total.backward()
             tallies.append([self.coder.encoder(source).tally(part) for source, part in enumerate(out.fired)])
-            terms.append(found)
+            terms.append(found._replace(total=found.total.detach()))  # else the part's graph stays
             selections = [part.selection for part in out.fired if isinstance(part.selection, Padded)]
             short += [s.overflowed for s in selections if s.overflowed is not None]
         by_source = [list(column) for column in zip(*tallies, strict=True)]

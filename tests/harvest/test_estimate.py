@@ -1,5 +1,7 @@
 """The estimate against what a harvest then writes."""
 
+import io
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ from rich.console import Console
 
 from thresher.cache.errors import UserError
 from thresher.cache.estimate import outlook
-from thresher.harvest import timing
+from thresher.cache.layout import Contexts
+from thresher.cache.writer import CacheWriter
+from thresher.harvest import fill, timing
 from thresher.harvest.corpus import DataConfig
 from thresher.harvest.estimate import bounded, measure
 from thresher.harvest.footprint import Running
@@ -90,7 +94,56 @@ def test_a_trial_tells_what_passes_take() -> None:
     done = subprocess.run([sys.executable, "-c", TRIED], capture_output=True, text=True, check=True)
     taken, needed = map(int, done.stdout.split())
     assert needed > 100_000_000
-    assert taken == pytest.approx(needed, rel=0.3)  # the two passes need not be at their peaks together
+    assert taken == pytest.approx(needed, rel=0.4)  # the two passes need not be at their peaks together
+
+
+STAYED = """
+import torch
+from thresher.harvest.allocation import heaps_that_stay
+from thresher.harvest.resident import resident
+
+def freed():
+    blocks = [torch.ones(1 << 18) for _ in range(100)]
+    before = resident().own
+    del blocks
+    return before - resident().own
+
+with heaps_that_stay():
+    within, before = freed(), resident().own
+print(within, before - resident().own)
+"""
+
+
+@pytest.mark.skipif(resident() is None or "glibc" not in platform.libc_ver(), reason="needs Linux with glibc")
+def test_small_tensors_stay_in_memory_within_the_block_and_go_back_at_its_end() -> None:
+    done = subprocess.run([sys.executable, "-c", STAYED], capture_output=True, text=True, check=True)
+    within, after = map(int, done.stdout.split())
+    assert within < 10_000_000
+    assert after > 80_000_000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "timed"), [(3_000, None, False), (60_000, None, True), (60_000, 1, False)]
+)
+def test_what_is_said_before_the_first_pass(
+    books: TransformerTarget, tmp_path: Path, tokens: int, window: int | None, timed: bool
+) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    contexts = np.zeros((tokens // 32, 32), np.int32)
+    keep = np.ones(contexts.shape, np.uint8)
+    packed = {"train": Contexts(contexts, np.zeros_like(contexts), keep)}
+    sites = books.sites(["mlp_in"])
+    bound = None if window is None else 30 * sites[0].width * tokens
+    with (
+        CacheWriter.open(
+            tmp_path / "cache", identity={}, sites=sites, contexts=packed, codec="bf16", seed=0, window_bytes=bound
+        ) as writer,
+        Passes(books, sites) as passes,
+    ):
+        fill._try(passes, writer, books, PassSize(4, 1), console)
+    told = console.export_text()
+    assert "of memory beside the model." in told
+    assert ("tokens/s, the disk" in told) == timed
 
 
 def test_without_numbers_from_the_kernel_tensors_are_counted(

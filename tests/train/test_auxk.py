@@ -1,5 +1,8 @@
 """AuxK's fast form equals ordinary autograd in value and all gradients; its choice of codes is exact."""
 
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -90,14 +93,15 @@ def test_the_fast_term_equals_autograd_with_all_gradients(
     assert any(bool(grad.abs().sum() > 0) for grad in fast_grads)
 
 
+@pytest.mark.parametrize("kind", ["sae", "clt"])
 def test_products_in_bfloat16_give_the_term_and_its_gradients_to_half_a_percent(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auxk, "has_tiles", lambda: True)
     results = []
     for work in (0, 1 << 60):
         monkeypatch.setattr(auxk, "_LOW_WORK", work)
-        coder = make("clt", aux_k=4, **RULES["topk"]).float()
+        coder = make(kind, pre_bias=kind == "sae", aux_k=4, **RULES["topk"]).float()
         xs, ys = ([tensor.float() for tensor in tensors] for tensors in batch(coder))
         term = auxk.auxiliary(coder, coder(xs), xs, ys)
         assert ("auxk in bfloat16" in coder.kernels.used) == (work == 0)
@@ -173,6 +177,27 @@ def test_a_sink_gets_rows_of_dead_latents_and_autograd_nothing() -> None:
             assert weight.grad is None
             sinks.of(weight).settle()
             torch.testing.assert_close(weight.grad, expected.grad)
+
+
+def test_what_the_backward_pass_used_is_freed_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the parts of a batch (train.micro_rows) would add up, as long as their losses are kept."""
+    made, way = list[weakref.ref[Any]](), auxk._way
+
+    def watched(*arguments: Any) -> Any:
+        def make_products(*given: Any) -> Any:
+            products = way(*arguments)(*given)
+            made.append(weakref.ref(products))
+            return products
+
+        return make_products
+
+    monkeypatch.setattr(auxk, "_way", watched)
+    coder = make("sae", **RULES["topk"])
+    xs, ys = batch(coder)
+    term = auxk.auxiliary(coder, coder(xs), xs, ys)
+    assert made[0]() is not None
+    term.backward()
+    assert made[0]() is None
 
 
 def test_tokens_and_latents_of_the_tests_leave_codes_on_both_sides_of_k() -> None:
