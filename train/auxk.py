@@ -37,18 +37,12 @@ from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Encoder
 from thresher.train.kernels import low, padded, slabs
 from thresher.train.kernels.gradients import Sink
-from thresher.train.kernels.silent import Dead, Silent, by_latent, plain_silent
+from thresher.train.kernels.silent import Dead, Silent, SilentBlock, by_latent, plain_silent
 from thresher.train.kernels.tiles import tile_rows
 
 _DENSE_SHARE = 0.3
 """Share of [N, n] filled by codes above which four dense products should be faster than four sparse ones: reckoned from
 the times of single products, not measured as a whole."""
-
-
-_LOW_SHARE = 0.06
-"""Share above which four dense products in bfloat16 are faster than four sparse ones in float32."""
-_LOW_WORK = 1 << 26
-"""N · n · E below which they are not taken."""
 
 
 def auxiliary(
@@ -77,7 +71,7 @@ def dead_latents(coder: Coder, source: int, done: Pass) -> Dead | None:
     """Which are dead, as the encoder's pass knew it; None: none."""
     silent = done.fired[source].silent
     if silent is not None:
-        return Dead(silent.latents, silent.number)
+        return Dead(silent.latents, silent.number if isinstance(silent, Silent) else None)
     encoder = coder.encoder(source)
     if padded.must_not_ask(encoder.W_enc) and coder.kernels.forced != "plain":
         return None
@@ -97,7 +91,7 @@ def _share(
     coder: Coder,
     source: int,
     dead: Dead,
-    silent: Silent | None,
+    silent: Silent | SilentBlock | None,
     x_ND: Tensor,
     residual_NE: Tensor,
     total: Tensor,
@@ -113,7 +107,9 @@ def _share(
     encoder, b_dec_D = coder.encoder(source), coder.b_dec[source].detach() if coder.spec.pre_bias else None
     weights = (encoder.W_enc, encoder.b_enc, coder.W_dec[source])
     sinks = (encoder.sink, coder.decoder_sink(source))
-    out: Tensor = _Error.apply(*weights, silent, x_ND, residual_NE, b_dec_D, _way(coder, encoder, silent), sinks)
+    out: Tensor = _Error.apply(
+        *weights, silent.latents, x_ND, residual_NE, b_dec_D, _way(coder, encoder, silent), sinks
+    )
     return factor * out
 
 
@@ -136,16 +132,16 @@ class _Error(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         W_dec_FTE: Tensor,
-        silent: Silent,
+        latents: Tensor,
         x_ND: Tensor,
         residual_NE: Tensor,
         b_dec_D: Tensor | None,
         way: "_Way",
         sinks: tuple[Sink | None, Sink | None],
     ) -> Tensor:
-        products = way(silent, W_dec_FTE[:, 0])
+        products = way(W_dec_FTE[:, 0])
         total = products.error(residual_NE)
-        ctx.products, ctx.latents, ctx.sinks = products, silent.latents, sinks
+        ctx.products, ctx.latents, ctx.sinks = products, latents, sinks
         ctx.save_for_backward(W_enc, b_enc, W_dec_FTE, x_ND, b_dec_D)
         return total
 
@@ -189,26 +185,19 @@ def _less(x_ND: Tensor, b_dec_D: Tensor | None) -> Tensor:
     return x_ND if b_dec_D is None else x_ND - b_dec_D
 
 
-@functools.cache
-def has_tiles() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX)."""
-    return torch.cpu._is_amx_tile_supported()
-
-
-def _way(coder: Coder, encoder: Encoder, silent: Silent) -> "_Way":
-    values, room = silent.values, silent.selection.tokens * silent.selection.width
-    share, work = values.shape[0] / max(room, 1), room * coder.spec.d_out
-    on_cpu = values.device.type == "cpu"
-    if on_cpu and values.dtype == torch.float32 and share > _LOW_SHARE and work >= _LOW_WORK and has_tiles():
+def _way(coder: Coder, encoder: Encoder, silent: Silent | SilentBlock) -> "_Way":
+    if isinstance(silent, SilentBlock):
         coder.kernels.used.setdefault("auxk in bfloat16", ["torch"])
-        return _Low
-    if silent.number is None and on_cpu and share <= _DENSE_SHARE:
+        return functools.partial(_Low, silent)
+    values, room = silent.values, silent.selection.tokens * silent.selection.width
+    share = values.shape[0] / max(room, 1)
+    if silent.number is None and values.device.type == "cpu" and share <= _DENSE_SHARE:
         how = coder.kernels.pick("auxk", values.device, values.dtype, values.shape[0] * coder.spec.d_out)
         if how == "numba":
-            return _Sparse
+            return functools.partial(_Sparse, silent)
     seen = coder.kernels.used.setdefault("auxk", [])
     seen += [] if "torch" in seen else ["torch"]
-    return functools.partial(_Dense, low=None if silent.number is None else encoder.matmul_dtype)
+    return functools.partial(_Dense, silent, low=None if silent.number is None else encoder.matmul_dtype)
 
 
 class _Sparse:
@@ -245,9 +234,8 @@ class _Sparse:
 class _Low:
     """Dense products with operands rounded to bfloat16, sums in float32: AMX, the matrix unit of a CPU."""
 
-    def __init__(self, silent: Silent, W_dec_FE: Tensor) -> None:
-        selection = silent.selection
-        self.z_Nn = low.spread(silent.values, selection.latents, selection.offsets, selection.width)
+    def __init__(self, silent: SilentBlock, W_dec_FE: Tensor) -> None:
+        self.z_Nn = silent.codes
         self.W_dec_nE = low.gather(W_dec_FE, silent.latents)
 
     def error(self, residual_NE: Tensor) -> Tensor:
@@ -328,4 +316,4 @@ class _Dense:
         return (z_Nn.T @ low_NE).to(full), (da_Nn.T @ x_ND.to(self.low)).to(full), da_Nn.sum(0, dtype=full)
 
 
-_Way = Callable[[Silent, Tensor], _Sparse | _Low | _Dense]
+_Way = Callable[[Tensor], _Sparse | _Low | _Dense]

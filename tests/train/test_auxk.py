@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tests.train.test_losses import LATENTS, RULES, N, batch, make
 from thresher.train import auxk
-from thresher.train.kernels import low, slabs
+from thresher.train.kernels import low, silent, slabs
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
-from thresher.train.kernels.silent import Dead, by_latent, choose_silent, plain_silent
+from thresher.train.kernels.silent import Dead, Silent, SilentBlock, by_latent, choose_silent, plain_silent
+from thresher.train.kernels.tiles import joined_silent
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -31,6 +32,7 @@ def test_the_codes_of_dead_latents_are_the_k_largest_positive_ones(
     count, k = (int(torch.randint(1, 40, (), generator=rng)) for _ in range(2))
     latents = torch.randperm(40, generator=rng)[:count].sort().values
     got = choose_silent(a, Dead(latents), k, Kernels())
+    assert isinstance(got, Silent)
     mask = torch.zeros(6, count, dtype=torch.bool)
     mask[got.selection.rows, got.selection.latents] = True
     assert torch.equal(mask, plain_silent(a, latents, k))
@@ -40,6 +42,35 @@ def test_the_codes_of_dead_latents_are_the_k_largest_positive_ones(
     assert torch.equal(turned.order, order)
     assert torch.equal(turned.tokens, got.selection.rows[order])
     assert torch.equal(turned.offsets.diff(), torch.bincount(got.selection.latents, minlength=count))
+
+
+@settings(deadline=None, max_examples=200)
+@given(seed=st.integers(0, 10**6), coarse=st.booleans(), shift=st.sampled_from([0.0, 1.0, 5.0]))
+def test_a_block_of_codes_holds_the_same_codes_as_a_list(seed: int, coarse: bool, shift: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    a = torch.randn(6, 40, generator=rng)
+    a = ((3 * a).round() if coarse else a) - shift
+    count, k = (int(torch.randint(1, 40, (), generator=rng)) for _ in range(2))
+    latents = torch.randperm(40, generator=rng)[:count].sort().values
+    listed = choose_silent(a, Dead(latents), k, Kernels())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(silent, "has_tiles", lambda: True)
+        patch.setattr(silent, "_BLOCK_WORK", 0)
+        got = choose_silent(a, Dead(latents), k, Kernels(), width=1)
+    assert isinstance(listed, Silent)
+    assert isinstance(got, SilentBlock) == (len(listed.values) > silent._BLOCK_SHARE * 6 * count)
+    assert torch.equal(
+        _block(got if isinstance(got, Silent) else listed), (a[:, latents] * plain_silent(a, latents, k)).bfloat16()
+    )
+    if isinstance(got, SilentBlock):
+        assert torch.equal(got.codes, _block(listed))
+        joined = joined_silent([got, listed])
+        assert isinstance(joined, SilentBlock)
+        assert torch.equal(joined.codes, torch.cat([got.codes, got.codes]))
+
+
+def _block(codes: Silent) -> Tensor:
+    return low.spread(codes.values, codes.selection.latents, codes.selection.offsets, codes.selection.width)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -97,10 +128,10 @@ def test_the_fast_term_equals_autograd_with_all_gradients(
 def test_products_in_bfloat16_give_the_term_and_its_gradients_to_half_a_percent(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auxk, "has_tiles", lambda: True)
+    monkeypatch.setattr(silent, "has_tiles", lambda: True)
     results = []
     for work in (0, 1 << 60):
-        monkeypatch.setattr(auxk, "_LOW_WORK", work)
+        monkeypatch.setattr(silent, "_BLOCK_WORK", work)
         coder = make(kind, pre_bias=kind == "sae", aux_k=4, **RULES["topk"]).float()
         xs, ys = ([tensor.float() for tensor in tensors] for tensors in batch(coder))
         term = auxk.auxiliary(coder, coder(xs), xs, ys)
@@ -116,8 +147,9 @@ def test_products_in_bfloat16_give_the_term_and_its_gradients_to_half_a_percent(
 def test_operands_in_bfloat16_are_rounded_as_torch_does(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     a = torch.randn(5, 30, generator=rng) * 10.0 ** float(torch.randint(-20, 20, (), generator=rng))
-    silent = choose_silent(a, Dead(torch.arange(30)), 7, Kernels())
-    z = low.spread(silent.values, silent.selection.latents, silent.selection.offsets, 30)
+    listed = choose_silent(a, Dead(torch.arange(30)), 7, Kernels())
+    assert isinstance(listed, Silent)
+    z = _block(listed)
     assert torch.equal(z, (a * plain_silent(a, torch.arange(30), 7)).bfloat16())
     gradient = torch.randn(5, 30, generator=rng).bfloat16()
     expected = gradient * (z != 0)
@@ -158,8 +190,8 @@ def test_codes_of_a_selection_made_before_are_found_without_its_block() -> None:
     encoder, bias = coder.encoder(0), coder.bias(0)
     whole = encoder.choose(xs[0], bias)
     again = encoder(xs[0], bias, whole._replace(silent=None)).silent
-    assert whole.silent is not None
-    assert again is not None
+    assert isinstance(whole.silent, Silent)
+    assert isinstance(again, Silent)
     torch.testing.assert_close(again.values, whole.silent.values)
     assert torch.equal(again.latents, whole.silent.latents)
     assert torch.equal(again.selection.latents, whole.silent.selection.latents)
@@ -203,10 +235,10 @@ def test_what_the_backward_pass_used_is_freed_by_it(monkeypatch: pytest.MonkeyPa
 def test_tokens_and_latents_of_the_tests_leave_codes_on_both_sides_of_k() -> None:
     coder = make("sae", **RULES["topk"])
     xs, _ = batch(coder)
-    silent = coder(xs).fired[0].silent
-    assert silent is not None
-    counts = silent.selection.offsets.diff()
+    codes = coder(xs).fired[0].silent
+    assert isinstance(codes, Silent)
+    counts = codes.selection.offsets.diff()
     assert counts.shape[0] == N
-    assert silent.selection.width == LATENTS // 3
+    assert codes.selection.width == LATENTS // 3
     assert bool((counts < 4).any())
     assert bool((counts == 4).any())

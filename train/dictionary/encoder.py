@@ -23,7 +23,7 @@ from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
 from thresher.train.kernels.padded import Forecast
-from thresher.train.kernels.silent import Dead, Silent, choose_silent, dead_first
+from thresher.train.kernels.silent import Dead, Silent, SilentBlock, choose_silent, dead_first
 from thresher.train.kernels.sparse import Selection, gathered_linear
 from thresher.train.kernels.tiles import joined, joined_silent, tile_rows
 from thresher.train.stages import stage
@@ -42,7 +42,7 @@ class Fired(NamedTuple):
     """[A] (or [N, F]) 1 where the latent fires, with gradient to a learned threshold; None without one."""
     tokens: int
     """N."""
-    silent: Silent | None = None
+    silent: Silent | SilentBlock | None = None
     """Codes of dead latents for AuxK; None: none is dead, or AuxK is off, or it goes the plain way."""
 
 
@@ -64,7 +64,7 @@ class Chosen(NamedTuple):
     """Entries; None: all."""
     values: Tensor
     """[A] (or [N, F]) pre-activations there."""
-    silent: Silent | None = None
+    silent: Silent | SilentBlock | None = None
     """Codes of dead latents, where they were looked at."""
 
 
@@ -99,6 +99,7 @@ class Encoder(nn.Module):
         self.tokens_since_fired: Tensor
         self.dead_after = spec.dead_after
         self.aux_k = spec.resolved_aux_k if spec.aux > 0 and not deployed else 0
+        self.aux_width = spec.d_out
         self.forecast = None if deployed else Forecast(spec.dead_after)
         self.register_load_state_dict_post_hook(_look_once)
         self.matmul_dtype: torch.dtype | None = None
@@ -178,11 +179,13 @@ class Encoder(nn.Module):
         if dead is None:
             return Chosen(selection, values)
         with stage("auxk"):
-            silent = choose_silent(a_nF, dead, self.aux_k, self.kernels)
-            return Chosen(selection, values, silent._replace(values=silent.values.to(bias_F.dtype)))
+            silent = choose_silent(a_nF, dead, self.aux_k, self.kernels, self.aux_width)
+            if isinstance(silent, Silent):
+                silent = silent._replace(values=silent.values.to(bias_F.dtype))
+            return Chosen(selection, values, silent)
 
     @torch.no_grad()
-    def _wake(self, x_ND: Tensor, bias_F: Tensor) -> Silent | None:
+    def _wake(self, x_ND: Tensor, bias_F: Tensor) -> Silent | SilentBlock | None:
         """Codes of dead latents for rows whose block is gone: a product with their rows."""
         dead = self._wanted(x_ND.shape[0])
         if dead is None:
@@ -191,7 +194,7 @@ class Encoder(nn.Module):
             latents = dead.latents
             a_Nn = torch.nn.functional.linear(x_ND, self.W_enc[latents], bias_F[latents])
             every = dead._replace(latents=torch.arange(latents.shape[0], device=latents.device))
-            return choose_silent(a_Nn, every, self.aux_k, self.kernels)._replace(latents=latents)
+            return choose_silent(a_Nn, every, self.aux_k, self.kernels, self.aux_width)._replace(latents=latents)
 
     def _wanted(self, tokens: int) -> Dead | None:
         """Dead latents whose codes AuxK's fast form takes from here; None: none."""

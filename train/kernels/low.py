@@ -79,7 +79,7 @@ def keep(gradient_Nn: Tensor, z_Nn: Tensor) -> None:
 
 
 @inlined()
-def _rounded(value):  # type: ignore[no-untyped-def]
+def rounded(value):  # type: ignore[no-untyped-def]
     """The bit pattern of the bfloat16 nearest to a finite float32."""
     bits = bits_of(value)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -91,7 +91,7 @@ def _spread(block, values, columns, offsets, first, stop):  # type: ignore[no-un
     for n in range(first, stop):
         block[n] = 0
         for entry in range(offsets[n], offsets[n + 1]):
-            block[n, columns[entry]] = _rounded(values[entry])
+            block[n, columns[entry]] = rounded(values[entry])
 
 
 @compiled()
@@ -99,7 +99,7 @@ def _gather(table, rows, out, first, stop):  # type: ignore[no-untyped-def]
     for i in range(first, stop):
         row, low = table[rows[i]], out[i]
         for j in range(row.shape[0]):
-            low[j] = _rounded(row[j])
+            low[j] = rounded(row[j])
 
 
 @compiled()
@@ -107,7 +107,7 @@ def _less(x, shift, out, first, stop):  # type: ignore[no-untyped-def]
     for n in range(first, stop):
         row, low = x[n], out[n]
         for j in range(row.shape[0]):
-            low[j] = _rounded(row[j] - shift[j])
+            low[j] = rounded(row[j] - shift[j])
 
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
@@ -117,7 +117,7 @@ def _difference(low, exact, squares, first, stop):  # type: ignore[no-untyped-de
         for j in range(a.shape[0]):
             difference = wide(a[j]) - b[j]
             total += np.float64(difference) * np.float64(difference)
-            a[j] = _rounded(difference)
+            a[j] = rounded(difference)
         squares[n] = total
 
 

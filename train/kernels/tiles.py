@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thresher.train.kernels import firing, padded
+from thresher.train.kernels import firing, low, padded
 from thresher.train.kernels.padded import Padded
-from thresher.train.kernels.silent import Silent
+from thresher.train.kernels.silent import Silent, SilentBlock
 from thresher.train.kernels.sparse import Selection
 
 LIMIT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
@@ -56,7 +56,16 @@ def _joined_padded(found: Sequence[tuple[Padded, Tensor]], count: int | None) ->
     return Padded(positions[: order.shape[0]], tokens, width, overflowed), values
 
 
-def joined_silent(parts: Sequence[Silent]) -> Silent:
-    """The codes of dead latents in all tiles."""
-    selection, values = joined([(part.selection, part.values) for part in parts])
-    return parts[0]._replace(selection=selection, values=values)
+def joined_silent(parts: Sequence[Silent | SilentBlock]) -> Silent | SilentBlock:
+    """The codes of dead latents in all tiles; a block if any of them is one."""
+    lists = [part for part in parts if isinstance(part, Silent)]
+    if len(lists) == len(parts):
+        selection, values = joined([(part.selection, part.values) for part in lists])
+        return lists[0]._replace(selection=selection, values=values)
+    return SilentBlock(parts[0].latents, torch.cat([_as_block(part) for part in parts]))
+
+
+def _as_block(part: Silent | SilentBlock) -> Tensor:
+    if isinstance(part, SilentBlock):
+        return part.codes
+    return low.spread(part.values, part.selection.latents, part.selection.offsets, part.selection.width)
