@@ -13,7 +13,7 @@ import numpy as np
 from thresher.cache.errors import UserError
 from thresher.evaluate.statistics import Interval
 
-FORMAT, VERSION = "thresher.results", 1
+FORMAT, VERSION = "thresher.results", 2
 
 Kind = Literal["replacement", "baseline"]
 
@@ -73,9 +73,14 @@ SCHEMA: dict[str, str] = {
     "definitions": "Every metric key in plain words.",
     "rows": "One per replacement or baseline and protocol: name, kind, family, protocol, reads, sites, metrics {key: "
     "number or null}, intervals {key: [low, high] or null} (95 %, paired bootstrap), cost {axis: number}, front {axis: "
-    "bool}, per_site and sources (lists of {site, …}), facts of the runs.",
+    "bool}, chance {axis: P(on front)}, positions {first, last, tokens, ce, delta, kl, l0: lists}, per_site and sources "
+    "(lists of {site, …}), write_norms, facts of the runs.",
     "pairs": "Neighbours in the ranking by δ of a protocol and set of sites: δ of b minus δ of a, with its interval.",
     "checks": "Arms that must equal clean (identity, error_added) and by how much they miss it.",
+    "seeds": "Replacements that differ in the seed alone: protocol, family, names, and by metric [lowest, highest].",
+    "hypervolumes": "By protocol, written sites, family and cost axis: area between the family's front and the reference "
+    "point in log2 cost and log10 δ, with its interval.",
+    "matched": "Families at equal cost or equal δ, interpolated inside their ranges only, with intervals.",
     "excluded": "Rows on no front because a number is undefined, as name, protocol and axis.",
     "notes": "Warnings a reader should know.",
     "documents.npz": "Beside the JSON: sums by segment (part of one document in one row), for paired comparisons "
@@ -104,11 +109,22 @@ class Row(NamedTuple):
     front: dict[str, bool]
     """Whether on the Pareto front of δ against each cost axis."""
     per_site: tuple[dict[str, Any], ...]
-    """By written site: `site`, reconstruction metrics on clean inputs; under single_site also its language metrics."""
+    """By written site: `site`, reconstruction metrics on clean inputs; `slices` (the same by slice: `all` real tokens,
+    `first` positions of rows alone, `typical` without outliers of the norm); `compat` (other tools' numbers by their
+    batches, and `batch`, the tokens in one); under single_site also its language metrics."""
     sources: tuple[dict[str, Any], ...]
     """By read site of each dictionary: `dictionary`, `site`, code metrics, `density` histogram."""
     facts: dict[str, Any]
-    """What the caller knows of the runs."""
+    """What the caller knows of the runs; `curves`, if present: numbers along training, lists of equal length by key,
+    `rows` (training rows seen) among them."""
+    positions: dict[str, list[float | None]] = {}
+    """By buckets of the source position: `first` and `last` (inclusive), `tokens` scored there, `ce`, `delta`, `kl`,
+    `l0`; empty if unknown."""
+    chance: dict[str, float] = {}
+    """Probability of being on the front by cost axis: the share of bootstrap resamples. Empty for baselines."""
+    write_norms: tuple[dict[str, Any], ...] = ()
+    """Of every dictionary with several destinations: `dictionary`, `reads`, `writes`, and `share` [source][destination]
+    of the squared decoder norm, null where a source does not write; all of a dictionary add up to 1."""
 
 
 class Segments(NamedTuple):
@@ -138,6 +154,14 @@ class Results(NamedTuple):
     pairs: tuple[dict[str, Any], ...]
     """Neighbours in the ranking by δ: `protocol`, `a`, `b`, `difference` (δ of b minus δ of a), `low`, `high`."""
     checks: tuple[dict[str, Any], ...]
+    seeds: tuple[dict[str, Any], ...]
+    """Replacements that differ in the seed alone: `protocol`, `family`, `names`, and by metric [lowest, highest]."""
+    hypervolumes: tuple[dict[str, Any], ...]
+    """By protocol, written sites and family, on the cost axis `axis`: `value`, `low`, `high`, and the `reference`
+    point {cost, loss}."""
+    matched: tuple[dict[str, Any], ...]
+    """Families compared at equal cost or equal loss: `protocol`, `sites`, `axis`, `at` (`cost` or `loss`), `where`, and
+    `values`: `family`, `value`, `low`, `high` (null outside its range)."""
     excluded: tuple[str, ...]
     notes: tuple[str, ...]
     segments: Segments | None
@@ -172,6 +196,9 @@ def to_json(results: Results) -> dict[str, Any]:
         ],
         "pairs": list(results.pairs),
         "checks": list(results.checks),
+        "seeds": list(results.seeds),
+        "hypervolumes": list(results.hypervolumes),
+        "matched": list(results.matched),
         "excluded": list(results.excluded),
         "notes": list(results.notes),
     }
@@ -190,6 +217,9 @@ def from_json(raw: Mapping[str, Any]) -> Results:
         rows=tuple(_row(row) for row in raw["rows"]),
         pairs=tuple(raw["pairs"]),
         checks=tuple(raw["checks"]),
+        seeds=tuple(raw["seeds"]),
+        hypervolumes=tuple(raw["hypervolumes"]),
+        matched=tuple(raw["matched"]),
         excluded=tuple(raw["excluded"]),
         notes=tuple(raw["notes"]),
         segments=None,
@@ -199,6 +229,6 @@ def from_json(raw: Mapping[str, Any]) -> Results:
 def _row(raw: Mapping[str, Any]) -> Row:
     fields = dict(raw)
     fields["intervals"] = {key: value and Interval(*value) for key, value in raw["intervals"].items()}
-    for key in ("reads", "sites", "per_site", "sources"):
+    for key in ("reads", "sites", "per_site", "sources", "write_norms"):
         fields[key] = tuple(raw[key])
     return Row(**fields)
