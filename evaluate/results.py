@@ -73,13 +73,13 @@ SCHEMA: dict[str, str] = {
     "definitions": "Every metric key in plain words.",
     "rows": "One per replacement or baseline and protocol: name, kind, family, protocol, reads, sites, metrics {key: "
     "number or null}, intervals {key: [low, high] or null} (95 %, paired bootstrap), cost {axis: number}, front {axis: "
-    "bool}, chance {axis: P(on front)}, positions {first, last, tokens, ce, delta, kl, l0: lists}, per_site and sources "
-    "(lists of {site, …}), write_norms, facts of the runs.",
+    "bool}, chance {axis: P(on front)}, positions {first, last, tokens, ce, delta, kl, l0: lists}, per_site and "
+    "sources (lists of {site, …}), write_norms, facts of the runs.",
     "pairs": "Neighbours in the ranking by δ of a protocol and set of sites: δ of b minus δ of a, with its interval.",
     "checks": "Arms that must equal clean (identity, error_added) and by how much they miss it.",
     "seeds": "Replacements that differ in the seed alone: protocol, family, names, and by metric [lowest, highest].",
-    "hypervolumes": "By protocol, written sites, family and cost axis: area between the family's front and the reference "
-    "point in log2 cost and log10 δ, with its interval.",
+    "hypervolumes": "By protocol, written sites, family and cost axis: area between the family's front and the "
+    "reference point in log2 cost and log10 δ, with its interval.",
     "matched": "Families at equal cost or equal δ, interpolated inside their ranges only, with intervals.",
     "excluded": "Rows on no front because a number is undefined, as name, protocol and axis.",
     "notes": "Warnings a reader should know.",
@@ -117,12 +117,12 @@ class Row(NamedTuple):
     facts: dict[str, Any]
     """What the caller knows of the runs; `curves`, if present: numbers along training, lists of equal length by key,
     `rows` (training rows seen) among them."""
-    positions: dict[str, list[float | None]] = {}
+    positions: dict[str, list[float | None]]
     """By buckets of the source position: `first` and `last` (inclusive), `tokens` scored there, `ce`, `delta`, `kl`,
     `l0`; empty if unknown."""
-    chance: dict[str, float] = {}
+    chance: dict[str, float]
     """Probability of being on the front by cost axis: the share of bootstrap resamples. Empty for baselines."""
-    write_norms: tuple[dict[str, Any], ...] = ()
+    write_norms: tuple[dict[str, Any], ...]
     """Of every dictionary with several destinations: `dictionary`, `reads`, `writes`, and `share` [source][destination]
     of the squared decoder norm, null where a source does not write; all of a dictionary add up to 1."""
 

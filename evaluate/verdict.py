@@ -160,6 +160,9 @@ def replacement_rows(
                     per_site=tuple(own | single for own, single in zip(per_site, singles, strict=True)),
                     sources=sources,
                     facts=replacement.facts,
+                    positions={},
+                    chance={},
+                    write_norms=(),
                 )
             )
     return rows
@@ -239,7 +242,7 @@ def baseline_rows(replacements: Sequence[Replacement], plan: Plan, judges: Mappi
 
 def _baseline_row(name: str, protocol: str, sites: tuple[str, ...], judge: Judge, sums: Sums) -> Row:
     numbers, intervals = judge.metrics(sums)
-    return Row(name, "baseline", "baseline", protocol, (), sites, numbers, intervals, {}, {}, (), (), {})
+    return Row(name, "baseline", "baseline", protocol, (), sites, numbers, intervals, {}, {}, (), (), {}, {}, {}, ())
 
 
 def ranked_pairs(

@@ -3,7 +3,8 @@
 The dead latents' pre-activations are columns of the block that the encoder's product has made, so they cost no second
 product: a pass over the rows picks them out and chooses. On a CPU compiled loops look for a value that exactly k of a
 row's columns reach; the next row starts from it, with steps as long as values lay apart there and then by false
-position (regula falsi). A step is a count in vector registers, which is cheaper than to partition or sort. Where equal values make that impossible the lower latents win.
+position (regula falsi). A step is a count in vector registers, which is cheaper than to partition or sort. Where equal
+values make that impossible the lower latents win.
 
 What is not positive has no code and no gradient, so it is no entry at all.
 
