@@ -199,7 +199,9 @@ def test_report_of_read_back_results_equals_the_first(results):
 def row(name, family, l0, delta, fvu=0.5, dead=0.0):
     metrics = {"delta": delta, "fvu": fvu, "dead": dead}
     source = {"tokens": 1000.0}
-    return Row(name, "replacement", family, "cascade", ("x",), ("y",), metrics, {}, {"l0": l0}, {}, (), (source,), {})
+    costs = {"l0": l0}
+    rest = ({}, (), (source,), {}, {}, {}, ())
+    return Row(name, "replacement", family, "cascade", ("x",), ("y",), metrics, {}, costs, *rest)
 
 
 def test_matched_l0_interpolates_in_log2_and_never_extrapolates():
