@@ -155,6 +155,10 @@ class Dictionary(Protocol):
         """Mean of every destination over the training rows, [E] by site name: the mean-ablation baseline."""
         ...
 
+    def write_norms(self) -> Tensor:
+        """[sources, destinations] Σ_f ‖w_f‖², f's decoder rows for a destination; NaN where a source does not write."""
+        ...
+
     def sources(self, destination: int) -> range:
         """Indices of the sources that write to a destination; in a CLT, those of its own layer and before."""
         ...

@@ -24,6 +24,13 @@ class Replacement(NamedTuple):
     """What is known of them, JSON values: `kind`, `firing`, `sparsity`, `n_latents`, `seed`, `rows` (training rows),
     `runs` (paths), `cache` (fingerprint), and whatever else belongs in the provenance. `family` overrides the label
     made of kind and firing."""
+    content: str | None = None
+    """Hash of the dictionaries' weights, by which sums of an earlier evaluation are found; None: they are not kept."""
+    baseline: bool = False
+    """Whether it is a yardstick: it has no code statistics and is on no front."""
+    means: Mapping[str, Tensor] | None = None
+    """Training means [E] by the sites that it stands for, in the order of the written ones, where it writes others (the
+    neurons of an MLP stand for its output); None: it stands for what it writes."""
 
 
 def resolve_sites(replacements: Sequence[Replacement], target: Target) -> dict[str, Site]:

@@ -20,6 +20,9 @@ from thresher.cache.layout import Contexts
 PATCH_RULE = "keep = 1 (real, not special) except the first real position of a row; elsewhere the live value stays"
 SCORE_RULE = "source t is patched, t + 1 is real, both in one document"
 KEPT = 1
+FIRST, SPECIAL = 1, 2
+EXACT_BUCKETS = 8
+"""Positions up to here have a bucket of their own; from there on four share an octave."""
 
 
 class Scored(NamedTuple):
@@ -31,12 +34,16 @@ class Scored(NamedTuple):
     """[M, T] bool: P."""
     score: np.ndarray
     """[M, T] bool: S, over source positions t."""
+    outside: np.ndarray
+    """[M, T] uint8: real positions that P leaves out: `FIRST` of their row, or another `SPECIAL` one; else 0."""
     segment: np.ndarray
     """[M, T] int64: segment of each position, -1 off S."""
     segment_row: np.ndarray
     """[G] int64: row of the split that a segment lies in."""
     segment_document: np.ndarray
     """[G] int64: its document, -1 where the split has none."""
+    bucket_edges: np.ndarray
+    """[P] int64: first source position of every bucket."""
     rows: np.ndarray
     """[M] int64: the rows of the split, ascending."""
     has_documents: bool
@@ -58,6 +65,24 @@ def score_mask(contexts: Contexts) -> np.ndarray:
     scored[:, :-1] &= (contexts.keep[:, 1:] > 0) & (contexts.document_id[:, 1:] == contexts.document_id[:, :-1])
     scored[:, -1:] = False
     return scored
+
+
+def outside_mask(contexts: Contexts) -> np.ndarray:
+    """Real positions outside P, [M, T] uint8: `FIRST` for the first real one of a row, `SPECIAL` for others."""
+    real = contexts.keep > 0
+    out = np.where(real & ~patch_mask(contexts), SPECIAL, 0).astype(np.uint8)
+    out[real & (np.cumsum(real, axis=1) == 1)] = FIRST
+    return out
+
+
+def bucket_edges(length: int) -> np.ndarray:
+    """First position of every bucket of source positions, ascending from 0; the last bucket ends at `length` - 1.
+
+    Means over single late positions would be noise, and what happens early is what differs.
+    """
+    octaves = np.arange(max(0, 4 * int(np.ceil(np.log2(max(length, 1) / EXACT_BUCKETS))) + 1))
+    edges = np.concatenate([np.arange(EXACT_BUCKETS), np.ceil(EXACT_BUCKETS * 2 ** (octaves / 4)).astype(np.int64)])
+    return np.unique(edges[edges < length])
 
 
 def choose_rows(scored_per_row: np.ndarray, tokens: int) -> np.ndarray:
@@ -111,12 +136,24 @@ def scored(contexts: Contexts, tokens: int) -> Scored:
         "patched_tokens": int(patch.sum()),
         "scored_tokens": int(score.sum()),
         "excluded_share": 1 - int(patch.sum()) / real,
+        "first_positions": int((outside_mask(chosen) == FIRST).sum()),
+        "special_positions": int((outside_mask(chosen) == SPECIAL).sum()),
         "documents": len(np.unique(kinds[:, 1])) if has_documents else None,
         "unit": "document" if has_documents else "row",
         "sha256": text_hash(chosen),
     }
     return Scored(
-        chosen.token_id.astype(np.int64), patch, score, segment, kinds[:, 0], kinds[:, 1], rows, has_documents, facts
+        chosen.token_id.astype(np.int64),
+        patch,
+        score,
+        outside_mask(chosen),
+        segment,
+        kinds[:, 0],
+        kinds[:, 1],
+        bucket_edges(score.shape[1]),
+        rows,
+        has_documents,
+        facts,
     )
 
 

@@ -12,7 +12,7 @@ Left out: reverse KL, which would need a second softmax per pass (swap the argum
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -156,20 +156,43 @@ class TargetSums:
 
     def add(self, y_NE: Tensor) -> None:
         """Take in N more rows."""
-        rows = y_NE.shape[0]
-        if rows == 0:
+        if y_NE.shape[0] == 0:
             return
         y_NE = y_NE.double()
         mean_E = y_NE.mean(0)
         m2_E = (y_NE - mean_E).square().sum(0)
-        self.square += float(y_NE.square().sum())
-        if self.mean is None or self.m2 is None:
-            self.count, self.mean, self.m2 = rows, mean_E, m2_E
+        self.merge(TargetSums(y_NE.shape[0], mean_E, m2_E, float(y_NE.square().sum())))
+
+    def merge(self, other: "TargetSums") -> None:
+        """Take in the rows of others, by Chan, Golub and LeVeque 1983."""
+        if other.mean is None or other.m2 is None:
             return
-        shift_E, total = mean_E - self.mean, self.count + rows
-        self.mean = self.mean + shift_E * (rows / total)
-        self.m2 = self.m2 + m2_E + shift_E.square() * (self.count * rows / total)
+        self.square += other.square
+        if self.mean is None or self.m2 is None:
+            self.count, self.mean, self.m2 = other.count, other.mean, other.m2
+            return
+        shift_E, total = other.mean - self.mean, self.count + other.count
+        self.mean = self.mean + shift_E * (other.count / total)
+        self.m2 = self.m2 + other.m2 + shift_E.square() * (self.count * other.count / total)
         self.count = total
+
+    def copy(self) -> "TargetSums":
+        """The same sums, to be merged into."""
+        return TargetSums(self.count, self.mean, self.m2, self.square)
+
+    def without(self, other: "TargetSums") -> "TargetSums":
+        """These rows less some of them."""
+        if other.mean is None or other.m2 is None:
+            return self
+        assert self.mean is not None
+        assert self.m2 is not None
+        count = self.count - other.count
+        if count == 0:
+            return TargetSums()
+        mean_E = self.mean + (self.mean - other.mean) * (other.count / count)
+        shift_E = other.mean - mean_E
+        m2_E = self.m2 - other.m2 - shift_E.square() * (count * other.count / self.count)
+        return TargetSums(count, mean_E, m2_E.clamp_min(0.0), self.square - other.square)
 
 
 @dataclass
@@ -191,14 +214,15 @@ class ReconstructionSums:
     token_fvu: list[np.ndarray] = field(default_factory=list)
     """‖r‖²/‖y‖² per row, float32, for the median."""
 
-    def add(self, y_NE: Tensor, yhat_NE: Tensor) -> None:
-        """Take in N more rows of truth and reconstruction."""
+    def add(self, y_NE: Tensor, yhat_NE: Tensor) -> "Errors":
+        """Take in N more rows of truth and reconstruction; returns the squared errors of these."""
         y_NE, yhat_NE = y_NE.double(), yhat_NE.double()
         r_NE = y_NE - yhat_NE
         r2_NE = r_NE.square()
         y2_N, yhat2_N, dot_N = y_NE.square().sum(1), yhat_NE.square().sum(1), (y_NE * yhat_NE).sum(1)
-        self.residual = self.residual + r_NE.sum(0)
-        self.residual2 = self.residual2 + r2_NE.sum(0)
+        errors = Errors(r2_NE.sum(1), r_NE.sum(0), r2_NE.sum(0))
+        self.residual = self.residual + errors.total
+        self.residual2 = self.residual2 + errors.by_dim
         self.square = self.square + yhat2_N.sum()
         self.dot = self.dot + dot_N.sum()
         real_N, both_N = y2_N > 0, (y2_N > 0) & (yhat2_N > 0)
@@ -206,7 +230,26 @@ class ReconstructionSums:
         self.norm_ratio = self.norm_ratio + (yhat2_N / y2_N).sqrt()[real_N].sum()
         self.cosines = self.cosines + both_N.sum()
         self.ratios = self.ratios + real_N.sum()
-        self.token_fvu.append((r2_NE.sum(1) / y2_N)[real_N].float().cpu().numpy())
+        self.token_fvu.append((errors.squares / y2_N)[real_N].float().cpu().numpy())
+        return errors
+
+    def plus(self, other: "ReconstructionSums", sign: int = 1) -> "ReconstructionSums":
+        """These rows and others, or (sign -1) without others that are among them, which leaves no median."""
+        sums = {
+            f.name: getattr(self, f.name) + sign * getattr(other, f.name) for f in fields(self) if f.name != "token_fvu"
+        }
+        return ReconstructionSums(**sums, token_fvu=self.token_fvu + other.token_fvu if sign > 0 else [])
+
+
+class Errors(NamedTuple):
+    """Of the rows of one batch, float64."""
+
+    squares: Tensor
+    """[N] ‖r‖² by row."""
+    total: Tensor
+    """[E] Σ r"""
+    by_dim: Tensor
+    """[E] Σ r²"""
 
 
 def reconstruction_metrics(target: TargetSums, sums: ReconstructionSums) -> dict[str, float | None]:
@@ -217,7 +260,7 @@ def reconstruction_metrics(target: TargetSums, sums: ReconstructionSums) -> dict
     error, spread = float(sums.residual2.sum()), float(target.m2.sum())
     varying_E = target.m2 > 0
     per_dim = (sums.residual2 / target.m2)[varying_E]
-    tokens = np.concatenate(sums.token_fvu)
+    tokens = np.concatenate(sums.token_fvu) if sums.token_fvu else np.zeros(0)
     offset = float((sums.residual / target.count).square().sum()) * target.count
     return {
         "fvu": _quotient(error, spread),
@@ -235,11 +278,6 @@ def reconstruction_metrics(target: TargetSums, sums: ReconstructionSums) -> dict
 
 def _quotient(above: float, below: float) -> float | None:
     return above / below if below != 0 else None
-
-
-def fve_centred(y_NE: Tensor, yhat_NE: Tensor) -> float:
-    """1 - Σ_d var(r_d)/Σ_d var(y_d) of one batch: another tool's explained variance, blind to a constant offset."""
-    return float(1 - (y_NE - yhat_NE).double().var(0).sum() / y_NE.double().var(0).sum())
 
 
 # --- codes ----------------------------------------------------------------------------------------------------------
@@ -314,3 +352,8 @@ def density_histogram(firings_F: np.ndarray, tokens: int) -> dict[str, list[floa
 def finite(metrics: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """Scalars with NaN as None, for JSON."""
     return {key: float(value) if np.isfinite(value) else None for key, value in metrics.items()}
+
+
+def finite_or_none(value: float) -> float | None:
+    """For JSON."""
+    return value if np.isfinite(value) else None

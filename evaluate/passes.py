@@ -6,11 +6,14 @@ they write. Clean inputs are encoded once per replacement, for the reconstructio
 `single_site`. Logits live for one pass; nothing of the size tokens × latents or tokens × vocabulary outlives a batch.
 
 `single_site` needs a pass per written site, so it is run on an evenly spaced part of the rows, its share recorded.
+
+Every part keeps its own count of batches (ledger.py). What a store knows is taken from there, and a batch is run only
+for those who have not seen it; sums are kept every half minute, when the user stops, and at the end.
 """
 
-import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +22,15 @@ from torch import Tensor
 
 from thresher.cache.contracts import Codes, Edit, Target
 from thresher.cache.errors import UserError
+from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
 from thresher.evaluate import splice
+from thresher.evaluate.arms import CLEAN, CLEAN_SINGLE, IDENTITY, Plan, ablations, error_label, means_of, patched_label
 from thresher.evaluate.checks import Replacement
-from thresher.evaluate.masks import Scored, spread
+from thresher.evaluate.compat import BatchTruth, batch_truth, compat
+from thresher.evaluate.ledger import BESIDE, FIRST, OUTLIERS, PATCHED, SPECIAL, Ledger
+from thresher.evaluate.masks import FIRST as FIRST_POSITION
+from thresher.evaluate.masks import Scored
 from thresher.evaluate.metrics import (
-    SUMS,
     CleanScores,
     CodeSums,
     ReconstructionSums,
@@ -31,20 +38,12 @@ from thresher.evaluate.metrics import (
     clean_scores,
     score_tokens,
 )
+from thresher.evaluate.store import Store
+from thresher.evaluate.tally import Tally, single_rows
 
-CLEAN, IDENTITY = "clean", "identity"
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 """Logits scored at a time: on a CPU, as many as stay in its cache."""
-
-
-class Plan(NamedTuple):
-    """What to run."""
-
-    protocols: tuple[splice.Protocol, ...]
-    arms: tuple[str, ...]
-    """Of `identity`, `zero`, `mean`, `error_added`; `clean` and the replacements always run."""
-    batch_contexts: int
-    single_site_share: float
+KEEP_EVERY_S = 30.0
 
 
 class Batch(NamedTuple):
@@ -58,101 +57,64 @@ class Batch(NamedTuple):
     """[B, T] bool: P."""
     score: Tensor
     """[B, T] bool: S."""
+    outside: Tensor
+    """[B, T] bool: real positions that P leaves out."""
+    first: Tensor
+    """[M] bool: which of those are the first of their row."""
     following: Tensor
     """[N] next tokens at the scored positions."""
     segment: Tensor
     """[N] their segments."""
+    bucket: Tensor
+    """[N] their position buckets."""
     single: bool
     """Whether `single_site` is run on these rows."""
 
 
-@dataclass
-class Tally:
-    """Everything summed over the text so far."""
+class Clean(NamedTuple):
+    """What the clean pass leaves behind, by site."""
 
-    segments: int
-    device: torch.device
-    language: dict[str, Tensor] = field(default_factory=dict)
-    """[G, 4] float64 by arm label; columns as in `metrics.SUMS`."""
-    truth: dict[str, TargetSums] = field(default_factory=dict)
-    reconstruction: dict[tuple[str, str], ReconstructionSums] = field(default_factory=dict)
-    """By replacement and written site, on clean inputs."""
-    codes: dict[tuple[str, int, int], CodeSums] = field(default_factory=dict)
-    """By replacement, dictionary and source, on clean inputs."""
-    total_l0: dict[str, Tensor] = field(default_factory=dict)
-    """Tokens by active latents over all sources together, a histogram by replacement."""
-    segment_l0: dict[str, Tensor] = field(default_factory=dict)
-    """[G] active latents over all sources, summed over scored positions, by replacement."""
-    cascade_l0: dict[str, Tensor] = field(default_factory=dict)
-    """Active latents over all sources, summed over patched positions, as they arise on the patched stream."""
-    single_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Rows of the split on which `single_site` was run."""
-
-    def add_scores(self, label: str, segment_N: Tensor, scores_N4: Tensor) -> None:
-        """Sum per-token scores into the segments of an arm."""
-        if label not in self.language:
-            self.language[label] = torch.zeros(self.segments, len(SUMS), dtype=torch.float64, device=self.device)
-        self.language[label].index_add_(0, segment_N, scores_N4)
-
-
-# --- labels of arms -------------------------------------------------------------------------------------------------
-
-
-def patched_label(protocol: str, name: str, site: str | None = None) -> str:
-    """Key of a replacement's sums; `single_site` has one per written site."""
-    return f"{protocol}|{name}" if site is None else f"{protocol}|{name}|{site}"
-
-
-def zero_label(sites: Sequence[str]) -> str:
-    """Key of the zero ablation of some sites."""
-    return "zero|" + ",".join(sites)
-
-
-def mean_label(sites: Sequence[str], means: Mapping[str, Tensor]) -> str:
-    """Key of a mean ablation. Runs of another cache bring other training means, and get an ablation of their own."""
-    digest = hashlib.sha256(b"".join(means[site].float().cpu().numpy().tobytes() for site in sites))
-    return f"mean|{','.join(sites)}|{digest.hexdigest()[:8]}"
-
-
-def error_label(name: str) -> str:
-    """Key of the check that adds a replacement's errors back."""
-    return f"error_added|{name}"
-
-
-def means_of(replacement: Replacement) -> dict[str, Tensor]:
-    """Training means by written site."""
-    return {site: d.means[site] for d in replacement.dictionaries for site in d.writes}
+    patched: dict[str, Tensor]
+    """[N, D] at P."""
+    outside: dict[str, Tensor]
+    """[M, D] at the other real positions."""
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
-def single_rows(scored: Scored, plan: Plan) -> np.ndarray:
-    """Indices of the evaluated rows on which `single_site` runs."""
-    if "single_site" not in plan.protocols:
-        return np.zeros(0, dtype=np.int64)
-    return spread(len(scored.rows), round(plan.single_site_share * len(scored.rows)))
-
-
-def batches(scored: Scored, plan: Plan, device: torch.device) -> Iterator[Batch]:
-    """All evaluated rows: those of `single_site` first, then the rest, each in order."""
+def cuts(scored: Scored, plan: Plan) -> list[tuple[np.ndarray, bool]]:
+    """Indices of the evaluated rows by batch, and whether `single_site` runs on them: its rows come first."""
     single = single_rows(scored, plan)
     rest = np.setdiff1d(np.arange(len(scored.rows)), single)
-    for part, is_single in ((single, True), (rest, False)):
-        for start in range(0, len(part), plan.batch_contexts):
-            yield _batch(scored, part[start : start + plan.batch_contexts], is_single, device)
+    size = plan.batch_contexts
+    return [
+        (part[start : start + size], is_single)
+        for part, is_single in ((single, True), (rest, False))
+        for start in range(0, len(part), size)
+    ]
 
 
-def _batch(scored: Scored, index: np.ndarray, single: bool, device: torch.device) -> Batch:
-    score = scored.score[index]
+def make_batch(scored: Scored, index: np.ndarray, single: bool, device: torch.device) -> Batch:
+    """Lay out some of the evaluated rows."""
+    score, outside = scored.score[index], scored.outside[index]
     following = np.roll(scored.token_id[index], -1, axis=1)
+    position = np.broadcast_to(np.arange(score.shape[1]), score.shape)[score]
+    bucket = np.searchsorted(scored.bucket_edges, position, side="right") - 1
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
     return Batch(
         scored.rows[index],
-        torch.from_numpy(scored.token_id[index]).to(device),
-        torch.from_numpy(scored.patch[index]).to(device),
-        torch.from_numpy(score).to(device),
-        torch.from_numpy(following[score]).to(device),
-        torch.from_numpy(scored.segment[index][score]).to(device),
+        on_device(scored.token_id[index]),
+        on_device(scored.patch[index]),
+        on_device(score),
+        on_device(outside > 0),
+        on_device(outside[outside > 0] == FIRST_POSITION),
+        on_device(following[score]),
+        on_device(scored.segment[index][score]),
+        on_device(bucket),
         single,
     )
 
@@ -169,39 +131,45 @@ class BatchRunner:
         # places once per batch: a boolean mask would be searched again in every pass
         places = batch.score.flatten().nonzero()[:, 0].split(max(1, budget // target.n_vocab))
         self.chunks = list(zip(places, batch.following.split([len(part) for part in places]), strict=True))
-        self.clean: list[CleanScores] = []
+        self.clean_scores: list[CleanScores] = []
+        self._truth: dict[str, BatchTruth] = {}
 
-    def run_clean(self, sites: Sequence[str]) -> dict[str, Tensor]:
-        """The clean pass; returns the patched positions of `sites`, [N, D] by name."""
-        values: dict[str, Tensor] = {}
-        logits_BTV = self.target.logits(self.batch.token, splice.recording_edits(sites, self.batch.patch, values))
+    def run_clean(self, sites: Sequence[str], ledger: Ledger | None) -> Clean:
+        """The clean pass, summed into `ledger` if it is given."""
+        clean, batch = Clean({}, {}), self.batch
+        at_P = splice.recording_edits(sites, batch.patch, clean.patched)
+        beside = splice.recording_edits(sites, batch.outside, clean.outside)
+        logits_BTV = self.target.logits(batch.token, {site: _both(at_P[site], beside[site]) for site in sites})
         logits_NV = logits_BTV.flatten(0, 1)
-        self.clean = [clean_scores(logits_NV.index_select(0, places)) for places, _ in self.chunks]
-        self._add(CLEAN, logits_BTV, "the target itself, nothing patched,")
-        return values
+        self.clean_scores = [clean_scores(logits_NV.index_select(0, places)) for places, _ in self.chunks]
+        scores_N4 = self._scored(logits_BTV, "the target itself, nothing patched,")
+        if ledger is not None:
+            self._add(ledger, CLEAN, scores_N4)
+            if self.batch.single:
+                ledger.add_positions(CLEAN_SINGLE, scores_N4, self.batch.bucket, self.tally.buckets)
+        return clean
 
-    def run(self, label: str, edits: Mapping[str, Edit], who: str) -> None:
-        """One patched pass."""
-        self._add(label, self.target.logits(self.batch.token, edits), who)
+    def run(self, ledger: Ledger, label: str, edits: Mapping[str, Edit], who: str) -> Tensor:
+        """One patched pass, summed under `label`; returns the scores [N, 4]."""
+        scores_N4 = self._scored(self.target.logits(self.batch.token, edits), who)
+        self._add(ledger, label, scores_N4)
+        return scores_N4
 
-    def repeat(self, label: str, other: str, since: Tensor) -> None:
-        """Give `label` what this batch added to `other`: two arms whose edits are the same need one pass."""
-        added = self.tally.language[other] - since
-        if label not in self.tally.language:
-            self.tally.language[label] = torch.zeros_like(added)
-        self.tally.language[label] += added
+    def _add(self, ledger: Ledger, label: str, scores_N4: Tensor) -> None:
+        batch, tally = self.batch, self.tally
+        ledger.add_scores(label, scores_N4, batch.segment, tally.segments, batch.bucket, tally.buckets)
 
-    def _add(self, label: str, logits_BTV: Tensor, who: str) -> None:
+    def _scored(self, logits_BTV: Tensor, who: str) -> Tensor:
         logits_NV = logits_BTV.flatten(0, 1)
         scores_N4 = torch.cat(
             [
                 score_tokens(logits_NV.index_select(0, places), following, clean).stacked()
-                for (places, following), clean in zip(self.chunks, self.clean, strict=True)
+                for (places, following), clean in zip(self.chunks, self.clean_scores, strict=True)
             ]
         )
         self._refuse_nan(scores_N4, self.batch.score, who, "a loss")
-        self.tally.add_scores(label, self.batch.segment, scores_N4)
         self.advance()
+        return scores_N4
 
     def _refuse_nan(self, values: Tensor, mask_BT: Tensor, who: str, what: str) -> None:
         finite_N = values.isfinite().flatten(1).all(1)
@@ -214,120 +182,257 @@ class BatchRunner:
             "for NaN, or evaluate the target in float32 if its dtype overflows."
         )
 
-    def measure(self, replacement: Replacement, clean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode and decode the clean values, sum their statistics; returns reconstructions [N, E] by site."""
-        name, tally = replacement.name, self.tally
-        codes = splice.encode_clean(replacement.dictionaries, clean)
+    # Reconstruction and codes on clean inputs.
+
+    def groups(self, site: str, clean: Clean) -> dict[str, Tensor | None]:
+        """Which rows belong to each group: of the patched ones, for groups in `BESIDE` of the others; None: all."""
+        y_NE, limit, first_M = clean.patched[site], self.tally.norms.get(site), self.batch.first
+        out: dict[str, Tensor | None] = {PATCHED: None, FIRST: first_M, SPECIAL: ~first_M}
+        if limit is not None:
+            out[OUTLIERS] = torch.linalg.vector_norm(y_NE, dim=1) > limit
+        return out
+
+    def add_truth(self, ledger: Ledger, site: str, clean: Clean) -> None:
+        """Moments of a site's true values."""
+        for group, which in self.groups(site, clean).items():
+            y_NE = clean.outside[site] if group in BESIDE else clean.patched[site]
+            ledger.truth.setdefault((site, group), TargetSums()).add(y_NE if which is None else y_NE[which])
+
+    def measure(self, ledger: Ledger, replacement: Replacement, clean: Clean) -> dict[str, Tensor]:
+        """Encode and decode the clean values, sum their statistics; returns reconstructions [N, E] by written site."""
+        codes = splice.encode_clean(replacement.dictionaries, clean.patched)
         yhats = splice.decode_all(replacement.dictionaries, codes)
+        beside: dict[str, Tensor] = {}
+        if len(self.batch.first):
+            others = splice.encode_clean(replacement.dictionaries, clean.outside)
+            beside = splice.decode_all(replacement.dictionaries, others)
         for site, yhat_NE in yhats.items():
-            self._refuse_nan(yhat_NE, self.batch.patch, f"The replacement {name!r}", f"a value for {site!r}")
-            tally.reconstruction.setdefault((name, site), ReconstructionSums()).add(clean[site], yhat_NE)
+            self._refuse_nan(
+                yhat_NE, self.batch.patch, f"The replacement {replacement.name!r}", f"a value for {site!r}"
+            )
+            if replacement.means is None:
+                self._add_errors(ledger, site, clean, yhat_NE, beside.get(site))
+        if not replacement.baseline:
+            self._add_codes(ledger, codes)
+        return yhats
+
+    def _add_errors(
+        self, ledger: Ledger, site: str, clean: Clean, yhat_NE: Tensor, beside_ME: Tensor | None = None
+    ) -> None:
+        """Errors of reconstructions at P, and at the other real positions if they are known."""
+        for group, which in self.groups(site, clean).items():
+            y_NE, own_NE = clean.patched[site], yhat_NE
+            if group in BESIDE:
+                if beside_ME is None:
+                    continue
+                y_NE, own_NE = clean.outside[site], beside_ME
+            if which is not None:
+                y_NE, own_NE = y_NE[which], own_NE[which]
+            if not y_NE.shape[0]:
+                continue
+            errors = ledger.reconstruction.setdefault((site, group), ReconstructionSums()).add(y_NE, own_NE)
+            if group == PATCHED:
+                if site not in self._truth:
+                    self._truth[site] = batch_truth(y_NE)
+                found_3 = compat(self._truth[site], errors)
+                ledger.count(f"compat|{site}", torch.cat([found_3, torch.ones_like(found_3[:1])]))
+
+    def _add_codes(self, ledger: Ledger, codes: Sequence[Sequence[Codes]]) -> None:
+        batch, tally = self.batch, self.tally
         total_N: Tensor | None = None
         for i, own in enumerate(codes):
             for s, source in enumerate(own):
-                l0_N = tally.codes.setdefault((name, i, s), CodeSums()).add(source)
+                l0_N = ledger.codes.setdefault((i, s), CodeSums()).add(source)
                 total_N = l0_N if total_N is None else total_N + l0_N
         assert total_N is not None
-        self._add_total_l0(name, total_N, sum(source.width for own in codes for source in own))
-        return yhats
+        width = sum(source.width for own in codes for source in own)
+        ledger.count("total_l0", torch.bincount(total_N, minlength=width + 1))
+        scored_N = total_N[batch.score[batch.patch]].double()
+        for name, index_N, size in (
+            ("segment_l0", batch.segment, tally.segments),
+            ("position_l0", batch.bucket, tally.buckets),
+        ):
+            ledger.count(
+                name, torch.zeros(size, dtype=torch.float64, device=tally.device).index_add_(0, index_N, scored_N)
+            )
 
-    def _add_total_l0(self, name: str, total_N: Tensor, width: int) -> None:
-        tally, batch = self.tally, self.batch
-        histogram = torch.bincount(total_N, minlength=width + 1)
-        tally.total_l0[name] = tally.total_l0[name] + histogram if name in tally.total_l0 else histogram
-        per_segment = tally.segment_l0.setdefault(
-            name, torch.zeros(tally.segments, dtype=torch.float64, device=tally.device)
-        )
-        per_segment.index_add_(0, batch.segment, total_N[batch.score[batch.patch]].double())
+    # All of one replacement.
 
-    def run_replacement(self, replacement: Replacement, clean: Mapping[str, Tensor], plan: Plan) -> None:
+    def run_replacement(self, ledger: Ledger, replacement: Replacement, clean: Clean) -> None:
         """All protocols of one replacement on this batch."""
         name, dictionaries, patch_BT = replacement.name, replacement.dictionaries, self.batch.patch
-        who = f"The replacement {name!r}"
-        yhats = self.measure(replacement, clean)
+        plan, who = self.tally.plan, f"The replacement {name!r}"
+        yhats = self.measure(ledger, replacement, clean)
         if "cascade" in plan.protocols:
-            none = torch.zeros((), dtype=torch.int64, device=self.tally.device)
-            active = self.tally.cascade_l0.setdefault(name, none)
-
-            def observe(dictionary: int, source: int, codes: Codes) -> None:
-                active.add_((codes.values > 0).sum())
-
-            edits = splice.cascade_edits(dictionaries, patch_BT, observe=observe)
-            self.run(patched_label("cascade", name), edits, f"{who} under cascade")
-        if "error_added" in plan.arms:
-            errors = {site: clean[site] - yhat_NE for site, yhat_NE in yhats.items()}
+            self._cascade(ledger, replacement)
+        if "error_added" in plan.arms and not replacement.baseline:
+            errors = {site: clean.patched[site] - yhat_NE for site, yhat_NE in yhats.items()}
             edits = splice.cascade_edits(dictionaries, patch_BT, errors=errors)
-            self.run(error_label(name), edits, f"{who} with its errors added")
+            self.run(ledger, error_label(name), edits, f"{who} with its errors added")
+        places = list(zip(means_of(replacement), yhats.items(), strict=True))
         single = "single_site" in plan.protocols and self.batch.single
         if "clean_input" in plan.protocols:
-            label = patched_label("clean_input", name)
-            before = self.tally.language.get(label)
-            before = torch.zeros_like(self.tally.language[CLEAN]) if before is None else before.clone()
-            self.run(label, splice.constant_edits(yhats, patch_BT), f"{who} under clean_input")
-            if single and len(yhats) == 1:  # one site: both protocols write the same constants
-                self.repeat(patched_label("single_site", name, next(iter(yhats))), label, before)
+            edits, seen = splice.constant_edits(yhats, patch_BT), dict[str, Tensor]()
+            if replacement.means is not None:  # what it stands for follows from what it writes, whatever the stream
+                edits |= splice.recording_edits(list(replacement.means), patch_BT, seen)
+            scores_N4 = self.run(ledger, patched_label("clean_input", name), edits, f"{who} under clean_input")
+            for site, yhat_NE in seen.items():
+                self._add_errors(ledger, site, clean, yhat_NE)
+            if single and len(places) == 1:  # one site: both protocols write the same constants
+                self._add(ledger, patched_label("single_site", name, places[0][0]), scores_N4)
                 single = False
         if single:
-            for site, yhat_NE in yhats.items():
-                edits = splice.constant_edits({site: yhat_NE}, patch_BT)
-                self.run(patched_label("single_site", name, site), edits, f"{who} at {site!r} alone")
+            for site, (written, yhat_NE) in places:
+                edits = splice.constant_edits({written: yhat_NE}, patch_BT)
+                self.run(ledger, patched_label("single_site", name, site), edits, f"{who} at {site!r} alone")
+
+    def _cascade(self, ledger: Ledger, replacement: Replacement) -> None:
+        active = torch.zeros((), dtype=torch.int64, device=self.tally.device)
+
+        def observe(dictionary: int, source: int, codes: Codes) -> None:
+            active.add_((codes.values > 0).sum())
+
+        watched = None if replacement.baseline else observe
+        edits = splice.cascade_edits(replacement.dictionaries, self.batch.patch, observe=watched)
+        label = patched_label("cascade", replacement.name)
+        self.run(ledger, label, edits, f"The replacement {replacement.name!r} under cascade")
+        if watched is not None:
+            ledger.count("cascade_l0", active)
 
 
-def ablations(replacements: Sequence[Replacement], plan: Plan) -> dict[str, tuple[dict[str, Tensor], bool]]:
-    """Constants [D] by site for every zero and mean ablation needed, by label; the flag: for `single_site` only."""
-    out: dict[str, tuple[dict[str, Tensor], bool]] = {}
-    whole = "cascade" in plan.protocols or "clean_input" in plan.protocols
+def _both(first: Edit, second: Edit) -> Edit:
+    def edit(x_BTD: Tensor) -> None:
+        first(x_BTD)
+        second(x_BTD)
+
+    return edit
+
+
+# --- all batches ----------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One ledger and how a batch gets into it."""
+
+    ledger: Ledger
+    run: Callable[[BatchRunner, Clean], object]
+    passes: tuple[int, int]
+    """Forward passes of a batch without and with `single_site`."""
+    single_only: bool = False
+
+
+def jobs(tally: Tally, replacements: Sequence[Replacement]) -> list[Job]:
+    """Everything but the clean arm."""
+    plan, device, out = tally.plan, tally.device, []
+    written = list(tally.truth)
+    for site, ledger in tally.truth.items():
+
+        def describe(run: BatchRunner, clean: Clean, ledger: Ledger = ledger, site: str = site) -> None:
+            run.add_truth(ledger, site, clean)
+
+        out.append(Job(ledger, describe, (0, 0)))
+    if IDENTITY in tally.arms:
+        ledger = tally.arms[IDENTITY]
+
+        def identity(run: BatchRunner, clean: Clean, ledger: Ledger = ledger) -> None:
+            run.run(ledger, IDENTITY, splice.identity_edits(written, run.batch.patch), "The identity arm")
+
+        out.append(Job(ledger, identity, (1, 1)))
+    for label, (values, single_only) in ablations(replacements, plan).items():
+        constants = {site: value.to(device) for site, value in values.items()}
+
+        def ablate(
+            run: BatchRunner, clean: Clean, label: str = label, constants: dict[str, Tensor] = constants
+        ) -> None:
+            edits = splice.constant_edits(constants, run.batch.patch)
+            run.run(tally.arms[label], label, edits, f"The ablation {label!r}")
+
+        out.append(Job(tally.arms[label], ablate, (0 if single_only else 1, 1), single_only))
     for replacement in replacements:
-        means = means_of(replacement)
-        sets = [(tuple(means), False)] if whole else []
-        if "single_site" in plan.protocols:
-            sets += [((site,), True) for site in means]
-        for sites, single in sets:
-            for arm, label in (("zero", zero_label(sites)), ("mean", mean_label(sites, means))):
-                if arm in plan.arms:
-                    values = {s: means[s] if arm == "mean" else torch.zeros_like(means[s]) for s in sites}
-                    out[label] = (values, single and out.get(label, (values, True))[1])
+        own = tally.own[replacement.name]
+
+        def judge(run: BatchRunner, clean: Clean, own: Ledger = own, replacement: Replacement = replacement) -> None:
+            run.run_replacement(own, replacement, clean)
+
+        out.append(Job(own, judge, _passes(replacement, plan)))
     return out
 
 
-def count_passes(scored: Scored, replacements: Sequence[Replacement], plan: Plan) -> int:
-    """Forward passes of the whole evaluation, in batches, for the progress bar."""
-    arms = ablations(replacements, plan)
-    every = 1 + ("identity" in plan.arms) + sum(not single for _, single in arms.values())
-    every += len(replacements) * sum((p in plan.protocols) for p in ("cascade", "clean_input"))
-    every += len(replacements) * ("error_added" in plan.arms)
-    extra = sum(single for _, single in arms.values())
-    if "single_site" in plan.protocols:
-        counts = [len(means_of(replacement)) for replacement in replacements]
-        extra += sum(n for n in counts if n > 1 or "clean_input" not in plan.protocols)
-    n_single = len(single_rows(scored, plan))
-    n_rest = len(scored.rows) - n_single
-    single, rest = (-(-n // plan.batch_contexts) for n in (n_single, n_rest))
-    return every * (single + rest) + extra * single
+def _passes(replacement: Replacement, plan: Plan) -> tuple[int, int]:
+    every = sum(p in plan.protocols for p in ("cascade", "clean_input"))
+    every += "error_added" in plan.arms and not replacement.baseline
+    sites = len(means_of(replacement))
+    extra = sites if "single_site" in plan.protocols and (sites > 1 or "clean_input" not in plan.protocols) else 0
+    return every, every + extra
+
+
+def count_passes(work: Sequence[Job], clean: Ledger, batches: Sequence[tuple[np.ndarray, bool]]) -> int:
+    """Forward passes that are left, for the progress bar."""
+    total = 0
+    for i, (_, single) in enumerate(batches):
+        due = [job for job in work if job.ledger.done <= i and (single or not job.single_only)]
+        total += sum(job.passes[single] for job in due) + bool(due or clean.done <= i)
+    return total
 
 
 def run_passes(
-    scored: Scored, replacements: Sequence[Replacement], target: Target, plan: Plan, advance: Callable[[], None]
+    scored: Scored,
+    replacements: Sequence[Replacement],
+    target: Target,
+    plan: Plan,
+    *,
+    norms: Mapping[str, float] | None = None,
+    store: Store | None = None,
+    begin: Callable[[int], Callable[[], None]] = lambda passes: lambda: None,
 ) -> Tally:
-    """Run every arm over all rows and return the sums."""
-    device = target.device
-    tally = Tally(len(scored.segment_row), device)
-    tally.single_rows = scored.rows[single_rows(scored, plan)]
-    written = tuple(dict.fromkeys(s for r in replacements for s in splice.writes(r.dictionaries)))
-    sites = tuple(dict.fromkeys([s for r in replacements for s in splice.reads(r.dictionaries)] + list(written)))
-    constants = ablations(replacements, plan)
-    with torch.inference_mode():
-        for batch in batches(scored, plan, device):
-            runner = BatchRunner(target, batch, tally, advance)
-            clean = runner.run_clean(sites)
-            for site in written:
-                tally.truth.setdefault(site, TargetSums()).add(clean[site])
-            if "identity" in plan.arms:
-                runner.run(IDENTITY, splice.identity_edits(written, batch.patch), "The identity arm")
-            for label, (values, single_only) in constants.items():
-                if batch.single or not single_only:
-                    on_device = {site: value.to(device) for site, value in values.items()}
-                    runner.run(label, splice.constant_edits(on_device, batch.patch), f"The ablation {label!r}")
-            for replacement in replacements:
-                runner.run_replacement(replacement, clean, plan)
+    """Run every arm over all rows and return the sums.
+
+    `norms`: by site, the norm above which a row counts as an outlier. `begin` is told the number of passes to come and
+    returns what is called after each. With a store, what it knows is not run again, and SIGINT or SIGTERM end in
+    Interrupted with the sums so far kept.
+    """
+    tally = Tally(scored, replacements, target, plan, norms or {})
+    batches, work = cuts(scored, plan), jobs(tally, replacements)
+    if store is not None:
+        for ledger in tally.ledgers():
+            store.take_up(ledger, plan.batch_contexts, len(batches), target.device)
+    sites = tuple(dict.fromkeys([s for r in replacements for s in splice.reads(r.dictionaries)] + list(tally.truth)))
+    clean_ledger = tally.arms[CLEAN]
+    fresh = [ledger for ledger in tally.ledgers() if ledger.done < len(batches)]
+    advance, kept = begin(count_passes(work, clean_ledger, batches)), time.monotonic()
+    with ExitStack() as stack, torch.inference_mode():
+        stop = stack.enter_context(deferred_interrupts()) if store is not None else StopFlag()
+        for i, (index, single) in enumerate(batches):
+            due = [job for job in work if job.ledger.done <= i]
+            if due or clean_ledger.done <= i:
+                runner = BatchRunner(target, make_batch(scored, index, single, target.device), tally, advance)
+                clean = runner.run_clean(sites, clean_ledger if clean_ledger.done <= i else None)
+                clean_ledger.done = max(clean_ledger.done, i + 1)
+                for job in due:
+                    if single or not job.single_only:
+                        job.run(runner, clean)
+                    job.ledger.done = i + 1
+            last = i + 1 == len(batches)
+            if store is not None and not last and (stop.requested or time.monotonic() - kept > KEEP_EVERY_S):
+                _keep(store, fresh, plan, whole=False)
+                kept = time.monotonic()
+                if stop.requested:
+                    raise Interrupted(
+                        f"Stopped after {i + 1} of {len(batches)} batches; the sums so far are kept in {store.folder}. "
+                        "The same command goes on from there."
+                    )
+        if store is not None:
+            _keep(store, fresh, plan, whole=True)
     return tally
+
+
+def _keep(store: Store, fresh: Sequence[Ledger], plan: Plan, *, whole: bool) -> None:
+    for ledger in fresh:
+        if ledger.done:
+            store.put(ledger, plan.batch_contexts, whole=whole)
+
+
+def rows_by_batch(scored: Scored, plan: Plan, device: torch.device) -> Iterator[Batch]:
+    """All batches, laid out one at a time."""
+    for index, single in cuts(scored, plan):
+        yield make_batch(scored, index, single, device)

@@ -6,7 +6,7 @@ and knows no weight. Order: refuse what cannot work, choose rows and masks, run 
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +18,14 @@ from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.records import fingerprint, to_dict
 from thresher.evaluate import verdict
+from thresher.evaluate.arms import Plan
 from thresher.evaluate.checks import Replacement, check_replacements, check_tokens
 from thresher.evaluate.masks import Scored, scored
-from thresher.evaluate.passes import Plan, count_passes, run_passes
+from thresher.evaluate.passes import run_passes
+from thresher.evaluate.positions import buckets_of
 from thresher.evaluate.results import Results
 from thresher.evaluate.statistics import FEW_UNITS
+from thresher.evaluate.store import Store
 
 __all__ = ["EvaluateConfig", "Replacement", "evaluate"]
 
@@ -77,27 +80,34 @@ def evaluate(
     *,
     console: Console,
     provenance: Mapping[str, Any],
+    store: Store | None = None,
 ) -> Results:
     """Patch every replacement into the target on held-out contexts and measure what is lost.
 
-    `provenance` is recorded as it is, beside versions, settings, target and masks. Raises UserError for replacements
-    that do not fit the target, contexts that cannot be scored, and numbers that are not finite.
+    With a `store`, sums that it holds are not computed again, and Ctrl-C or SIGTERM end in Interrupted with the sums so
+    far in it. `provenance` is recorded as it is, beside versions, settings, target and masks. Raises UserError for
+    replacements that do not fit the target, contexts that cannot be scored, and numbers that are not finite.
     """
     sites = check_replacements(replacements, target)
     text = scored(contexts, config.tokens)
     check_tokens(text, target)
     plan = Plan(config.protocols, config.arms, config.batch_contexts, config.single_site_share)
     with _progress(console) as progress:
-        task = progress.add_task("evaluate", total=count_passes(text, replacements, plan))
-        tally = run_passes(text, replacements, target, plan, lambda: progress.advance(task))
+
+        def begin(passes: int) -> Callable[[], None]:
+            task = progress.add_task("evaluate", total=passes)
+            return lambda: progress.advance(task)
+
+        tally = run_passes(text, replacements, target, plan, store=store, begin=begin)
+    buckets = buckets_of(text, tally)
     segments = verdict.segments_of(text, tally)
     draw = verdict.Draw(config.resamples, config.seed)
     judges: dict[str, verdict.Judge] = {
         p: verdict.Judge(segments, p, text.has_documents, draw) for p in config.protocols
     }
     whole = verdict.Judge(segments, "cascade", text.has_documents, draw)
-    rows = verdict.baseline_rows(replacements, plan, judges)
-    rows += verdict.replacement_rows(replacements, tally, segments, plan, sites, judges)
+    rows = verdict.baseline_rows(replacements, tally, plan, judges, buckets)
+    rows += verdict.replacement_rows(replacements, tally, plan, sites, judges, buckets)
     target_hash, text_hash = fingerprint(dict(target.identity)), str(text.facts["sha256"])
     rows, excluded = verdict.mark_fronts(rows, (target_hash, text_hash, *_mask_rules(text)))
     protocols = verdict.protocol_facts(plan, judges)

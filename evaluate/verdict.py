@@ -13,23 +13,26 @@ import numpy as np
 
 from thresher.cache.contracts import Site
 from thresher.evaluate import metrics
-from thresher.evaluate.checks import Replacement
-from thresher.evaluate.costs import AXES, costs
-from thresher.evaluate.masks import Scored
-from thresher.evaluate.pareto import Point, fronts
-from thresher.evaluate.passes import (
+from thresher.evaluate.arms import (
     CLEAN,
+    CLEAN_SINGLE,
     IDENTITY,
     Plan,
-    Tally,
     error_label,
     mean_label,
     means_of,
     patched_label,
     zero_label,
 )
+from thresher.evaluate.checks import Replacement
+from thresher.evaluate.clean_facts import clean_input_facts, write_norms
+from thresher.evaluate.costs import AXES
+from thresher.evaluate.masks import Scored
+from thresher.evaluate.pareto import Point, fronts
+from thresher.evaluate.positions import Buckets, positions
 from thresher.evaluate.results import PROTOCOLS, Row, Segments
 from thresher.evaluate.statistics import FEW_UNITS, Interval, interval, resampled_sums, unit_sums
+from thresher.evaluate.tally import Tally
 
 INTERVALS = ("ce", "delta", "ppl_ratio", "kl", "acc_drop", "agree", "recovered_zero", "recovered_mean")
 TRANSPARENT = 1e-5
@@ -63,7 +66,7 @@ def segments_of(scored: Scored, tally: Tally) -> Segments:
         tokens,
         tokens * single,
         {label: sums.cpu().numpy() for label, sums in tally.language.items()},
-        {name: sums.cpu().numpy() for name, sums in tally.segment_l0.items()},
+        {name: own.counts["segment_l0"].cpu().numpy() for name, own in tally.own.items() if "segment_l0" in own.counts},
     )
 
 
@@ -124,48 +127,58 @@ def family(replacement: Replacement) -> str:
 def replacement_rows(
     replacements: Sequence[Replacement],
     tally: Tally,
-    segments: Segments,
     plan: Plan,
     sites: Mapping[str, Site],
     judges: Mapping[str, Judge],
+    buckets: Buckets,
 ) -> list[Row]:
-    """One row per replacement and protocol, fronts not marked yet."""
+    """One row per replacement and protocol, fronts not marked yet; of baselines too."""
     order = list(sites)
     rows = []
     for replacement in replacements:
         written = tuple(sorted(means_of(replacement), key=order.index))
-        shared, per_site, sources, cost = clean_input_facts(replacement, tally, written, sites)
+        own = clean_input_facts(replacement, tally, written, sites)
         for protocol in plan.protocols:
             judge = judges[protocol]
-            language, intervals = judge.metrics(_sums(judge, replacement, protocol, tuple(means_of(replacement))))
-            numbers = language | shared
-            if protocol == "cascade":
-                patched = int(tally.cascade_l0[replacement.name])
-                numbers["l0_patched"] = patched / sources[0]["tokens"] / len(sources)
+            all_sites = tuple(means_of(replacement))
+            language, intervals = judge.metrics(_sums(judge, replacement, protocol, all_sites))
+            numbers = language | own.numbers
+            if protocol == "cascade" and own.sources:
+                patched = int(tally.own[replacement.name].counts["cascade_l0"])
+                numbers["l0_patched"] = patched / own.sources[0]["tokens"] / len(own.sources)
             singles: list[dict[str, Any]] = [{} for _ in written]
             if protocol == "single_site":
                 singles = [judge.metrics(_sums(judge, replacement, protocol, (site,)))[0] for site in written]
+            labels = _labels(replacement.name, protocol, all_sites)
+            l0_P = tally.own[replacement.name].counts.get("position_l0")
+            l0_P = None if l0_P is None else l0_P / len(own.sources)
             rows.append(
                 Row(
-                    name=replacement.name,
-                    kind="replacement",
-                    family=family(replacement),
+                    name=str(replacement.facts.get("title", replacement.name)),
+                    kind="baseline" if replacement.baseline else "replacement",
+                    family="baseline" if replacement.baseline else family(replacement),
                     protocol=protocol,
                     reads=tuple(sorted({s for d in replacement.dictionaries for s in d.reads}, key=order.index)),
                     sites=written,
                     metrics=numbers,
                     intervals=intervals,
-                    cost=cost,
+                    cost=own.cost,
                     front={},
-                    per_site=tuple(own | single for own, single in zip(per_site, singles, strict=True)),
-                    sources=sources,
+                    per_site=tuple(a | b for a, b in zip(own.per_site, singles, strict=True)),
+                    sources=own.sources,
                     facts=replacement.facts,
-                    positions={},
+                    positions=positions(tally, labels, protocol, buckets, l0_P),
                     chance={},
-                    write_norms=(),
+                    write_norms=write_norms(replacement),
                 )
             )
     return rows
+
+
+def _labels(name: str, protocol: str, sites: Sequence[str]) -> list[str]:
+    if protocol == "single_site":
+        return [patched_label(protocol, name, site) for site in sites]
+    return [patched_label(protocol, name)]
 
 
 def _sums(judge: Judge, replacement: Replacement, protocol: str, sites: tuple[str, ...]) -> Sums:
@@ -181,44 +194,9 @@ def _sums(judge: Judge, replacement: Replacement, protocol: str, sites: tuple[st
     return Sums(arm, judge.arm(zero), judge.arm(mean))
 
 
-def clean_input_facts(
-    replacement: Replacement, tally: Tally, written: Sequence[str], sites: Mapping[str, Site]
-) -> tuple[dict[str, float | None], tuple[dict[str, Any], ...], tuple[dict[str, Any], ...], dict[str, float]]:
-    """What was measured on clean inputs: (numbers of the row, per written site, per source, costs)."""
-    per_site: tuple[dict[str, Any], ...] = tuple(
-        {"site": site} | metrics.reconstruction_metrics(tally.truth[site], tally.reconstruction[replacement.name, site])
-        for site in written
-    )
-    sources, l0 = [], []
-    for i, dictionary in enumerate(replacement.dictionaries):
-        own = [tally.codes[replacement.name, i, s] for s in range(len(dictionary.reads))]
-        numbers = [metrics.code_metrics(sums) for sums in own]
-        l0.append([n["l0"] for n in numbers])
-        for name, sums, n in zip(dictionary.reads, own, numbers, strict=True):
-            assert not isinstance(sums.firings, int)
-            density = metrics.density_histogram(sums.firings.cpu().numpy(), sums.tokens)
-            sources.append({"dictionary": dictionary.name, "site": name, **n, "density": density})
-    cost = costs(replacement.dictionaries, l0, {name: site.width for name, site in sites.items()})
-    shared: dict[str, float | None] = dict(cost)
-    total = metrics.l0_metrics(tally.total_l0[replacement.name].cpu().numpy())
-    shared |= {f"{key}_total": value for key, value in total.items()}
-    shared["l0_median"] = float(np.mean([source["l0_median"] for source in sources]))
-    latents = np.array([source["n_latents"] for source in sources])
-    for key in ("alive", "dead", "dense_1", "dense_10"):
-        shared[key] = float(np.average([source[key] for source in sources], weights=latents))
-    for key in ("fvu", "fvu_dim_mean", "fvu_token_median", "fvu_uncentred", "offset_share", "cosine", "gamma"):
-        shared[key] = _mean_or_none([site[key] for site in per_site])
-    shared["n_latents"] = float(latents.sum())
-    shared["n_parameters"] = float(sum(d.n_parameters for d in replacement.dictionaries))
-    return shared, per_site, tuple(sources), cost
-
-
-def _mean_or_none(values: Sequence[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return float(np.mean(defined)) if len(defined) == len(values) else None
-
-
-def baseline_rows(replacements: Sequence[Replacement], plan: Plan, judges: Mapping[str, Judge]) -> list[Row]:
+def baseline_rows(
+    replacements: Sequence[Replacement], tally: Tally, plan: Plan, judges: Mapping[str, Judge], buckets: Buckets
+) -> list[Row]:
     """Clean, and zero and mean ablation of every set of written sites, under each protocol."""
     rows: list[Row] = []
     for protocol in plan.protocols:
@@ -227,22 +205,41 @@ def baseline_rows(replacements: Sequence[Replacement], plan: Plan, judges: Mappi
         for replacement in replacements:
             sites = tuple(means_of(replacement))
             sums = _sums(judge, replacement, protocol, sites)
-            arms: list[tuple[str, str, np.ndarray | None]] = [
-                ("clean", CLEAN, judge.arm([CLEAN])),
-                ("zero", zero_label(sites), sums.zero),
-                ("mean", mean_label(sites, means_of(replacement)), sums.mean),
+            means, parts = means_of(replacement), [sites]
+            if protocol == "single_site":
+                parts = [(site,) for site in sites]
+            arms: list[tuple[str, list[str], np.ndarray | None]] = [
+                ("clean", [CLEAN_SINGLE if protocol == "single_site" else CLEAN], judge.arm([CLEAN])),
+                ("zero", [zero_label(part) for part in parts], sums.zero),
+                ("mean", [mean_label(part, means) for part in parts], sums.mean),
             ]
-            for name, label, arm in arms:
-                key = (name,) if name == "clean" else (name, label)
-                if arm is not None and key not in seen:
-                    seen.add(key)
-                    rows.append(_baseline_row(name, protocol, sites, judge, Sums(arm, sums.zero, sums.mean)))
+            for name, labels, arm in arms:
+                key = (name,) if name == "clean" else (name, *labels)
+                if arm is None or key in seen:
+                    continue
+                seen.add(key)
+                numbers, intervals = judge.metrics(Sums(arm, sums.zero, sums.mean))
+                rows.append(
+                    Row(
+                        name=name,
+                        kind="baseline",
+                        family="baseline",
+                        protocol=protocol,
+                        reads=(),
+                        sites=sites,
+                        metrics=numbers,
+                        intervals=intervals,
+                        cost={},
+                        front={},
+                        per_site=(),
+                        sources=(),
+                        facts={},
+                        positions=positions(tally, labels, protocol, buckets),
+                        chance={},
+                        write_norms=(),
+                    )
+                )
     return rows
-
-
-def _baseline_row(name: str, protocol: str, sites: tuple[str, ...], judge: Judge, sums: Sums) -> Row:
-    numbers, intervals = judge.metrics(sums)
-    return Row(name, "baseline", "baseline", protocol, (), sites, numbers, intervals, {}, {}, (), (), {}, {}, {}, ())
 
 
 def ranked_pairs(

@@ -115,6 +115,12 @@ class Base:
     def sources(self, destination: int) -> range:
         return range(destination + 1) if len(self.reads) > 1 else range(1)
 
+    def write_norms(self) -> Tensor:
+        out = torch.full((len(self.reads), len(self.writes)), torch.nan)
+        for j in range(len(self.writes)):
+            out[list(self.sources(j)), j] = 1.0 + j
+        return out
+
     def encode(self, source: int, x_ND: Tensor) -> Codes:
         if x_ND.shape[1] != self.d:
             raise RuntimeError(f"expected width {self.d}, got {x_ND.shape[1]}")

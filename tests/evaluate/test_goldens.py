@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from thresher.cache.layout import Contexts
+from thresher.evaluate.compat import COMPAT, batch_truth, compat
 from thresher.evaluate.costs import costs
 from thresher.evaluate.metrics import (
     CodeSums,
@@ -16,7 +17,6 @@ from thresher.evaluate.metrics import (
     code_metrics,
     count_quantile,
     density_histogram,
-    fve_centred,
     kl_divergence,
     language_metrics,
     reconstruction_metrics,
@@ -24,6 +24,11 @@ from thresher.evaluate.metrics import (
     score_tokens_plain,
 )
 from thresher.evaluate.run import Replacement
+
+
+def fve_centred(y_NE, yhat_NE):
+    return float(compat(batch_truth(y_NE), ReconstructionSums().add(y_NE, yhat_NE))[COMPAT.index("fve_centred")])
+
 
 SQUARE = torch.tensor([[0.0, 0], [2, 0], [0, 2], [2, 2]])
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from thresher.cache.layout import Contexts
+from thresher.evaluate.arms import zero_label
 from thresher.evaluate.metrics import clean_scores, score_tokens
-from thresher.evaluate.passes import zero_label
 from thresher.evaluate.run import Replacement
 from thresher.evaluate.splice import PROTOCOLS, cascade_edits, constant_edits
 

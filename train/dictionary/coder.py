@@ -92,6 +92,15 @@ class Coder(nn.Module):
         """[E] by site name: means of the destinations over the training rows."""
         return {site: self.mean[index] for index, site in enumerate(self.writes)}
 
+    @torch.no_grad()
+    def write_norms(self) -> Tensor:
+        """[sources, destinations] Σ_f ‖w_f‖²; NaN where a source does not write."""
+        out = torch.full((len(self.reads), len(self.writes)), torch.nan, dtype=torch.float64)
+        for source, weight_FTE in enumerate(self.W_dec):
+            squares_T = torch.linalg.vector_norm(weight_FTE, dim=(0, 2), dtype=torch.float64).square()
+            out[source, list(self.written(source))] = squares_T.cpu()
+        return out
+
     def encode(self, source: int, x_ND: Tensor) -> Codes:
         """Codes of one source under the frozen rule."""
         return self.encoder(source).encode(x_ND, self.bias(source).detach())
