@@ -453,13 +453,15 @@ def _judge(
     from thresher.evaluate.origin import Run, check_origin, replacements
     from thresher.evaluate.report import print_table, write_report
     from thresher.evaluate.run import evaluate as run_evaluate
-    from thresher.train.files import load_run
+    from thresher.evaluate.store import Store
+    from thresher.train.files import load_run, weights_hash
+    from thresher.train.metrics import curves
 
     loaded = [load_run(path, device=target.device) for path in paths]
     check_origin([run.config for run in loaded], target.identity)
     contexts, source = _held_out(loaded[0].config, tables, settings, cache, target)
     judged = [
-        Run(path, run.dictionary, run.dictionary.spec.sparsity_label, run.config)
+        Run(path, run.dictionary, run.dictionary.spec.sparsity_label, run.config, weights_hash(path), curves(path))
         for path, run in zip(paths, loaded, strict=True)
     ]
     results = run_evaluate(
@@ -469,6 +471,7 @@ def _judge(
         settings,
         console=out,
         provenance={"contexts": source, "runs": [str(path) for path in paths]},
+        store=Store(report / "sums"),
     )
     print_table(results, out)
     written = write_report(results, report)

@@ -57,10 +57,10 @@ def check_causality(target: Target, replacements: Sequence[Replacement], scored:
         for who, make in tried:
             first, second = (target.logits(tokens, make()) for tokens in (before_BT, after_BT))
             change = _change(first, second, position)
-            if not change <= TOLERANCE.get(target.dtype, 4 * TOLERANCE[torch.float32]):
+            if change > TOLERANCE.get(target.dtype, 4 * TOLERANCE[torch.float32]):  # NaN is told by the passes
                 raise UserError(
-                    f"{who} is not causal: another token at position {position} of one row changes logits before it, or "
-                    f"in another row, by {change:.2e} of their standard deviation. A loss of such predictions means "
+                    f"{who} is not causal: another token at position {position} of one row changes logits before it, "
+                    f"or in another row, by {change:.2e} of their standard deviation. A loss of such predictions means "
                     "nothing. Expected: every token decides its own latents from its own activation (for batch-level "
                     "top-k: a frozen threshold), and a decoder-only model."
                 )
@@ -69,7 +69,7 @@ def check_causality(target: Target, replacements: Sequence[Replacement], scored:
 
 
 def _change(before_BTV: Tensor, after_BTV: Tensor, position: int) -> float:
-    spread = before_BTV.double().std()
+    spread = before_BTV.double().std().clamp_min(1e-12)
     earlier = (before_BTV[0, :position] - after_BTV[0, :position]).abs().max()
     other = (before_BTV[1] - after_BTV[1]).abs().max()
     return float(torch.maximum(earlier, other).double() / spread)

@@ -41,8 +41,8 @@ class Ledger:
     """[P, 4] float64 by arm label: the same by bucket of the source position."""
     counts: dict[str, Tensor] = field(default_factory=dict)
     """Sums by name: `total_l0` [n + 1] tokens by active latents over all sources, `segment_l0` [G] and `position_l0`
-    [P] active latents over scored positions, `cascade_l0` [] over patched positions of the patched stream, `compat|site`
-    [4]: `compat.COMPAT` summed over batches, and batches."""
+    [P] active latents over scored positions, `cascade_l0` [] over patched positions of the patched stream,
+    `compat|SITE` [4]: `compat.COMPAT` summed over batches, and batches."""
     truth: dict[tuple[str, str], TargetSums] = field(default_factory=dict)
     """By site and group."""
     reconstruction: dict[tuple[str, str], ReconstructionSums] = field(default_factory=dict)

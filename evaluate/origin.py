@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from thresher.cache.contracts import Dictionary
 from thresher.cache.errors import UserError
-from thresher.cache.records import differences
+from thresher.cache.records import differences, fingerprint
 from thresher.evaluate.checks import Replacement
 
 _MAKING = ("data", "harvest", "dictionary", "train")
@@ -25,6 +25,10 @@ class Run(NamedTuple):
     """How sparse its rule makes it, in words."""
     config: Mapping[str, Any]
     """config.json."""
+    content: str
+    """Hash of its weights."""
+    curves: Mapping[str, list[float | None]]
+    """What training logged, by metric."""
 
 
 def check_recipe(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -66,7 +70,12 @@ def replacements(runs: Sequence[Run], *, together: bool) -> list[Replacement]:
     for run in runs:
         groups.setdefault(run.config["group" if together else "name"], []).append(run)
     return [
-        Replacement(group, tuple(run.dictionary for run in members), _facts(members))
+        Replacement(
+            group,
+            tuple(run.dictionary for run in members),
+            _facts(members),
+            content=fingerprint([run.content for run in members]),
+        )
         for group, members in groups.items()
     ]
 
@@ -79,10 +88,33 @@ def _facts(members: Sequence[Run]) -> dict[str, object]:
         "kind": spec["kind"],
         "firing": spec["firing"],
         "sparsity": members[0].sparsity,
+        "k": spec.get("k"),
         "n_latents": spec["n_latents"],
         "seed": training["seed"],
         "training_rows": training["rows"],
         "cache_fingerprint": first["cache"]["fingerprint"],
         "git_commit": first["git_commit"],
         "runs": [str(run.path) for run in members],
+        "curves": _mean_curves([run.curves for run in members]),
     }
+
+
+_CURVES = ("rows", "fvu", "l0", "dead")
+CURVE_POINTS = 120
+"""So many points of a training curve are kept."""
+
+
+def _mean_curves(all_curves: Sequence[Mapping[str, list[float | None]]]) -> dict[str, list[float | None]]:
+    """Means over the dictionaries of a set, of the log lines that all of them have; thinned."""
+    length = min((len(curves.get("rows", [])) for curves in all_curves), default=0)
+    kept = sorted({round(i * (length - 1) / max(CURVE_POINTS - 1, 1)) for i in range(CURVE_POINTS)}) if length else []
+    out = {}
+    for key in _CURVES:
+        if all(key in curves for curves in all_curves):
+            columns = [[curves[key][i] for curves in all_curves] for i in kept]
+            out[key] = [_mean([value for value in column if value is not None]) for column in columns]
+    return out
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

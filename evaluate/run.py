@@ -19,6 +19,7 @@ from thresher.cache.layout import Contexts
 from thresher.cache.records import fingerprint, to_dict
 from thresher.evaluate import verdict
 from thresher.evaluate.arms import Plan
+from thresher.evaluate.causality import check_causality
 from thresher.evaluate.checks import Replacement, check_replacements, check_tokens
 from thresher.evaluate.masks import Scored, scored
 from thresher.evaluate.passes import run_passes
@@ -91,6 +92,7 @@ def evaluate(
     sites = check_replacements(replacements, target)
     text = scored(contexts, config.tokens)
     check_tokens(text, target)
+    causality = check_causality(target, replacements, text)
     plan = Plan(config.protocols, config.arms, config.batch_contexts, config.single_site_share)
     with _progress(console) as progress:
 
@@ -120,6 +122,7 @@ def evaluate(
             "dictionary_dtype": "float64" if str(target.dtype) == "torch.float64" else "float32",
             "device": str(target.device),
             "autocast": False,
+            "causality": None if causality is None else causality._asdict(),
             "evaluate": to_dict(config),
             "evaluate_versions": versions(),
         },

@@ -15,6 +15,7 @@ config.json says `finished: true` last, after the weights are on the disk: an un
 a dictionary. Only safetensors and JSON are read, so loading runs no foreign code.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -78,6 +79,12 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> LoadedRun:
         ) from error
     _fill(coder, stored, path)
     return LoadedRun(coder.to(device), config)
+
+
+def weights_hash(path: Path) -> str:
+    """SHA-256 of a run's weights file."""
+    with (path / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_weights(path: Path) -> None:

@@ -56,6 +56,13 @@ def last_metrics(path: Path) -> dict[str, Any]:
     return dict(json.loads(lines[-1])) if lines else {}
 
 
+def curves(path: Path) -> dict[str, list[float | None]]:
+    """Every number that was logged for the run at `path`, by key, in order; null where a line lacks it."""
+    lines = [json.loads(line) for line in _lines(path / METRICS)]
+    keys = dict.fromkeys(key for line in lines for key in line)
+    return {key: [line.get(key) for line in lines] for key in keys}
+
+
 def _lines(file: Path) -> list[str]:
     """Whole lines of a JSONL file; a torn last one is left out."""
     if not file.exists():

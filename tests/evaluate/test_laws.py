@@ -213,7 +213,8 @@ def test_baselines_are_shared_by_replacements_of_the_same_sites(kit, scan):
     target = kit.TinyTarget()
     sets = [one(f"r{i}", kit.Random(INS, OUTS, seed=i)) for i in range(3)]
     results = scan(sets, target, kit.contexts(rows=4), protocols=("cascade",), batch_contexts=4)
-    assert target.passes == 1 + 1 + 2 + 3  # clean, identity, zero and mean, one cascade each
+    tried = 2 * (1 + 3)  # causality, before and after a change: the bare model, and each cascade
+    assert target.passes == tried + 1 + 1 + 2 + 3  # clean, identity, zero and mean, one cascade each
     assert sum(label.startswith("zero|") for label in results.segments.arms) == 1
     assert zero_label(OUTS) in results.segments.arms
 
