@@ -383,13 +383,13 @@ def run_passes(
     *,
     norms: Mapping[str, float] | None = None,
     store: Store | None = None,
-    begin: Callable[[int], Callable[[], None]] = lambda passes: lambda: None,
+    begin: Callable[[int, int], Callable[[], None]] = lambda passes, known: lambda: None,
 ) -> Tally:
     """Run every arm over all rows and return the sums.
 
     `norms`: by site, the norm above which a row counts as an outlier. `begin` is told the number of passes to come and
-    returns what is called after each. With a store, what it knows is not run again, and SIGINT or SIGTERM end in
-    Interrupted with the sums so far kept.
+    of replacements whose sums are whole already, and returns what is called after each pass. With a store, what it
+    knows is not run again, and SIGINT or SIGTERM end in Interrupted with the sums so far kept.
     """
     tally = Tally(scored, replacements, target, plan, norms or {})
     batches, work = cuts(scored, plan), jobs(tally, replacements)
@@ -399,7 +399,8 @@ def run_passes(
     sites = tuple(dict.fromkeys([s for r in replacements for s in splice.reads(r.dictionaries)] + list(tally.truth)))
     clean_ledger = tally.arms[CLEAN]
     fresh = [ledger for ledger in tally.ledgers() if ledger.done < len(batches)]
-    advance, kept = begin(count_passes(work, clean_ledger, batches)), time.monotonic()
+    known = sum(ledger.done == len(batches) for ledger in tally.own.values())
+    advance, kept = begin(count_passes(work, clean_ledger, batches), known), time.monotonic()
     with ExitStack() as stack, torch.inference_mode():
         stop = stack.enter_context(deferred_interrupts()) if store is not None else StopFlag()
         for i, (index, single) in enumerate(batches):

@@ -96,7 +96,10 @@ def evaluate(
     plan = Plan(config.protocols, config.arms, config.batch_contexts, config.single_site_share)
     with _progress(console) as progress:
 
-        def begin(passes: int) -> Callable[[], None]:
+        def begin(passes: int, known: int) -> Callable[[], None]:
+            if known:
+                of = f"{known} of {len(replacements)} replacements were measured before: their sums are taken up."
+                console.print(of, highlight=False)
             task = progress.add_task("evaluate", total=passes)
             return lambda: progress.advance(task)
 

@@ -230,8 +230,9 @@ def scan() -> Callable[..., object]:
     """`evaluate` with small settings; keyword arguments go into the config."""
     from thresher.evaluate.run import EvaluateConfig, evaluate
 
-    def run(replacements, target, contexts, **settings):
+    def run(replacements, target, contexts, store=None, **settings):
         config = EvaluateConfig(**({"resamples": 200, "single_site_share": 1.0, "batch_contexts": 2} | settings))
-        return evaluate(replacements, target, contexts, config, console=Console(quiet=True), provenance={"test": True})
+        console = Console(quiet=True)
+        return evaluate(replacements, target, contexts, config, console=console, provenance={"test": True}, store=store)
 
     return run
