@@ -27,10 +27,12 @@ from thresher.cache.contracts import Dictionary, Site
 from thresher.cache.devices import resolve_device
 from thresher.cache.layout import Contexts
 from thresher.evaluate import splice
+from thresher.evaluate.arms import Plan
 from thresher.evaluate.checks import Replacement
+from thresher.evaluate.ledger import Ledger
 from thresher.evaluate.masks import scored
-from thresher.evaluate.metrics import TargetSums
-from thresher.evaluate.passes import BatchRunner, Plan, Tally, batches
+from thresher.evaluate.passes import BatchRunner, Clean, rows_by_batch
+from thresher.evaluate.tally import Tally
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, resolve_dtype
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.crosslayer import build
@@ -133,20 +135,18 @@ def main() -> None:
     keep[:, 0] = 2
     text = scored(Contexts(token_id, np.zeros(shape, np.int32), keep), 0)
     plan = Plan(("cascade", "clean_input"), (), options.batch, 1.0)
-    batch = next(batches(text, plan, target.device))
+    batch = next(rows_by_batch(text, plan, target.device))
 
     table = Table(title=f"Evaluation, {options.model}, {target.device}, {target.dtype}, torch {torch.__version__}")
     for column in ("in plain forwards", "median", "lowest", "highest"):
         table.add_column(column, justify="left" if column == "in plain forwards" else "right")
     with torch.inference_mode():
         for name, replacement in replacements(target, batch.token).items():
-            tally = Tally(len(text.segment_row), target.device)
+            tally, ledger = Tally(text, [replacement], target, plan, {}), Ledger(name)
             runner = BatchRunner(target, batch, tally, lambda: None)
             clean = runner.run_clean(
-                (*splice.reads(replacement.dictionaries), *splice.writes(replacement.dictionaries))
+                (*splice.reads(replacement.dictionaries), *splice.writes(replacement.dictionaries)), None
             )
-            for site in splice.writes(replacement.dictionaries):
-                tally.truth.setdefault(site, TargetSums()).add(clean[site])
 
             def plain() -> None:
                 target.logits(batch.token)
@@ -157,13 +157,20 @@ def main() -> None:
             def cascade(edits: Callable[[], dict[str, splice.Edit]] = edits) -> None:
                 target.logits(batch.token, edits())
 
-            def judged(runner: BatchRunner = runner, edits: Callable[[], dict[str, splice.Edit]] = edits) -> None:
-                runner.run("x", edits(), "benchmark")
+            def judged(
+                runner: BatchRunner = runner,
+                ledger: Ledger = ledger,
+                edits: Callable[[], dict[str, splice.Edit]] = edits,
+            ) -> None:
+                runner.run(ledger, "x", edits(), "benchmark")
 
             def whole(
-                runner: BatchRunner = runner, one: Replacement = replacement, clean: dict[str, Tensor] = clean
+                runner: BatchRunner = runner,
+                ledger: Ledger = ledger,
+                one: Replacement = replacement,
+                clean: Clean = clean,
             ) -> None:
-                runner.run_replacement(one, clean, plan)
+                runner.run_replacement(ledger, one, clean)
 
             for what, work in (
                 ("cascade", cascade),
@@ -174,7 +181,7 @@ def main() -> None:
                 bar = f" (bar {BAR})" if what == "cascade, scored" else ""
                 values = (f"{pick(found):.2f}" for pick in (statistics.median, min, max))
                 table.add_row(f"{name}: {what}{bar}", *values)
-            l0 = splice.encode_clean(replacement.dictionaries, clean)[0][0].l0().float().mean()
+            l0 = splice.encode_clean(replacement.dictionaries, clean.patched)[0][0].l0().float().mean()
             table.add_row(f"  mean L0 of the first source: {float(l0):.1f}", end_section=True)
 
     console = Console()
