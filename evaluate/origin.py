@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from thresher.cache.contracts import Dictionary
 from thresher.cache.errors import UserError
-from thresher.cache.records import differences
+from thresher.cache.records import differences, fingerprint
 from thresher.evaluate.checks import Replacement
 
 _MAKING = ("data", "harvest", "dictionary", "train")
@@ -81,8 +81,15 @@ def _facts(members: Sequence[Run]) -> dict[str, object]:
         "sparsity": members[0].sparsity,
         "n_latents": spec["n_latents"],
         "seed": training["seed"],
+        "setting": fingerprint([_setting(run.config) for run in members])[:12],
         "training_rows": training["rows"],
         "cache_fingerprint": first["cache"]["fingerprint"],
         "git_commit": first["git_commit"],
         "runs": [str(run.path) for run in members],
     }
+
+
+def _setting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a run was told but its seed, so that sets which differ in the seed alone can be recognised as such."""
+    told = {key: value for key, value in config["training"]["settings"].items() if key != "seed"}
+    return {"dictionary": config["dictionary"], "train": told}
