@@ -21,9 +21,9 @@ class Replacement(NamedTuple):
     name: str
     dictionaries: tuple[Dictionary, ...]
     facts: dict[str, object]
-    """What is known of them, JSON values: `kind`, `firing`, `sparsity`, `n_latents`, `seed`, `rows` (training rows),
-    `runs` (paths), `cache` (fingerprint), and whatever else belongs in the provenance. `family` overrides the label
-    made of kind and firing."""
+    """What is known of them, JSON values: `kind`, `firing`, `sparsity`, `n_latents`, `seed`, `setting` (fingerprint of
+    all but the seed), `rows` (training rows), `runs` (paths), `cache` (fingerprint), and whatever else belongs in the
+    provenance. `family` overrides the label made of kind and firing."""
     content: str | None = None
     """Hash of the dictionaries' weights, by which sums of an earlier evaluation are found; None: they are not kept."""
     baseline: bool = False

@@ -1,23 +1,19 @@
 """Which dictionary is best at what, in sentences computed from the numbers.
 
-Every sentence names the protocol it is about and the numbers it rests on. Values at matched L0 are interpolated
-between neighbours of one family, linearly in log2 L0, and only inside the range that the family covers.
+Every sentence names the protocol it is about and the numbers it rests on.
 """
 
-import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from thresher.evaluate.columns import l0_text, sites_label
+from thresher.evaluate.matching import matched_l0
 from thresher.evaluate.results import Results, Row
 
 SPARSEST = 1.25
 """Rows within this factor of the smallest L0 count as the sparsest setting."""
 MANY_SETS = 3
 """With more sets of written sites than this only the lowest δ of each is told."""
-SAME_L0 = 0.03
-"""Points this close in L0 are compared as they are."""
 
 
 class Line(NamedTuple):
@@ -106,33 +102,6 @@ def _ablation_line(results: Results, rows: Sequence[Row], protocol: str, where: 
     who = "the only replacement beats" if len(rows) == 1 else f"all {len(rows)} replacements beat"
     text = f"{', '.join(worse)} do not beat {spelled}" if worse else f"{who} {spelled}"
     return [Line(f"Against ablation{where}", worse[0] if worse else "", text)]
-
-
-# --- matched L0 -----------------------------------------------------------------------------------------------------
-
-
-def delta_at(rows: Sequence[Row], l0: float) -> float | None:
-    """δ of one family at an L0: interpolated, or a measured point no more than 3 % away; None outside its range."""
-    points = sorted((row.cost["l0"], _value(row, "delta")) for row in rows if row.cost["l0"] > 0)
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 < l0 < x1:
-            share = math.log2(l0 / x0) / math.log2(x1 / x0)
-            return y0 + share * (y1 - y0)
-    near = [(abs(math.log(cost / l0)), delta) for cost, delta in points if math.isclose(cost, l0, rel_tol=SAME_L0)]
-    return min(near)[1] if near else None
-
-
-def matched_l0(rows: Sequence[Row]) -> tuple[float, dict[str, float]] | None:
-    """The measured L0 that most families cover, and each one's δ there; None when no two families overlap."""
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        families.setdefault(row.family, []).append(row)
-    best: tuple[float, dict[str, float]] | None = None
-    for l0 in sorted(row.cost["l0"] for row in rows):
-        found = {name: delta for name, own in families.items() if (delta := delta_at(own, l0)) is not None}
-        if len(found) > 1 and (best is None or len(found) > len(best[1])):
-            best = l0, found
-    return best
 
 
 def _matched_line(l0: float, found: dict[str, float], where: str) -> Line:

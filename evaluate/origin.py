@@ -91,6 +91,7 @@ def _facts(members: Sequence[Run]) -> dict[str, object]:
         "k": spec.get("k"),
         "n_latents": spec["n_latents"],
         "seed": training["seed"],
+        "setting": fingerprint([_setting(run.config) for run in members])[:12],
         "training_rows": training["rows"],
         "cache_fingerprint": first["cache"]["fingerprint"],
         "git_commit": first["git_commit"],
@@ -118,3 +119,9 @@ def _mean_curves(all_curves: Sequence[Mapping[str, list[float | None]]]) -> dict
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _setting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a run was told but its seed, so that sets which differ in the seed alone can be recognised as such."""
+    told = {key: value for key, value in config["training"]["settings"].items() if key != "seed"}
+    return {"dictionary": config["dictionary"], "train": told}

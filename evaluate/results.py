@@ -80,7 +80,8 @@ SCHEMA: dict[str, str] = {
     "seeds": "Replacements that differ in the seed alone: protocol, family, names, and by metric [lowest, highest].",
     "hypervolumes": "By protocol, written sites, family and cost axis: area between the family's front and the "
     "reference point in log2 cost and log10 δ, with its interval.",
-    "matched": "Families at equal cost or equal δ, interpolated inside their ranges only, with intervals.",
+    "matched": "Families at equal cost (values are δ) or at equal δ (values are costs), interpolated inside their "
+    "ranges only, the best first, with intervals, lowest and highest over seeds, and differences to the best.",
     "excluded": "Rows on no front because a number is undefined, as name, protocol and axis.",
     "notes": "Warnings a reader should know.",
     "documents.npz": "Beside the JSON: sums by segment (part of one document in one row), for paired comparisons "
@@ -155,13 +156,16 @@ class Results(NamedTuple):
     """Neighbours in the ranking by δ: `protocol`, `a`, `b`, `difference` (δ of b minus δ of a), `low`, `high`."""
     checks: tuple[dict[str, Any], ...]
     seeds: tuple[dict[str, Any], ...]
-    """Replacements that differ in the seed alone: `protocol`, `family`, `names`, and by metric [lowest, highest]."""
+    """Replacements that differ in the seed alone: `protocol`, `sites`, `family`, `names`, `seeds`, and by metric (those
+    of `seeds.METRICS` that all of them define) [lowest, highest]."""
     hypervolumes: tuple[dict[str, Any], ...]
-    """By protocol, written sites and family, on the cost axis `axis`: `value`, `low`, `high`, and the `reference`
+    """By `protocol`, written `sites` and `family`, on the cost axis `axis`: `value`, `low`, `high`, and the `reference`
     point {cost, loss}."""
     matched: tuple[dict[str, Any], ...]
     """Families compared at equal cost or equal loss: `protocol`, `sites`, `axis`, `at` (`cost` or `loss`), `where`, and
-    `values`: `family`, `value`, `low`, `high` (null outside its range)."""
+    `values`, the best first: `family`, `value`, `low`, `high` (null outside its range); `lowest`, `highest` over its
+    seeds (null for one seed); `difference`, `difference_low`, `difference_high` to the first (null for the first);
+    `n_latents` of the size that represents the family; `reached`, the share of resamples inside its range."""
     excluded: tuple[str, ...]
     notes: tuple[str, ...]
     segments: Segments | None

@@ -17,7 +17,7 @@ from thresher.cache.contracts import Target
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.records import fingerprint, to_dict
-from thresher.evaluate import verdict
+from thresher.evaluate import comparison, verdict
 from thresher.evaluate.arms import Plan
 from thresher.evaluate.causality import check_causality
 from thresher.evaluate.checks import Replacement, check_replacements, check_tokens
@@ -25,6 +25,7 @@ from thresher.evaluate.masks import Scored, scored
 from thresher.evaluate.passes import run_passes
 from thresher.evaluate.positions import buckets_of
 from thresher.evaluate.results import Results
+from thresher.evaluate.seeds import seed_spreads
 from thresher.evaluate.statistics import FEW_UNITS
 from thresher.evaluate.store import Store
 
@@ -114,7 +115,9 @@ def evaluate(
     rows = verdict.baseline_rows(replacements, tally, plan, judges, buckets)
     rows += verdict.replacement_rows(replacements, tally, plan, sites, judges, buckets)
     target_hash, text_hash = fingerprint(dict(target.identity)), str(text.facts["sha256"])
-    rows, excluded = verdict.mark_fronts(rows, (target_hash, text_hash, *_mask_rules(text)))
+    excluded = comparison.mark_fronts(rows, (target_hash, text_hash, *_mask_rules(text)))
+    groups = comparison.groups(replacements, rows, judges)
+    comparison.mark_chances(groups)
     protocols = verdict.protocol_facts(plan, judges)
     checks = verdict.check_rows(replacements, whole)
     return Results(
@@ -132,11 +135,11 @@ def evaluate(
         masks=text.facts,
         protocols=protocols,
         rows=tuple(rows),
-        pairs=verdict.ranked_pairs(replacements, rows, judges),
+        pairs=comparison.ranked_pairs(replacements, rows, judges),
         checks=checks,
-        seeds=(),
-        hypervolumes=(),
-        matched=(),
+        seeds=seed_spreads(rows),
+        hypervolumes=comparison.hypervolumes(groups, rows),
+        matched=comparison.matched(groups),
         excluded=tuple(excluded),
         notes=tuple(_notes(protocols, checks, str(text.facts["unit"]))),
         segments=segments,

@@ -1,11 +1,10 @@
-"""From sums to rows: every metric, interval, cost and front of a finished tally. No model is run here.
+"""From sums to rows: every metric, interval and cost of a finished tally. No model is run here.
 
 The same lines compute a point estimate and its resamples, so an interval can never describe another formula than its
 number. Under `single_site` an arm's sums are the mean over its sites, which makes every number of the row a mean over
 sites taken before any ratio.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +25,7 @@ from thresher.evaluate.arms import (
 )
 from thresher.evaluate.checks import Replacement
 from thresher.evaluate.clean_facts import clean_input_facts, write_norms
-from thresher.evaluate.costs import AXES
 from thresher.evaluate.masks import Scored
-from thresher.evaluate.pareto import Point, fronts
 from thresher.evaluate.positions import Buckets, positions
 from thresher.evaluate.results import PROTOCOLS, Row, Segments
 from thresher.evaluate.statistics import FEW_UNITS, Interval, interval, resampled_sums, unit_sums
@@ -181,6 +178,11 @@ def _labels(name: str, protocol: str, sites: Sequence[str]) -> list[str]:
     return [patched_label(protocol, name)]
 
 
+def replacement_sums(judge: Judge, replacement: Replacement, protocol: str) -> Sums:
+    """Segment sums of a replacement with all its sites, and of the ablations of the same sites."""
+    return _sums(judge, replacement, protocol, tuple(means_of(replacement)))
+
+
 def _sums(judge: Judge, replacement: Replacement, protocol: str, sites: tuple[str, ...]) -> Sums:
     means, name = means_of(replacement), replacement.name
     if protocol == "single_site":
@@ -242,28 +244,6 @@ def baseline_rows(
     return rows
 
 
-def ranked_pairs(
-    replacements: Sequence[Replacement], rows: Sequence[Row], judges: Mapping[str, Judge]
-) -> tuple[dict[str, Any], ...]:
-    """Neighbours in the ranking by δ within one protocol and set of sites, with the interval of their difference."""
-    by_name = {replacement.name: replacement for replacement in replacements}
-    groups: dict[tuple[str, tuple[str, ...]], list[Row]] = {}
-    for row in rows:
-        if row.kind == "replacement" and row.metrics["delta"] is not None:
-            groups.setdefault((row.protocol, row.sites), []).append(row)
-    out = []
-    for (protocol, _), members in groups.items():
-        judge = judges[protocol]
-        members.sort(key=lambda row: float(row.metrics["delta"] or 0.0))
-        for a, b in itertools.pairwise(members):
-            first, second = (_sums(judge, by_name[r.name], protocol, tuple(means_of(by_name[r.name]))) for r in (a, b))
-            difference, (low, high) = judge.difference(first.arm, second.arm)
-            out.append(
-                {"protocol": protocol, "a": a.name, "b": b.name, "difference": difference, "low": low, "high": high}
-            )
-    return tuple(out)
-
-
 def check_rows(replacements: Sequence[Replacement], judge: Judge) -> tuple[dict[str, Any], ...]:
     """Arms that must equal the clean model, and by how much they miss it."""
     labels = {"identity": IDENTITY} | {f"error_added: {r.name}": error_label(r.name) for r in replacements}
@@ -278,30 +258,6 @@ def check_rows(replacements: Sequence[Replacement], judge: Judge) -> tuple[dict[
             passed = abs(delta) <= TRANSPARENT and abs(kl) <= TRANSPARENT
             out.append({"name": name, "delta": delta, "kl": kl, "agree": numbers["agree"], "passed": passed})
     return tuple(out)
-
-
-def mark_fronts(rows: Sequence[Row], comparable: tuple[str, ...]) -> tuple[list[Row], list[str]]:
-    """Mark replacements on the front of δ against each cost axis; also lists those that could not be placed.
-
-    `comparable` is what all rows share: hashes of target and text, and the masks.
-    """
-    candidates = [row for row in rows if row.kind == "replacement"]
-    excluded = []
-    for axis in AXES:
-        points = [
-            Point(
-                f"{row.name}, {row.protocol}",
-                (*comparable, row.protocol, tuple(sorted(row.sites)), axis, "delta"),
-                row.cost[axis],
-                float("nan") if row.metrics["delta"] is None else float(row.metrics["delta"]),
-            )
-            for row in candidates
-        ]
-        marked = fronts(points)
-        for row, on in zip(candidates, marked.on, strict=True):
-            row.front[axis] = on
-        excluded += [f"{name}, {axis}" for name in marked.excluded]
-    return list(rows), excluded
 
 
 def protocol_facts(plan: Plan, judges: Mapping[str, Judge]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from thresher.cache.errors import UserError
 from thresher.evaluate.columns import COLUMNS, count, sites_label
-from thresher.evaluate.headline import delta_at, headline, matched_l0
+from thresher.evaluate.headline import headline
 from thresher.evaluate.metrics import SUMS
 from thresher.evaluate.page import render
 from thresher.evaluate.report import print_table, write_report
@@ -202,20 +202,6 @@ def row(name, family, l0, delta, fvu=0.5, dead=0.0):
     costs = {"l0": l0}
     rest = ({}, (), (source,), {}, {}, {}, ())
     return Row(name, "replacement", family, "cascade", ("x",), ("y",), metrics, {}, costs, *rest)
-
-
-def test_matched_l0_interpolates_in_log2_and_never_extrapolates():
-    own = [row("a", "A", 8, 0.4), row("b", "A", 32, 0.2)]
-    assert delta_at(own, 16) == pytest.approx(0.3)
-    assert delta_at(own, 32.5) == 0.2  # a measured point as good as there
-    assert delta_at(own, 40) is None
-    assert delta_at(own, 4) is None
-
-
-def test_matched_l0_takes_the_value_that_most_families_cover():
-    rows = [row("a", "A", 8, 0.4), row("b", "A", 32, 0.2), row("c", "B", 16, 0.25), row("d", "C", 64, 0.1)]
-    assert matched_l0(rows) == (16, {"A": pytest.approx(0.3), "B": 0.25})
-    assert matched_l0(rows[:2]) is None
 
 
 def test_headline_says_who_is_best_at_what(results):

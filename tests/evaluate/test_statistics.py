@@ -43,17 +43,35 @@ def test_interval_is_none_where_little_is_defined():
     assert interval(np.array([1.0, 1.0, np.nan])) == (1, 1)
 
 
-def test_intervals_cover_the_truth_about_95_times_in_100():
-    """Documents of unequal length with their own mean; the truth is the ratio of expectations."""
+def ratio_intervals(tokens_UT, sums_UT, seed):
+    """The interval of Σ sums / Σ tokens of T simulated texts of U units each."""
+    totals_R2T = resampled_sums(np.stack([tokens_UT, sums_UT], axis=1), 1000, seed)
+    return [interval(own_R) for own_R in (totals_R2T[:, 1] / totals_R2T[:, 0]).T]
+
+
+def test_intervals_cover_the_truth_93_to_97_times_in_100_and_only_by_whole_documents():
+    """Documents of very unequal length, each with an error of its own that falls with length, and each in two rows.
+
+    The truth is the ratio of expectations: the mean over documents is another number here. Rows of one document share
+    its error, so resampling rows instead would promise too much.
+    """
     rng = np.random.default_rng(3)
-    hits, trials = 0, 300
-    for trial in range(trials):
-        tokens = rng.integers(20, 60, size=80).astype(float)
-        delta = tokens * rng.normal(0.4, 0.3, size=80)
-        totals = resampled_sums(np.stack([tokens, delta], axis=1), 400, trial)
-        found = interval(totals[:, 1] / totals[:, 0])
-        hits += found.low <= 0.4 <= found.high
-    assert 0.91 <= hits / trials <= 0.98
+    lengths = np.array([20, 60, 200])
+    errors = np.array([0.6, 0.4, 0.3])
+    truth = (lengths * errors).sum() / lengths.sum()
+    hits, hits_by_row, trials, seeds = 0, 0, 400, 8
+    for seed in range(seeds):
+        kind_UT = rng.integers(0, 3, size=(100, trials))
+        tokens_UT = lengths[kind_UT].astype(float)
+        error_UT = errors[kind_UT] + rng.normal(0, 0.3, size=kind_UT.shape)
+        half_UT = tokens_UT / 2
+        rows = [half_UT * (error_UT + rng.normal(0, 0.1, size=kind_UT.shape)) for _ in range(2)]
+        by_document = ratio_intervals(tokens_UT, rows[0] + rows[1], seed)
+        by_row = ratio_intervals(np.concatenate([half_UT, half_UT]), np.concatenate(rows), seed)
+        hits += sum(found.low <= truth <= found.high for found in by_document)
+        hits_by_row += sum(found.low <= truth <= found.high for found in by_row)
+    assert 0.93 <= hits / (trials * seeds) <= 0.97
+    assert hits_by_row / (trials * seeds) < 0.9
 
 
 def test_few_documents_are_flagged(kit, scan):
