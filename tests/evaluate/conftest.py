@@ -13,7 +13,7 @@ from thresher.cache.contracts import Codes, Edit, Site
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 
-TAPS = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
+TAPS = ("resid_pre", "mlp_in", "mlp_hidden", "mlp_out", "resid_post")
 
 
 class TinyTarget:
@@ -38,7 +38,11 @@ class TinyTarget:
         return {"model": self.name, "dtype": str(self.dtype)}
 
     def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:
-        known = [Site(f"L{i:02d}.{tap}", i, tap, self.d) for i in range(self.n_layers) for tap in TAPS]
+        known = [
+            Site(f"L{i:02d}.{tap}", i, tap, self.d * (4 if tap == "mlp_hidden" else 1))
+            for i in range(self.n_layers)
+            for tap in TAPS
+        ]
         for pattern in patterns:
             if pattern not in [site.name for site in known]:
                 raise UserError(f"no site {pattern!r}; the model has {self.n_layers} layers.")
@@ -49,8 +53,11 @@ class TinyTarget:
         self.logits(tokens, {s.name: lambda x, name=s.name: out.__setitem__(name, x) for s in sites})
         return out
 
+    def hidden(self, i: int, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(x @ self.up[i])
+
     def mlp(self, i: int, x: Tensor) -> Tensor:
-        return torch.nn.functional.gelu(x @ self.up[i]) @ self.down[i]
+        return self.hidden(i, x) @ self.down[i]
 
     def attention(self, i: int, x: Tensor) -> Tensor:
         q, k, v = (self.norm(x) @ self.qkv[i]).chunk(3, dim=-1)
@@ -72,7 +79,8 @@ class TinyTarget:
         for i in range(self.n_layers):
             x = at(f"L{i:02d}.resid_pre", x)
             x = x + self.attention(i, x)
-            x = x + at(f"L{i:02d}.mlp_out", self.mlp(i, at(f"L{i:02d}.mlp_in", self.norm(x))))
+            hidden = at(f"L{i:02d}.mlp_hidden", self.hidden(i, at(f"L{i:02d}.mlp_in", self.norm(x))))
+            x = x + at(f"L{i:02d}.mlp_out", hidden @ self.down[i])
             x = at(f"L{i:02d}.resid_post", x)
         return self.norm(x) @ self.unembed
 
