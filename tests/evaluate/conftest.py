@@ -26,7 +26,7 @@ class TinyTarget:
             return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
 
         self.name, self.n_layers, self.d, self.n_vocab, self.n_ctx = f"tiny-{n_layers}", n_layers, d, n_vocab, n_ctx
-        self.device, self.dtype = torch.device("cpu"), dtype
+        self.device, self.dtype, self.gated_mlp = torch.device("cpu"), dtype, False
         self.embed, self.position, self.unembed = w(n_vocab, d), w(n_ctx, d, scale=0.3), w(d, n_vocab)
         self.qkv = [w(d, 3 * d, scale=d**-0.5) for _ in range(n_layers)]
         self.up = [w(d, 4 * d, scale=d**-0.5) for _ in range(n_layers)]
