@@ -23,13 +23,14 @@ from thresher.cache.process import prepare_process
 if TYPE_CHECKING:
     from thresher.cache.contracts import Site
     from thresher.cache.estimate import Training
-    from thresher.cache.layout import Contexts
     from thresher.cache.reader import CacheReader
     from thresher.cache.windows import WindowedSource
     from thresher.evaluate.results import Results
     from thresher.evaluate.run import EvaluateConfig
+    from thresher.harvest.corpus import Corpus, DataConfig
     from thresher.harvest.run import HarvestResult
     from thresher.harvest.target import TransformerTarget
+    from thresher.harvest.texts import Texts
     from thresher.recipes.reading import Recipe
     from thresher.train.plan import RunPlan
     from thresher.train.run import RunResult
@@ -146,13 +147,22 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option("--out", help="Where the report goes; by default reports/NAME.")
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="PATH | HUB NAME",
+            help="Judge on all of this text, not on held-out documents: a .txt, .jsonl or .parquet file, a directory "
+            "of them, or a dataset on the hub.",
+        ),
+    ] = None,
 ) -> None:
     """Patch trained dictionaries back into the target; print the table and write the report."""
     if len(names) == 1 and not Path(names[0]).is_dir():
         recipe = _read(names[0], assignments)
-        evaluate_recipe(recipe, cache, runs, report)
+        evaluate_recipe(recipe, cache, runs, report, text)
     else:
-        evaluate_runs([Path(name) for name in names], assignments or [], cache, report)
+        evaluate_runs([Path(name) for name in names], assignments or [], cache, report, text)
 
 
 @app.command()
@@ -383,10 +393,13 @@ def train_recipe(
     return results
 
 
-def evaluate_recipe(recipe: "Recipe", cache: Path | None, runs: Path | None, report: Path | None) -> "Results":
+def evaluate_recipe(
+    recipe: "Recipe", cache: Path | None, runs: Path | None, report: Path | None, text: str | None = None
+) -> "Results":
     """Evaluate the runs that the recipe trained: all of them, and none that was trained under another recipe."""
     from thresher.evaluate.origin import check_recipe
     from thresher.harvest.target import load_target
+    from thresher.harvest.texts import own_config
     from thresher.train.files import read_config
 
     folder = runs or Path("runs") / recipe.name
@@ -402,15 +415,21 @@ def evaluate_recipe(recipe: "Recipe", cache: Path | None, runs: Path | None, rep
         check_recipe(folder / plan.name, plan.recipe, read_config(folder / plan.name)["recipe"])
     paths = [folder / plan.name for plan in plans]
     out_folder = report or Path("reports") / recipe.name
-    return _judge(paths, recipe.tables["evaluate"], recipe.tables, target, cache, out_folder)
+    own = None if text is None else own_config(recipe.tables["data"], text, {})
+    return _judge(paths, recipe.tables, target, cache, out_folder, own)
 
 
 def evaluate_runs(
-    folders: Sequence[Path], assignments: Sequence[str], cache: Path | None, report: Path | None
+    folders: Sequence[Path],
+    assignments: Sequence[str],
+    cache: Path | None,
+    report: Path | None,
+    text: str | None = None,
 ) -> "Results":
-    """Evaluate run directories, under the settings of the first one's recipe."""
+    """Evaluate run directories, under the settings of the first one's recipe; [data] says how `text` is read."""
     from thresher.cache.records import from_dict, override
     from thresher.harvest.target import load_target
+    from thresher.harvest.texts import own_config
     from thresher.recipes.reading import parsed
     from thresher.train.files import read_config
     from thresher.train.found import run_directories
@@ -418,6 +437,7 @@ def evaluate_runs(
     tables = _tables()
     paths = run_directories(folders)
     fixed = parsed(assignments, tables)
+    reading = {} if text is None else {key: fixed.pop(key) for key in list(fixed) if key.startswith("data.")}
     for key in fixed:
         if key.split(".")[0] not in ("evaluate", "target"):
             raise UserError(
@@ -428,8 +448,10 @@ def evaluate_runs(
     built: dict[str, Any] = {
         table: from_dict(tables[table], stored[table], table) for table in ("target", "data", "evaluate")
     }
+    changed = {key.removeprefix("data."): value for key, value in reading.items()}
+    own = None if text is None else own_config(built["data"], text, changed)
     target = load_target(built["target"])
-    return _judge(paths, built["evaluate"], built, target, cache, report or Path("reports") / folders[0].name)
+    return _judge(paths, built, target, cache, report or Path("reports") / folders[0].name, own)
 
 
 def default_cache(recipe: "Recipe") -> Path:
@@ -444,12 +466,13 @@ def default_cache(recipe: "Recipe") -> Path:
 
 def _judge(
     paths: Sequence[Path],
-    settings: "EvaluateConfig",
     tables: Mapping[str, Any],
     target: "TransformerTarget",
     cache: Path | None,
     report: Path,
+    own: "DataConfig | None",
 ) -> "Results":
+    """Judge runs on held-out text or on the user's `own`; `tables` are a recipe's [target], [data] and [evaluate]."""
     from thresher.evaluate.origin import Run, check_origin, replacements
     from thresher.evaluate.report import print_table, write_report
     from thresher.evaluate.run import evaluate as run_evaluate
@@ -459,7 +482,8 @@ def _judge(
 
     loaded = [load_run(path, device=target.device) for path in paths]
     check_origin([run.config for run in loaded], target.identity)
-    contexts, source = _held_out(loaded[0].config, tables, settings, cache, target)
+    settings: EvaluateConfig = tables["evaluate"]
+    texts = _texts(loaded[0].config, tables, cache, target, own)
     judged = [
         Run(path, run.dictionary, run.dictionary.spec.sparsity_label, run.config, weights_hash(path), curves(path))
         for path, run in zip(paths, loaded, strict=True)
@@ -467,12 +491,14 @@ def _judge(
     results = run_evaluate(
         replacements(judged, together=settings.together),
         target,
-        contexts,
+        texts.contexts,
         settings,
         console=out,
-        provenance={"contexts": source, "runs": [str(path) for path in paths]},
+        provenance={"contexts": texts.source, "runs": [str(path) for path in paths], **texts.facts},
+        training=texts.training,
         store=Store(report / "sums"),
     )
+    results = results._replace(notes=(*texts.notes, *results.notes))
     print_table(results, out)
     written = write_report(results, report)
     for label, path in written._asdict().items():
@@ -526,34 +552,24 @@ def _open_cache(recipe: "Recipe", cache: Path | None) -> "CacheReader":
     return reader
 
 
-def _held_out(
+def _texts(
     config: Mapping[str, Any],
     tables: Mapping[str, Any],
-    settings: "EvaluateConfig",
     cache: Path | None,
     target: "TransformerTarget",
-) -> "tuple[Contexts, str]":
-    """Held-out contexts and where they came from: the run's cache if it is still there, else the text itself."""
-    from thresher.cache.reader import CacheReader, find_complete
-    from thresher.cache.records import differences
-    from thresher.harvest.corpus import data_identity, read_corpus
+    own: "DataConfig | None",
+) -> "Texts":
+    """What runs are judged on: `own` text, or what the first of them, of this config.json, holds out."""
+    from thresher.harvest.corpus import read_corpus
     from thresher.harvest.target import load_tokenizer
+    from thresher.harvest.texts import held_out, own_text
 
-    stored = config["cache"]
-    path = cache or Path(stored["path"])
-    if cache is not None and cache.exists() and stored["identity"]["harvest"]["window_gb"] is None:
-        CacheReader.open(cache, identity=stored["identity"])  # says what differs, where find_complete says None
-    reader = find_complete(path, stored["identity"])
-    if reader is not None:
-        return reader.contexts(settings.split), f"split {settings.split} of {path}"
-    changed = differences(stored["identity"]["data"], data_identity(tables["data"]))
-    if changed:
-        raise UserError(
-            f"The cache {path} of run {config['name']} is gone, and its text has changed: {'; '.join(changed)}. Bring "
-            "back the text or the cache, so that the held-out documents are those the run never saw."
-        )
-    corpus = read_corpus(tables["data"], load_tokenizer(tables["target"]), target.n_ctx, target.n_vocab, out)
-    return corpus.splits[settings.split], f"split {settings.split} of {tables['data'].source}"
+    def read(data: "DataConfig") -> "Corpus":
+        return read_corpus(data, load_tokenizer(tables["target"]), target.n_ctx, target.n_vocab, out)
+
+    if own is not None:
+        return own_text(config, tables["data"], own, cache, read)
+    return held_out(config, tables["data"], tables["evaluate"].split, cache, read)
 
 
 def _tables() -> dict[str, type]:

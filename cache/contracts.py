@@ -22,7 +22,8 @@ class Site(NamedTuple):
     layer: int
     """Block index, from 0; -1 for a tensor outside the blocks."""
     tap: str
-    """`resid_pre`, `resid_mid`, `resid_post`, `mlp_in`, `mlp_out`, or the hook name without its block prefix."""
+    """`resid_pre`, `resid_mid`, `resid_post`, `mlp_in`, `mlp_hidden`, `mlp_out`, or the hook name without its block
+    prefix."""
     width: int
 
 
@@ -97,6 +98,11 @@ class Target(Protocol):
     @property
     def identity(self) -> Mapping[str, object]:
         """What makes it this model and no other (name, revision, hash of the weights, dtype): JSON values."""
+        ...
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether a neuron (an entry of `mlp_hidden`) has two rows of input weights, one of them a gate's."""
         ...
 
     def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:

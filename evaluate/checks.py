@@ -29,8 +29,14 @@ class Replacement(NamedTuple):
     baseline: bool = False
     """Whether it is a yardstick: it has no code statistics and is on no front."""
     means: Mapping[str, Tensor] | None = None
-    """Training means [E] by the sites that it stands for, in the order of the written ones, where it writes others (the
-    neurons of an MLP stand for its output); None: it stands for what it writes."""
+    """Training means [E] by the sites that it stands for, in the order of the written ones: those of the dictionaries
+    that a baseline stands beside. None: the dictionaries' own."""
+
+    @property
+    def stands_for_others(self) -> bool:
+        """Whether it writes other sites than those it stands for, as neurons do, which stand for their MLP's output."""
+        written = [site for dictionary in self.dictionaries for site in dictionary.writes]
+        return self.means is not None and list(self.means) != written
 
 
 def resolve_sites(replacements: Sequence[Replacement], target: Target) -> dict[str, Site]:

@@ -1,7 +1,8 @@
 """What a replacement costs per token, on three axes that rank topologies differently.
 
 From what a dictionary reads, writes and connects, so SAEs, transcoders and cross-layer transcoders share one formula.
-Biases are ignored, as is a dense skip connection, which the protocols do not show.
+The target's own neurons are counted like the latents of a transcoder. Biases are ignored, as is a dense skip
+connection, which the protocols do not show.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,3 +37,12 @@ def costs(
         "active_per_mlp": float(np.mean(per_destination)),
         "active_parameters": float(parameters),
     }
+
+
+def neuron_costs(k: int, widths: Sequence[tuple[int, int]], *, gated: bool) -> dict[str, float]:
+    """Cost by axis of the k largest neurons of every MLP; `widths` holds what each MLP reads and writes.
+
+    A neuron has a row of input weights, two where it is `gated`, and a row of output weights.
+    """
+    rows = sum((2 if gated else 1) * d_in + d_out for d_in, d_out in widths)
+    return {"l0": float(k), "active_per_mlp": float(k), "active_parameters": float(k * rows)}

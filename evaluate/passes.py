@@ -203,14 +203,14 @@ class BatchRunner:
         codes = splice.encode_clean(replacement.dictionaries, clean.patched)
         yhats = splice.decode_all(replacement.dictionaries, codes)
         beside: dict[str, Tensor] = {}
-        if len(self.batch.first):
+        if len(self.batch.first) and not replacement.stands_for_others:
             others = splice.encode_clean(replacement.dictionaries, clean.outside)
             beside = splice.decode_all(replacement.dictionaries, others)
         for site, yhat_NE in yhats.items():
             self._refuse_nan(
                 yhat_NE, self.batch.patch, f"The replacement {replacement.name!r}", f"a value for {site!r}"
             )
-            if replacement.means is None:
+            if not replacement.stands_for_others:
                 self._add_errors(ledger, site, clean, yhat_NE, beside.get(site))
         if not replacement.baseline:
             self._add_codes(ledger, codes)
@@ -273,8 +273,8 @@ class BatchRunner:
         single = "single_site" in plan.protocols and self.batch.single
         if "clean_input" in plan.protocols:
             edits, seen = splice.constant_edits(yhats, patch_BT), dict[str, Tensor]()
-            if replacement.means is not None:  # what it stands for follows from what it writes, whatever the stream
-                edits |= splice.recording_edits(list(replacement.means), patch_BT, seen)
+            if replacement.stands_for_others:  # which follows from what it writes, whatever the stream
+                edits |= splice.recording_edits([site for site, _ in places], patch_BT, seen)
             scores_N4 = self.run(ledger, patched_label("clean_input", name), edits, f"{who} under clean_input")
             for site, yhat_NE in seen.items():
                 self._add_errors(ledger, site, clean, yhat_NE)
@@ -399,7 +399,7 @@ def run_passes(
     sites = tuple(dict.fromkeys([s for r in replacements for s in splice.reads(r.dictionaries)] + list(tally.truth)))
     clean_ledger = tally.arms[CLEAN]
     fresh = [ledger for ledger in tally.ledgers() if ledger.done < len(batches)]
-    known = sum(ledger.done == len(batches) for ledger in tally.own.values())
+    known = sum(tally.own[r.name].done == len(batches) for r in replacements if not r.baseline)
     advance, kept = begin(count_passes(work, clean_ledger, batches), known), time.monotonic()
     with ExitStack() as stack, torch.inference_mode():
         stop = stack.enter_context(deferred_interrupts()) if store is not None else StopFlag()

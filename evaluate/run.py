@@ -28,6 +28,7 @@ from thresher.evaluate.results import Results
 from thresher.evaluate.seeds import seed_spreads
 from thresher.evaluate.statistics import FEW_UNITS
 from thresher.evaluate.store import Store
+from thresher.evaluate.yardsticks import baselines, learned
 
 __all__ = ["EvaluateConfig", "Replacement", "evaluate"]
 
@@ -51,13 +52,19 @@ class EvaluateConfig:
     """Arms beside clean and the replacements: two ablations, and two checks that must equal clean."""
     batch_contexts: int = 8
     """Contexts per forward pass; memory holds two tensors of batch × context × vocabulary."""
+    neurons: tuple[int, ...] = (32, 128)
+    """Baselines beside sets of dictionaries that write MLP outputs: so many of the MLP's own neurons, the largest of
+    each token."""
+    training_tokens: int = 65_536
+    """Training tokens, about, on which the best affine map is fitted and the norm of an outlier found; 0: neither."""
     resamples: int = 2000
     """Bootstrap resamples behind every interval."""
     seed: int = 0
     """Of the bootstrap."""
 
     def __post_init__(self) -> None:
-        for field, low in (("tokens", 0), ("batch_contexts", 1), ("resamples", 100), ("seed", 0)):
+        least = {"tokens": 0, "training_tokens": 0, "batch_contexts": 1, "resamples": 100, "seed": 0}
+        for field, low in least.items():
             value = getattr(self, field)
             if value < low:
                 raise UserError(f"evaluate.{field} is {value}; expected at least {low}.")
@@ -66,9 +73,12 @@ class EvaluateConfig:
                 f"evaluate.single_site_share is {self.single_site_share}; expected more than 0 and at most 1. To leave "
                 "single_site out, remove it from evaluate.protocols."
             )
+        for k in self.neurons:
+            if k < 1:
+                raise UserError(f"evaluate.neurons is {list(self.neurons)}; expected numbers of neurons, at least 1.")
         if not self.protocols:
             raise UserError("evaluate.protocols is empty; expected at least one of cascade, clean_input, single_site.")
-        for field in ("protocols", "arms"):
+        for field in ("protocols", "arms", "neurons"):
             values = getattr(self, field)
             if len(set(values)) < len(values):
                 raise UserError(f"evaluate.{field} is {list(values)}; expected each name at most once.")
@@ -82,29 +92,37 @@ def evaluate(
     *,
     console: Console,
     provenance: Mapping[str, Any],
+    training: Contexts | None = None,
     store: Store | None = None,
 ) -> Results:
     """Patch every replacement into the target on held-out contexts and measure what is lost.
 
-    With a `store`, sums that it holds are not computed again, and Ctrl-C or SIGTERM end in Interrupted with the sums so
-    far in it. `provenance` is recorded as it is, beside versions, settings, target and masks. Raises UserError for
-    replacements that do not fit the target, contexts that cannot be scored, and numbers that are not finite.
+    From contexts of the `training` split come the affine baseline and the norm of an outlier; without them neither is
+    reported. With a `store`, sums that it holds are not computed again, and Ctrl-C or SIGTERM end in Interrupted with
+    the sums so far in it. `provenance` is recorded as it is, beside versions, settings, target and masks. Raises
+    UserError for replacements that do not fit the target, contexts that cannot be scored, and numbers that are not
+    finite.
     """
     sites = check_replacements(replacements, target)
     text = scored(contexts, config.tokens)
     check_tokens(text, target)
     causality = check_causality(target, replacements, text)
+    fitted = learned(replacements, target, training, config.training_tokens, store)
+    beside = baselines(replacements, target, fitted, config.neurons)
+    judged, replacements = list(replacements), [*replacements, *beside.replacements]
+    sites = {site.name: site for site in target.sites(list({**sites, **beside.sites}))}
     plan = Plan(config.protocols, config.arms, config.batch_contexts, config.single_site_share)
     with _progress(console) as progress:
 
         def begin(passes: int, known: int) -> Callable[[], None]:
             if known:
-                of = f"{known} of {len(replacements)} replacements were measured before: their sums are taken up."
+                of = f"{known} of {len(judged)} replacements were measured before: their sums are taken up."
                 console.print(of, highlight=False)
             task = progress.add_task("evaluate", total=passes)
             return lambda: progress.advance(task)
 
-        tally = run_passes(text, replacements, target, plan, store=store, begin=begin)
+        norms = fitted.outlier_norm
+        tally = run_passes(text, replacements, target, plan, norms=norms, store=store, begin=begin)
     buckets = buckets_of(text, tally)
     segments = verdict.segments_of(text, tally)
     draw = verdict.Draw(config.resamples, config.seed)
@@ -112,14 +130,14 @@ def evaluate(
         p: verdict.Judge(segments, p, text.has_documents, draw) for p in config.protocols
     }
     whole = verdict.Judge(segments, "cascade", text.has_documents, draw)
-    rows = verdict.baseline_rows(replacements, tally, plan, judges, buckets)
+    rows = verdict.baseline_rows(judged, tally, plan, judges, buckets)
     rows += verdict.replacement_rows(replacements, tally, plan, sites, judges, buckets)
     target_hash, text_hash = fingerprint(dict(target.identity)), str(text.facts["sha256"])
     excluded = comparison.mark_fronts(rows, (target_hash, text_hash, *_mask_rules(text)))
-    groups = comparison.groups(replacements, rows, judges)
+    groups = comparison.groups(judged, rows, judges)
     comparison.mark_chances(groups)
     protocols = verdict.protocol_facts(plan, judges)
-    checks = verdict.check_rows(replacements, whole)
+    checks = verdict.check_rows(judged, whole)
     return Results(
         provenance={
             **provenance,
@@ -128,6 +146,7 @@ def evaluate(
             "dictionary_dtype": "float64" if str(target.dtype) == "torch.float64" else "float32",
             "device": str(target.device),
             "autocast": False,
+            "training": fitted.facts,
             "causality": None if causality is None else causality._asdict(),
             "evaluate": to_dict(config),
             "evaluate_versions": versions(),
@@ -135,13 +154,13 @@ def evaluate(
         masks=text.facts,
         protocols=protocols,
         rows=tuple(rows),
-        pairs=comparison.ranked_pairs(replacements, rows, judges),
+        pairs=comparison.ranked_pairs(judged, rows, judges),
         checks=checks,
         seeds=seed_spreads(rows),
         hypervolumes=comparison.hypervolumes(groups, rows),
         matched=comparison.matched(groups),
         excluded=tuple(excluded),
-        notes=tuple(_notes(protocols, checks, str(text.facts["unit"]))),
+        notes=tuple(beside.notes + _notes(protocols, checks, str(text.facts["unit"]))),
         segments=segments,
     )
 

@@ -1,6 +1,6 @@
 """Sums of earlier evaluations, found by content: what was measured once is not measured again.
 
-    KEY.npz        the whole sums of one ledger (evaluate/ledger.py)
+    KEY.npz        the whole sums of one ledger (evaluate/ledger.py), or what was learned from training rows
     KEY.part.npz   those of an evaluation that was stopped, after so many batches of so many contexts
 
 KEY is a fingerprint of everything that the sums depend on: target, text, masks, protocols, the dictionaries' weights
@@ -10,6 +10,7 @@ replaced whole.
 
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +45,25 @@ class Store:
         """Keep a ledger's sums, if it has a key."""
         if ledger.key is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(ledger.key, whole=whole)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        with unfinished.open("wb") as file:
-            arrays = {**ledger.arrays(), _DONE: np.asarray(ledger.done), _CONTEXTS: np.asarray(batch_contexts)}
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.replace(unfinished, path)
+        arrays = {**ledger.arrays(), _DONE: np.asarray(ledger.done), _CONTEXTS: np.asarray(batch_contexts)}
+        self._write(self._path(ledger.key, whole=whole), arrays)
         if whole:
             self._path(ledger.key, whole=False).unlink(missing_ok=True)
+
+    def get(self, key: str) -> dict[str, np.ndarray] | None:
+        """Arrays that were set under a key."""
+        return self._read(self._path(key, whole=True))
+
+    def set(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep arrays under a key."""
+        self._write(self._path(key, whole=True), arrays)
+
+    def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **dict(arrays))
+        os.replace(unfinished, path)
 
     def _path(self, key: str, *, whole: bool) -> Path:
         return self.folder / (f"{key}.npz" if whole else f"{key}.part.npz")

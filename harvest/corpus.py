@@ -334,6 +334,11 @@ def _check_splits(config: DataConfig, packers: dict[str, Packer], splits: dict[s
         if not fraction or (name in splits and len(splits[name].token_id)):
             continue
         packer = packers[name]
+        if fractions["train"] == sum(fractions.values()):
+            raise UserError(
+                f"data.source {config.source!r} fills no context: {packer.documents} documents have {packer.tokens} "
+                f"tokens together, and a context takes {context}. Give more text, or a shorter data.context."
+            )
         raise UserError(
             f"the {name} split has no full context: {packer.documents} of {total} documents went to it, with "
             f"{packer.tokens} tokens, and a context takes {context}. Give more documents (for a .txt file, "

@@ -20,8 +20,8 @@ class HarvestConfig:
     """Which activations are stored, and how: the table [harvest] of a recipe."""
 
     sites: tuple[str, ...] = ("mlp_in", "mlp_out")
-    """Taps (resid_pre, resid_mid, mlp_in, mlp_out, resid_post), full names such as L05.mlp_in, or transformer-lens hook
-    names; with patterns, such as blocks.[0-3].hook_mlp_out."""
+    """Taps (resid_pre, resid_mid, mlp_in, mlp_hidden, mlp_out, resid_post), full names such as L05.mlp_in, or
+    transformer-lens hook names; with patterns, such as blocks.[0-3].hook_mlp_out."""
 
     layers: tuple[int, ...] | None = None
     """Layers that bare taps are taken at, from 0; left out: all."""

@@ -21,10 +21,11 @@ TAPS = {
     "resid_pre": "residual stream entering the block",
     "resid_mid": "residual stream after the attention's addition, before the second norm",
     "mlp_in": "what the first matrix of the MLP multiplies: after the second norm with its gain and bias",
+    "mlp_hidden": "what the last matrix of the MLP multiplies: its neurons after the nonlinearity and after any gate",
     "mlp_out": "what the block adds to the residual stream for its MLP",
     "resid_post": "residual stream leaving the block",
 }
-"""The five taps in forward order, and what each one is."""
+"""The taps in forward order, and what each one is."""
 
 
 class Point(NamedTuple):

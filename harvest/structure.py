@@ -27,6 +27,7 @@ HOOKS = {
     "resid_pre": ("hook_resid_pre",),
     "resid_mid": ("hook_resid_mid",),
     "mlp_in": ("mlp.hook_in", "mlp.in.hook_in"),
+    "mlp_hidden": ("mlp.out.hook_in",),
     "mlp_out": ("hook_mlp_out",),
     "resid_post": ("hook_resid_post",),
 }
@@ -43,6 +44,8 @@ class Structure(NamedTuple):
     """Per layer, what the block adds to the residual stream for its attention, where a module returns it."""
     norm_after_mlp: bool
     """`mlp_out` is taken behind a norm that follows the MLP, since that is what is added."""
+    gated_mlp: bool
+    """A neuron of the MLP is a product of two projections of its input, one of them behind the nonlinearity."""
 
 
 def read_structure(model: nn.Module) -> Structure:
@@ -79,6 +82,7 @@ def read_structure(model: nn.Module) -> Structure:
         parallel,
         attn_out,
         canonical_out.endswith("ln2_post.hook_out"),
+        "mlp_hidden" in present and any(hook.endswith(".mlp.gate.hook_out") for hook in (*seen, *unseen)),
     )
 
 
@@ -145,6 +149,11 @@ def _reason(tap: str, architecture: str, parallel: bool, unseen: Mapping[str, st
             f"{architecture} scales the MLP's output inside the block before adding it, so no module returns it. Use "
             "blocks.*.mlp.hook_out for the output before that scale."
         )
+    if tap == "mlp_hidden" and any(hook.endswith(".mlp.hook_router_scores") for hook in unseen):
+        return (
+            f"{architecture} sends each token to some of many experts, so no matrix multiplies the neurons of all "
+            "tokens. Use mlp_in or mlp_out."
+        )
     return f"transformer-lens finds no such tensor in {architecture}. Use another tap or a hook name."
 
 
@@ -174,7 +183,40 @@ def tap_faults(structure: Structure, taken: Mapping[Point, Tensor]) -> dict[tupl
     return faults
 
 
+def hidden_faults(structure: Structure, model: nn.Module, taken: Mapping[Point, Tensor]) -> dict[tuple[int, str], str]:
+    """As `tap_faults`, for `mlp_hidden`: the module that reads it must be a matrix (with a bias), and what it makes of
+    the recorded tensor [1, T, D] must be the MLP's output, before a norm or scale that follows.
+
+    That output is `mlp_out`, or what the MLP's module returns: BLOOM's adds the residual stream too, Gemma 2's is
+    followed by a norm.
+    """
+    taps, hooks, faults = structure.table.taps, structure.table.hooks, {}
+    for layer in range(structure.table.n_layers):
+        point = taps.get((layer, "mlp_hidden"), _NOWHERE)
+        if point not in taken:
+            continue
+        hidden, matrix = taken[point], model.get_submodule(point.module)
+        with torch.inference_mode():
+            out, turned, both, none = (
+                matrix(x) for x in (hidden, -hidden.flip(1), hidden - hidden.flip(1), 0 * hidden)
+            )
+        size = out.float().norm(dim=-1)
+        if not _close(out + turned, both + none, size + size.flip(1)):
+            faults[layer, "mlp_hidden"] = "what follows the MLP's neurons is no matrix"
+        wholes = [taps.get((layer, "mlp_out"), _NOWHERE), hooks.get(f"blocks.{layer}.mlp.hook_out", ("", _NOWHERE))[1]]
+        returned = [taken[whole] for whole in wholes if whole in taken]
+        if returned and not any(_close(whole, out, size) for whole in returned):
+            faults[layer, "mlp_hidden"] = "the MLP's last matrix times its neurons is not what the MLP returns"
+    return faults
+
+
 _NOWHERE = Point("", "in")
+
+
+def _close(x: Tensor, y: Tensor, size: Tensor) -> bool:
+    """Whether two tensors [1, T, D] are equal at every position, within the rounding of numbers of some size [1, T]."""
+    tolerance = 1e-3 + 8 * torch.finfo(x.dtype).eps
+    return x.shape == y.shape and bool(((x.float() - y.float()).norm(dim=-1) <= tolerance * size).all())
 
 
 def _adds_up(whole: Tensor, added: Tensor, *rest: Tensor) -> bool:

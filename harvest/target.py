@@ -6,7 +6,8 @@ pass is cut off by an exception as soon as the last wanted tensor has been seen,
 computed.
 
 Before a tap is used it is checked on a few tokens: what `mlp_out` adds to the residual stream must be what the block
-adds, and `mlp_in` must be what the MLP's first matrix multiplies. A model that fails is refused rather than guessed.
+adds, and `mlp_in` and `mlp_hidden` must be what the MLP's first and last matrix multiply. A model that fails is refused
+rather than guessed.
 
 Contexts are run without an attention mask: full ones need none under a causal model, and padding on the right is
 behind every real token. Left out: left padding, models split over several devices, encoder-decoder models.
@@ -29,7 +30,7 @@ from thresher.harvest.checkpoint import commit_of, digest, locate, tokenizer_fil
 from thresher.harvest.hooking import Keep, PassEnded, Visit, attached, batched, editing, taking
 from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet
 from thresher.harvest.sites import TAPS, Located, Point, resolve
-from thresher.harvest.structure import Structure, read_structure, tap_faults
+from thresher.harvest.structure import Structure, hidden_faults, read_structure, tap_faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,6 +139,11 @@ class TransformerTarget:
         """Of the weights, hence of the activations."""
         return self.model.get_input_embeddings().weight.dtype
 
+    @property
+    def gated_mlp(self) -> bool:
+        """As `contracts.Target.gated_mlp`."""
+        return self.structure.gated_mlp
+
     def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:
         """As `contracts.Target.sites`."""
         located = resolve(self.structure.table, patterns, layers)
@@ -232,7 +238,7 @@ class TransformerTarget:
         with torch.inference_mode(), attached(self.model, visits):
             self._run(tokens)
         self._shapes = {point: tuple(x.shape) for point, x in taken.items()}
-        self._faults = tap_faults(self.structure, taken)
+        self._faults = tap_faults(self.structure, taken) | hidden_faults(self.structure, self.model, taken)
 
     def _check(self, located: Located) -> None:
         shape = self._shapes.get(located.point)

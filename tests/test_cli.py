@@ -118,6 +118,40 @@ def test_evaluation_reads_the_text_again_when_the_cache_is_gone(house: Path, tmp
     assert a["masks"] == b["masks"]
 
 
+OWN = "".join(
+    json.dumps({"body": f"{i}. The {ship} lay at anchor, and nobody on board of her had slept since {i} o'clock."})
+    + "\n"
+    for i, ship in enumerate(["Hispaniola", "Walrus", "Royal Fortune", "Pandora", "Nautilus", "Swallow"] * 8)
+)
+
+
+def test_runs_are_judged_on_text_of_ones_own(house: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text(OWN)
+    few = ("evaluate.protocols=['cascade']", "evaluate.resamples=100", "data.column=body")
+    run = str(house / "runs/books-demo/clt-batchtopk")
+    command = ("evaluate", run, "--text", "own.jsonl", "--cache", str(cache_of(house)), "--out", "report")
+    done = thresher(tmp_path, *command, sets=few)
+    assert done.returncode == 0, done.stderr
+    assert "not the held-out split" in " ".join(done.stdout.split())
+    own = json.loads((tmp_path / "report/results.json").read_text())
+    assert own["provenance"]["contexts"] == "all of own.jsonl"
+    assert own["provenance"]["text"]["documents"] == own["provenance"]["text"]["documents_read"] == 48
+    assert own["masks"]["rows_of_split"] == own["provenance"]["text"]["contexts"]
+    assert own["masks"]["documents"] >= 45
+    assert (
+        own["masks"]["sha256"] != json.loads((house / "reports/books-demo/results.json").read_text())["masks"]["sha256"]
+    )
+    assert "not the held-out split" in own["notes"][0]
+
+
+def test_text_of_ones_own_that_cannot_be_used_is_refused(house: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text(OWN)
+    run = ("evaluate", str(house / "runs/books-demo/clt-batchtopk"), "--text")
+    refused(thresher(tmp_path, *run, "gone.txt", sets=()), "--text", "gone.txt", "not there")
+    refused(thresher(tmp_path, *run, "own.jsonl", sets=["data.context=64"]), "data.context", "expected one of subset")
+    assert not (tmp_path / "reports").exists()
+
+
 def test_cache_info_and_verify(house: Path) -> None:
     info = thresher(house, "cache", "info", str(cache_of(house)), sets=())
     assert info.returncode == 0, info.stderr

@@ -13,7 +13,7 @@ from thresher.cache.contracts import Codes, Edit, Site
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 
-TAPS = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
+TAPS = ("resid_pre", "mlp_in", "mlp_hidden", "mlp_out", "resid_post")
 
 
 class TinyTarget:
@@ -26,7 +26,7 @@ class TinyTarget:
             return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
 
         self.name, self.n_layers, self.d, self.n_vocab, self.n_ctx = f"tiny-{n_layers}", n_layers, d, n_vocab, n_ctx
-        self.device, self.dtype = torch.device("cpu"), dtype
+        self.device, self.dtype, self.gated_mlp = torch.device("cpu"), dtype, False
         self.embed, self.position, self.unembed = w(n_vocab, d), w(n_ctx, d, scale=0.3), w(d, n_vocab)
         self.qkv = [w(d, 3 * d, scale=d**-0.5) for _ in range(n_layers)]
         self.up = [w(d, 4 * d, scale=d**-0.5) for _ in range(n_layers)]
@@ -38,7 +38,11 @@ class TinyTarget:
         return {"model": self.name, "dtype": str(self.dtype)}
 
     def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:
-        known = [Site(f"L{i:02d}.{tap}", i, tap, self.d) for i in range(self.n_layers) for tap in TAPS]
+        known = [
+            Site(f"L{i:02d}.{tap}", i, tap, self.d * (4 if tap == "mlp_hidden" else 1))
+            for i in range(self.n_layers)
+            for tap in TAPS
+        ]
         for pattern in patterns:
             if pattern not in [site.name for site in known]:
                 raise UserError(f"no site {pattern!r}; the model has {self.n_layers} layers.")
@@ -49,8 +53,11 @@ class TinyTarget:
         self.logits(tokens, {s.name: lambda x, name=s.name: out.__setitem__(name, x) for s in sites})
         return out
 
+    def hidden(self, i: int, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(x @ self.up[i])
+
     def mlp(self, i: int, x: Tensor) -> Tensor:
-        return torch.nn.functional.gelu(x @ self.up[i]) @ self.down[i]
+        return self.hidden(i, x) @ self.down[i]
 
     def attention(self, i: int, x: Tensor) -> Tensor:
         q, k, v = (self.norm(x) @ self.qkv[i]).chunk(3, dim=-1)
@@ -72,7 +79,8 @@ class TinyTarget:
         for i in range(self.n_layers):
             x = at(f"L{i:02d}.resid_pre", x)
             x = x + self.attention(i, x)
-            x = x + at(f"L{i:02d}.mlp_out", self.mlp(i, at(f"L{i:02d}.mlp_in", self.norm(x))))
+            hidden = at(f"L{i:02d}.mlp_hidden", self.hidden(i, at(f"L{i:02d}.mlp_in", self.norm(x))))
+            x = x + at(f"L{i:02d}.mlp_out", hidden @ self.down[i])
             x = at(f"L{i:02d}.resid_post", x)
         return self.norm(x) @ self.unembed
 
@@ -230,9 +238,12 @@ def scan() -> Callable[..., object]:
     """`evaluate` with small settings; keyword arguments go into the config."""
     from thresher.evaluate.run import EvaluateConfig, evaluate
 
-    def run(replacements, target, contexts, store=None, **settings):
-        config = EvaluateConfig(**({"resamples": 200, "single_site_share": 1.0, "batch_contexts": 2} | settings))
+    def run(replacements, target, contexts, store=None, training=None, **settings):
+        config = EvaluateConfig(
+            **({"resamples": 200, "single_site_share": 1.0, "batch_contexts": 2, "neurons": ()} | settings)
+        )
         console = Console(quiet=True)
-        return evaluate(replacements, target, contexts, config, console=console, provenance={"test": True}, store=store)
+        given = {"console": console, "provenance": {"test": True}, "store": store, "training": training}
+        return evaluate(replacements, target, contexts, config, **given)
 
     return run

@@ -36,14 +36,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "opt": lambda: transformers.OPTConfig(
         **{k: v for k, v in _COMMON.items() if k != "intermediate_size"}, ffn_dim=64, word_embed_proj_dim=32
     ),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_head=2, n_layer=2, vocab_size=64),
     "phi3": lambda: transformers.Phi3Config(**_COMMON),
 }
+
+
+EXPERTS = transformers.MixtralConfig(**_COMMON, num_key_value_heads=1, num_local_experts=4)
 
 
 def tiny(name: str) -> Any:
     """A random two-layer Hugging Face model of an architecture, its norms' gains and biases random too."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    config = EXPERTS if name == "experts" else CONFIGS[name]()
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

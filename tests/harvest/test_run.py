@@ -87,6 +87,18 @@ def test_int8z_rows_are_the_recomputed_activations_within_the_gate(tmp_path: Pat
     assert error.square().sum() < 1e-3 * (fresh - fresh.mean(0)).square().sum()
 
 
+def test_sites_of_several_widths_lie_in_one_cache(tmp_path: Path, books: TransformerTarget) -> None:
+    config = HarvestConfig(layers=(1,), sites=("mlp_in", "mlp_hidden"), codec="bf16")
+    reader = CacheReader.open(harvest(TARGET, LITTLE, config, path=tmp_path / "cache", console=QUIET).path)
+    assert [(site.name, site.width) for site in reader.sites.values()] == [("L01.mlp_in", 128), ("L01.mlp_hidden", 512)]
+    origin, rows = reader.provenance("test"), np.arange(0, reader.rows("test"), 11)
+    tokens = torch.from_numpy(reader.contexts("test").token_id[origin.context[rows]].astype(np.int64))
+    at = torch.from_numpy(origin.position[rows].astype(np.int64))
+    for name, acts in books.record(tokens, list(reader.sites.values())).items():
+        fresh = acts[torch.arange(len(rows)), at]
+        torch.testing.assert_close(reader.gather("test", name, rows), fresh, rtol=2**-8, atol=1e-6)
+
+
 def test_splits_share_no_document(made: HarvestResult) -> None:
     reader = CacheReader.open(made.path)
     train, test = (set(np.unique(reader.provenance(split).document_id)) for split in ("train", "test"))

@@ -46,7 +46,7 @@ def test_other_hooks_take_their_canonical_name() -> None:
 
 def test_a_star_stays_within_one_part() -> None:
     assert names("blocks.*.hook_attn_out") == names("blocks.*.attn.hook_out")
-    assert len(names("L0[45].mlp_*")) == 4
+    assert len(names("L0[45].mlp_*")) == 6
     with pytest.raises(UserError, match="matches no tap"):
         names("blocks.*hook_attn_out")
 

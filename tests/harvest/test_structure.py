@@ -20,6 +20,7 @@ HOOKS = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "mlp_in": "mlp.hook_in",
+    "mlp_hidden": "mlp.out.hook_in",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
 }
@@ -67,6 +68,45 @@ def test_mlp_in_is_the_second_norm_with_gain_and_bias(tiny_target: Make) -> None
     torch.testing.assert_close(acts["L01.mlp_out"], out, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mlp_hidden_times_the_last_matrix_is_what_the_mlp_returns(name: str, tiny_target: Make) -> None:
+    target = tiny_target(name)
+    sites = target.sites(["L01.mlp_hidden", "blocks.1.mlp.out.hook_out"])
+    hidden, out = target.record(TOKENS, sites).values()
+    assert sites[0].width == hidden.shape[-1] == (64 if name not in ("gpt2", "bloom") else 128)
+    matrix = target.model.get_submodule(target.structure.table.taps[1, "mlp_hidden"].module)
+    weight_EF = matrix.weight if isinstance(matrix, torch.nn.Linear) else matrix.weight.T
+    bias_E = 0 if matrix.bias is None else matrix.bias
+    torch.testing.assert_close(out, hidden @ weight_EF.T + bias_E, rtol=1e-4, atol=1e-4)
+
+
+def test_mlp_hidden_is_behind_the_nonlinearity_and_the_gate(tiny_target: Make) -> None:
+    plain, gated = tiny_target("gpt2"), tiny_target("llama")
+    acts = plain.record(TOKENS, plain.sites(["L01.mlp_in", "L01.mlp_hidden"]))
+    up = plain.model.transformer.h[1].mlp.c_fc
+    expected = torch.nn.functional.gelu(acts["L01.mlp_in"] @ up.weight + up.bias, approximate="tanh")
+    torch.testing.assert_close(acts["L01.mlp_hidden"], expected, rtol=1e-4, atol=1e-4)
+    acts = gated.record(TOKENS, gated.sites(["L01.mlp_in", "L01.mlp_hidden"]))
+    mlp = gated.model.model.layers[1].mlp
+    x = acts["L01.mlp_in"]
+    expected = torch.nn.functional.silu(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)
+    torch.testing.assert_close(acts["L01.mlp_hidden"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_which_mlps_are_gated(tiny_target: Make) -> None:
+    gated = {name for name in CONFIGS if tiny_target(name).gated_mlp}
+    assert gated == {"llama", "gemma2", "qwen3", "olmo2", "granite", "phi3"}
+
+
+def test_a_mixture_of_experts_has_no_mlp_hidden_and_says_why(tiny_target: Make) -> None:
+    target = tiny_target("experts")
+    assert len(target.sites(["mlp_in", "mlp_out"])) == 4
+    assert not target.gated_mlp
+    for pattern in ("mlp_hidden", "L01.mlp_hidden"):
+        with pytest.raises(UserError, match=r"many experts.*Use mlp_in or mlp_out"):
+            target.sites([pattern])
+
+
 def test_parallel_residual_has_no_resid_mid(tiny_target: Make) -> None:
     with pytest.raises(UserError, match=r"in parallel.*Use resid_pre"):
         tiny_target("gpt_neox").sites(["resid_mid"])
@@ -94,6 +134,24 @@ def test_a_tap_that_does_not_add_up_is_refused() -> None:
     target.sites(["L00.mlp_out"])
     with pytest.raises(UserError, match=r"L01\.mlp_out.*does not differ by what it returns.*refused"):
         target.sites(["L01.mlp_out"])
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "says"),
+    [
+        ("mlp.c_proj", torch.square, "is no matrix"),
+        ("mlp", lambda out: 2 * out, "is not what the MLP returns"),
+    ],
+)
+def test_neurons_that_no_matrix_sums_to_the_output_are_refused(
+    module: str, change: Callable[[torch.Tensor], torch.Tensor], says: str
+) -> None:
+    model = tiny("gpt2")
+    target = TransformerTarget(model, name="changed")
+    model.transformer.h[1].get_submodule(module).register_forward_hook(lambda module, args, output: change(output))
+    target.sites(["L00.mlp_hidden", "mlp_out"])
+    with pytest.raises(UserError, match=rf"L01\.mlp_hidden.*{says}.*refused"):
+        target.sites(["L01.mlp_hidden"])
 
 
 def _scaled(output: Any, factor: float) -> Any:

@@ -79,6 +79,19 @@ def test_resid_mid_is_not_edited_where_the_mlp_is_scaled_inside_the_block(tiny_t
         target.logits(TOKENS, {"L01.resid_mid": Tensor.clone})
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "phi3"])
+def test_editing_mlp_hidden_moves_what_the_mlp_returns(name: str, tiny_target: Make) -> None:
+    target = tiny_target(name)
+    clean = target.record(TOKENS, target.sites(["L00.mlp_hidden"]))["L00.mlp_hidden"].clone()
+    matrix = target.model.get_submodule(target.structure.table.taps[0, "mlp_hidden"].module)
+    seen: dict[str, Tensor] = {}
+    [out] = target.sites(["blocks.0.mlp.out.hook_out"])  # a name of its own where a norm follows, else mlp_out
+    edits = {"L00.mlp_hidden": lambda x: 3 * x, out.name: lambda x: seen.update(out=x.clone())}
+    with torch.no_grad():
+        target.logits(TOKENS, edits)
+        torch.testing.assert_close(seen["out"], matrix(3 * clean), rtol=1e-5, atol=1e-5)
+
+
 def test_later_edits_see_earlier_ones(tiny_target: Make) -> None:
     target = tiny_target("llama")
     seen: list[Tensor] = []
