@@ -21,7 +21,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.evaluate.baselines import Affine, Pair
 from thresher.evaluate.masks import choose_rows, patch_mask, text_hash
-from thresher.evaluate.splice import read_rows
+from thresher.evaluate.splice import places, read_rows
 
 RIDGE = 1e-6
 """λ in units of the mean variance of an entry of u."""
@@ -163,7 +163,8 @@ def _recorded(
         here = slice(start, start + batch_contexts)
         token_BT = torch.from_numpy(contexts.token_id[here].astype(np.int64)).to(target.device)
         patch_BT = torch.from_numpy(patch[here]).to(target.device)
-        yield {name: read_rows(x_BTD, patch_BT) for name, x_BTD in target.record(token_BT, sites).items()}
+        places_N = places(patch_BT)
+        yield {name: read_rows(x_BTD, places_N) for name, x_BTD in target.record(token_BT, sites).items()}
 
 
 def _refuse_infinite(norms: dict[str, np.ndarray], target: Target) -> None:

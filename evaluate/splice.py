@@ -27,24 +27,33 @@ Observer = Callable[[int, int, Codes], None]
 """Told of codes as they arise: index of the dictionary, index of its source, codes of the patched positions."""
 
 
-def read_rows(x_BTD: Tensor, patch_BT: Tensor) -> Tensor:
+def places(patch_BT: Tensor) -> Tensor:
+    """[N] int64: the patched positions of the flattened batch, which a mask would be searched for at every site."""
+    return patch_BT.flatten().nonzero()[:, 0]
+
+
+def read_rows(x_BTD: Tensor, places_N: Tensor) -> Tensor:
     """The patched positions as [N, D] in float32, or in the model's dtype where that is wider."""
-    return x_BTD[patch_BT].to(torch.promote_types(x_BTD.dtype, torch.float32))
+    x_ND = x_BTD.flatten(0, 1).index_select(0, places_N)
+    return x_ND.to(torch.promote_types(x_BTD.dtype, torch.float32))
 
 
-def write_rows(x_BTD: Tensor, patch_BT: Tensor, value: Tensor) -> Tensor:
+def write_rows(x_BTD: Tensor, places_N: Tensor, value: Tensor) -> Tensor:
     """A copy of the live value with `value` ([N, D] or [D]) at the patched positions."""
-    out_BTD = x_BTD.clone()
-    out_BTD[patch_BT] = value.to(x_BTD.dtype)
+    out_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
+    rows_ND = value.to(x_BTD.dtype).expand(places_N.shape[0], -1)
+    out_BTD.view(-1, x_BTD.shape[-1]).index_copy_(0, places_N, rows_ND)
     return out_BTD
 
 
 def recording_edits(sites: Sequence[str], patch_BT: Tensor, into: dict[str, Tensor]) -> dict[str, Edit]:
     """Edits that change nothing and keep each site's patched positions in `into`, [N, D]."""
 
+    places_N = places(patch_BT)
+
     def recorder(site: str) -> Edit:
         def edit(x_BTD: Tensor) -> None:
-            into[site] = read_rows(x_BTD, patch_BT)
+            into[site] = read_rows(x_BTD, places_N)
 
         return edit
 
@@ -54,8 +63,10 @@ def recording_edits(sites: Sequence[str], patch_BT: Tensor, into: dict[str, Tens
 def constant_edits(values: Mapping[str, Tensor], patch_BT: Tensor) -> dict[str, Edit]:
     """Edits that write given values ([N, D] rows, or one [D] for all) at the patched positions."""
 
+    places_N = places(patch_BT)
+
     def writer(value: Tensor) -> Edit:
-        return lambda x_BTD: write_rows(x_BTD, patch_BT, value)
+        return lambda x_BTD: write_rows(x_BTD, places_N, value)
 
     return {site: writer(value) for site, value in values.items()}
 
@@ -63,8 +74,10 @@ def constant_edits(values: Mapping[str, Tensor], patch_BT: Tensor) -> dict[str, 
 def identity_edits(sites: Sequence[str], patch_BT: Tensor) -> dict[str, Edit]:
     """Edits that write each site's own live value through the same path as every other arm: must equal clean."""
 
+    places_N = places(patch_BT)
+
     def edit(x_BTD: Tensor) -> Tensor:
-        return write_rows(x_BTD, patch_BT, read_rows(x_BTD, patch_BT))
+        return write_rows(x_BTD, places_N, read_rows(x_BTD, places_N))
 
     return dict.fromkeys(sites, edit)
 
@@ -96,6 +109,7 @@ def cascade_edits(
     error in place the patched model is the clean one.
     """
     codes: dict[tuple[int, int], Codes] = {}
+    places_N = places(patch_BT)
 
     def encode(i: int, source: int, x_ND: Tensor) -> None:
         codes[i, source] = dictionaries[i].encode(source, x_ND)
@@ -114,15 +128,15 @@ def cascade_edits(
         def edit(x_BTD: Tensor) -> Tensor | None:
             own = [r for r in readers if writer is None or r[0] == writer[0]]
             if own:
-                x_ND = read_rows(x_BTD, patch_BT)
+                x_ND = read_rows(x_BTD, places_N)
                 for i, s in own:
                     encode(i, s, x_ND)
             if writer is None:
                 return None
-            out_BTD = write_rows(x_BTD, patch_BT, decode(*writer, site))
+            out_BTD = write_rows(x_BTD, places_N, decode(*writer, site))
             others = [r for r in readers if r[0] != writer[0]]
             if others:
-                x_ND = read_rows(out_BTD, patch_BT)
+                x_ND = read_rows(out_BTD, places_N)
                 for i, s in others:
                     encode(i, s, x_ND)
             return out_BTD

@@ -99,7 +99,7 @@ def clean_hidden_written_back(target, token, patch, k: int) -> tuple[dict, dict]
     """Clean `mlp_hidden`, and `mlp_out` as recorded in the pass that gets the top k of it as constants."""
     layers = [f"L{i:02d}" for i in range(target.n_layers)]
     sites = target.sites([f"{layer}.mlp_hidden" for layer in layers])
-    hidden = {name: splice.read_rows(x, patch) for name, x in target.record(token, sites).items()}
+    hidden = {name: splice.read_rows(x, splice.places(patch)) for name, x in target.record(token, sites).items()}
     neurons = [Neurons(site, k) for site in sites]
     values = splice.decode_all(neurons, splice.encode_clean(neurons, hidden))
     out: dict[str, torch.Tensor] = {}

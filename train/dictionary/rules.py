@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from thresher.train.dictionary.spec import DictionarySpec
-from thresher.train.kernels import firing
+from thresher.train.kernels import firing, frozen
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Room, wide
 from thresher.train.kernels.sparse import Selection
@@ -73,7 +73,11 @@ class TopK(ReLU):
         """None: the rule is already a matter of one token."""
 
     def select_frozen(self, a_NF: Tensor) -> Selection:
-        """k entries per token."""
+        """The k largest of each token, on a CPU without those that are not positive, which have no code."""
+        if frozen.can_choose(a_NF):
+            if frozen.is_whole(a_NF):
+                return frozen.largest(a_NF, self.k)
+            return firing.compress(firing.plain_topk(a_NF, self.k))  # what is not a number is among the largest
         return firing.select_topk(a_NF, self.k)
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from thresher.train.kernels import padded
+from thresher.train.kernels import frozen, padded
 from thresher.train.kernels.choice import Implementation, Kernels
 from thresher.train.kernels.padded import Room, wide
 from thresher.train.kernels.sparse import DENSE_SHARE, Selection, per_latent
@@ -153,8 +153,10 @@ def select_above(
 
 
 def select_frozen(a_NF: Tensor, floor: Tensor) -> Selection:
-    """Every entry above its floor [F], however many. Reads back: for inference only."""
-    return compress(_exceeds(a_NF, floor))
+    """Every entry above its floor [F], however many, or not a number. Reads back: for inference only."""
+    if frozen.can_choose(a_NF):
+        return frozen.above(a_NF, floor.to(a_NF.dtype))
+    return compress(~(a_NF <= floor))
 
 
 def compress(mask_NF: Tensor) -> Selection:

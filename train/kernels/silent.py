@@ -104,7 +104,7 @@ def choose_silent(a_NF: Tensor, dead: Dead, k: int, kernels: Kernels, width: int
             block, count = _compiled_block(a_NF, latents, k)
             if count > _BLOCK_SHARE * room:
                 return block
-        return _compiled_choice(a_NF, latents, k)
+        return choose_columns(a_NF, latents, k)
     a_Nn = a_NF.index_select(1, latents)
     if latents.shape[0] <= k:
         return _entries(a_Nn, latents, a_Nn > 0)
@@ -149,7 +149,8 @@ def _padded_choice(a_NF: Tensor, dead: Dead, k: int, kernels: Kernels) -> Silent
     return Silent(dead.latents, Selection(columns, offsets, width), values, dead.number)
 
 
-def _compiled_choice(a_NF: Tensor, latents: Tensor, k: int) -> Silent:
+def choose_columns(a_NF: Tensor, latents: Tensor, k: int) -> Silent:
+    """The k largest positive entries of each row among some columns [n], by compiled loops on a CPU."""
     tokens, width = a_NF.shape[0], latents.shape[0]
     room = min(k, width)
     a, columns = a_NF.numpy(), latents.numpy()
