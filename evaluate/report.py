@@ -1,4 +1,4 @@
-"""Write results down and show them: JSON, CSV, Markdown, plots, one HTML file, and a table in the terminal.
+"""Write results down and show them: JSON, CSV, Markdown, LaTeX, plots, one HTML file, and a table in the terminal.
 
 Nothing is computed here that is not in `Results`; only chosen, formatted and drawn.
 """
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from thresher.evaluate import page, plots
+from thresher.evaluate import latex, page, plots
 from thresher.evaluate.columns import STAR, Column, filled, interval_text, label, meaning, sites_label, star
 from thresher.evaluate.headline import headline
 from thresher.evaluate.results import Results, Row, Segments, to_json
@@ -33,6 +33,7 @@ class ReportPaths(NamedTuple):
     json: Path
     csv: Path
     markdown: Path
+    latex: Path
     html: Path
     plots: tuple[Path, ...]
     segments: Path | None
@@ -42,7 +43,7 @@ class ReportPaths(NamedTuple):
 def write_report(results: Results, out: Path) -> ReportPaths:
     """Write every form of the results into the directory `out`, replacing what an earlier report left there."""
     out.mkdir(parents=True, exist_ok=True)
-    json_path, csv_path, md_path = (out / f"results.{end}" for end in ("json", "csv", "md"))
+    json_path, csv_path, md_path, tex_path = (out / f"results.{end}" for end in ("json", "csv", "md", "tex"))
     html_path = out / "report.html"
     segments = None
     if results.segments is not None:
@@ -50,11 +51,12 @@ def write_report(results: Results, out: Path) -> ReportPaths:
         _write_segments(segments, results.segments)
     _write_csv(csv_path, results)
     _write_text(md_path, markdown(results))
+    _write_text(tex_path, latex.tables(results))
     drawn = plots.write_plots(results, out / "plots")
     _write_text(html_path, page.render(results))
     # last: a directory with results.json is a whole report
     _write_text(json_path, json.dumps(to_json(results), indent=1, ensure_ascii=False, allow_nan=False))
-    return ReportPaths(json_path, csv_path, md_path, html_path, drawn, segments)
+    return ReportPaths(json_path, csv_path, md_path, tex_path, html_path, drawn, segments)
 
 
 def _write_text(path: Path, text: str) -> None:

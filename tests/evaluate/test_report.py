@@ -120,7 +120,7 @@ def test_fronts_never_mix_protocols_or_sites(results):
 def test_report_writes_every_form(results, tmp_path):
     paths = write_report(results, tmp_path / "out")
     assert {p.stem for p in paths.plots} == {"delta_l0", "fvu_l0", "fvu_sites", "delta_sites"}
-    for path in (paths.json, paths.csv, paths.markdown, paths.html, paths.segments, *paths.plots):
+    for path in (paths.json, paths.csv, paths.markdown, paths.latex, paths.html, paths.segments, *paths.plots):
         assert path.stat().st_size > 500
     for path in paths.plots:
         assert path.read_bytes().startswith({".png": b"\x89PNG", ".svg": b"<?xml"}[path.suffix])
