@@ -12,13 +12,18 @@ from thresher.evaluate.results import DEFINITIONS, Row
 
 FRONT_AXIS = "l0"
 STAR = "★"
+ABLATIONS = ("zero", "mean")
+MEANING = DEFINITIONS | {
+    "chance": "Probability of being on the Pareto front of δ against the cost shown: the share of bootstrap resamples "
+    "in which no other replacement of the same sites is better on both.",
+}
 
 
 class Column(NamedTuple):
     """One column."""
 
     key: str
-    """A key of `Row.metrics`; also the sort key in the report."""
+    """A key of `Row.metrics`, or `chance`; also the sort key in the report."""
     title: str
     form: Callable[[float], str]
     better: int
@@ -26,9 +31,13 @@ class Column(NamedTuple):
     terminal: bool
     """Whether it fits the terminal's 100 columns; the report shows all."""
 
+    def value(self, row: Row) -> float | None:
+        """The cell's number, if the row has it."""
+        return row.chance.get(FRONT_AXIS) if self.key == "chance" else row.metrics.get(self.key)
+
     def text(self, row: Row) -> str:
         """The cell's text; a dash where the row has no such number."""
-        value = row.metrics.get(self.key)
+        value = self.value(row)
         return "–" if value is None else self.form(value)
 
 
@@ -38,6 +47,13 @@ def _fixed(digits: int) -> Callable[[float], str]:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
+
+
+def chance_text(value: float) -> str:
+    """A share of resamples in whole percent; all and none are said of all and none alone."""
+    if 0 < value < 0.005:
+        return "<1%"
+    return ">99%" if 0.995 <= value < 1 else f"{value:.0%}"
 
 
 def count(value: float) -> str:
@@ -54,6 +70,7 @@ def l0_text(value: float) -> str:
 
 
 COLUMNS = (
+    Column("chance", "P(★)", chance_text, 0, True),
     Column("l0", "L0", l0_text, -1, True),
     Column("delta", "δ", _fixed(4), -1, True),
     Column("recovered_zero", "rec. zero", _percent, 1, True),
@@ -74,9 +91,14 @@ COLUMNS = (
 )
 
 
+def filled(rows: Sequence[Row]) -> list[Column]:
+    """The columns that some row has a number for."""
+    return [column for column in COLUMNS if any(column.value(row) is not None for row in rows)]
+
+
 def meaning(key: str) -> str:
     """A column in plain words."""
-    return DEFINITIONS[key]
+    return MEANING[key]
 
 
 def interval_text(row: Row, key: str = "delta", digits: int = 3) -> str:
@@ -88,6 +110,14 @@ def interval_text(row: Row, key: str = "delta", digits: int = 3) -> str:
 def star(row: Row) -> str:
     """★ on the front of δ against L0."""
     return STAR if row.front.get(FRONT_AXIS) else ""
+
+
+def label(row: Row, several: bool = False) -> str:
+    """What a row is called; ablations say what they ablate where there are `several` sets of sites."""
+    if row.kind == "replacement" or row.name == "clean":
+        return row.name
+    name = f"{row.name} ablation" if row.name in ABLATIONS else row.name
+    return name + (f" ({sites_label(row.sites)})" if several else "")
 
 
 def sites_label(sites: Sequence[str]) -> str:

@@ -5,12 +5,12 @@ import re
 from html import escape
 from typing import Any
 
-from thresher.evaluate.columns import COLUMNS, l0_text, meaning, sites_label
+from thresher.evaluate.columns import filled, l0_text, meaning, sites_label
 from thresher.evaluate.results import Results, Row
 
 
 def definitions(results: Results) -> str:
-    columns = "".join(f"<dt>{escape(c.title)}</dt><dd>{escape(meaning(c.key))}</dd>" for c in COLUMNS)
+    columns = "".join(f"<dt>{escape(c.title)}</dt><dd>{escape(meaning(c.key))}</dd>" for c in filled(results.rows))
     protocols = "".join(
         f"<dt>{name}</dt><dd>{escape(facts['definition'])}</dd>" for name, facts in results.protocols.items()
     )
@@ -49,7 +49,7 @@ def _facts(row: Row) -> str:
         "writes": sites_label(row.sites),
         "reads": sites_label(row.reads),
         "L0": l0_text(row.cost["l0"]),
-        **row.facts,
+        **{key: value for key, value in row.facts.items() if key != "curves"},
     }
     return "; ".join(f"{_words(key)}: {_short(value)}" for key, value in pairs.items())
 

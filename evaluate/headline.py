@@ -6,7 +6,7 @@ Every sentence names the protocol it is about and the numbers it rests on.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from thresher.evaluate.columns import l0_text, sites_label
+from thresher.evaluate.columns import ABLATIONS, l0_text, sites_label
 from thresher.evaluate.matching import matched_l0
 from thresher.evaluate.results import Results, Row
 
@@ -92,7 +92,7 @@ def _dead_line(rows: Sequence[Row], where: str) -> Line:
 
 
 def _ablation_line(results: Results, rows: Sequence[Row], protocol: str, where: str) -> list[Line]:
-    baselines = [r for r in results.rows if r.kind == "baseline" and r.protocol == protocol and r.name != "clean"]
+    baselines = [r for r in results.rows if r.kind == "baseline" and r.protocol == protocol and r.name in ABLATIONS]
     bars = {r.name: r.metrics["delta"] for r in baselines if set(r.sites) == set(rows[0].sites)}
     known = {name: value for name, value in bars.items() if value is not None}
     if not known:

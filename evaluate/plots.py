@@ -1,203 +1,284 @@
-"""The plots of a report as PNG files: δ against L0 per protocol, FVU against L0, and both by site.
+"""The plots of a report as files for papers, PNG and SVG: loss and FVU against cost, by site, by position, write norms.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers too, and every family has its own marker besides. Each
-picture is a `Figure` of its own drawn by Agg: no window, no state shared with a caller's pyplot.
+Points, fronts, baselines and ticks are those of the page (`views`, `scales`), colours and markers too (`palette`). Each
+picture is a `Figure` of its own: no window, no state shared with a caller's pyplot. Text in the SVG is drawn as paths,
+and neither file holds a date, so equal results give equal bytes under one version of matplotlib.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from thresher.evaluate.columns import FRONT_AXIS, sites_label
+from thresher.evaluate import scales
+from thresher.evaluate.columns import sites_label
+from thresher.evaluate.headline import main_protocol
+from thresher.evaluate.palette import CARD_LIGHT, hue
 from thresher.evaluate.results import Results, Row
+from thresher.evaluate.scales import Scale
+from thresher.evaluate.views import AXES, MEASURES, Dot, Panel, buckets, families, panel, site_sets
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-FLOOR = 1e-4
-"""δ below this is drawn at it: a log axis has no zero."""
 DPI = 160
+MAPS = 6
+"""At most so many write-norm maps in one picture."""
+DASHES = {"mean ablation": "--", "zero ablation": ":"}
+AXIS = "l0"
+"""The cost of the pictures' horizontal axis."""
 
 
 def write_plots(results: Results, folder: Path) -> tuple[Path, ...]:
-    """Draw every plot into `folder`."""
+    """Draw every plot that there is something to draw for into `folder`, each as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "delta_l0.png": delta_figure(results),
-        "fvu_l0.png": fvu_figure(results),
-        "fvu_sites.png": sites_figure(results, next(iter(results.protocols)), "fvu", "FVU on clean inputs"),
+    first = main_protocol(results)
+    figures: dict[str, Figure | None] = {
+        "delta_l0": delta_figure(results),
+        "fvu_l0": fvu_figure(results),
+        "fvu_sites": sites_figure(results, first, "fvu", "FVU on clean inputs"),
+        "delta_sites": sites_figure(results, "single_site", "delta", "δ with one site patched at a time, nats"),
+        "delta_positions": positions_figure(results, first),
+        "write_norms": norms_figure(results, first),
     }
-    if "single_site" in results.protocols:
-        title = "δ with one site patched at a time, nats"
-        figures["delta_sites.png"] = sites_figure(results, "single_site", "delta", title)
-    paths = []
-    for name, figure in figures.items():
-        FigureCanvasAgg(figure)
-        paths.append(folder / name)
-        figure.savefig(paths[-1], dpi=DPI)
+    paths: list[Path] = []
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "thresher"}):
+        for name, figure in figures.items():
+            if figure is not None:
+                FigureCanvasAgg(figure)
+                for end, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+                    paths.append(folder / f"{name}.{end}")
+                    figure.savefig(paths[-1], dpi=DPI, metadata=metadata)
     return tuple(paths)
 
 
-def families(results: Results) -> list[str]:
-    """Families in the order that fixes their colour."""
-    return sorted({row.family for row in results.rows if row.kind == "replacement"})
+# --- against cost ---------------------------------------------------------------------------------------------------
 
 
-def site_sets(results: Results) -> list[tuple[str, ...]]:
-    """Sets of written sites; each is a comparison of its own."""
-    return sorted({row.sites for row in results.rows if row.kind == "replacement"})
-
-
-def front_of(rows: Sequence[Row]) -> list[Row]:
-    """The rows on the front of δ against L0, by rising L0."""
-    return sorted((row for row in rows if row.front.get(FRONT_AXIS)), key=lambda row: row.cost["l0"])
-
-
-def delta_figure(results: Results) -> Figure:
+def delta_figure(results: Results) -> Figure | None:
     """δ against L0: a panel per protocol, a row of panels per set of written sites."""
-    sets, protocols = site_sets(results), list(results.protocols)
-    figure = Figure(figsize=(1.2 + 3.6 * len(protocols), 0.9 + 3.6 * len(sets)), layout="constrained")
-    grid = figure.subplots(len(sets), len(protocols), squeeze=False, sharey="row")
-    for line, sites in zip(grid, sets, strict=True):
-        for axes, protocol in zip(line, protocols, strict=True):
-            _delta_panel(axes, results, protocol, sites)
-            if len(sets) > 1:
-                axes.set_title(f"{protocol}, {sites_label(sites)}", fontsize=10)
-        line[0].set_ylabel("δ = CE patched − CE clean, nats")
-    _legend(figure, grid[0][0])
-    return figure
+    return _scatters(results, list(results.protocols), "delta")
 
 
-def _delta_panel(axes: Axes, results: Results, protocol: str, sites: tuple[str, ...]) -> None:
-    rows = [row for row in results.table(protocol) if row.sites == sites and row.metrics["delta"] is not None]
-    replacements = [row for row in rows if row.kind == "replacement"]
-    _points(axes, results, replacements, "delta", intervals=True)
-    front = front_of(replacements)
-    if front:
-        cost, delta = [row.cost["l0"] for row in front], [_shown(row) for row in front]
-        cost, delta = [*cost, 1.2 * max(row.cost["l0"] for row in replacements)], [*delta, delta[-1]]
-        axes.step(cost, delta, where="post", color="#F5DFB0", lw=5, zorder=1, label="Pareto front")
-    for row in results.rows:
-        delta_of_row = row.metrics["delta"]
-        baseline = row.kind == "baseline" and row.protocol == protocol and set(row.sites) == set(sites)
-        if baseline and row.name != "clean" and delta_of_row is not None and delta_of_row > 0:
-            style = "--" if row.name == "mean" else ":"
-            axes.axhline(delta_of_row, color="0.45", ls=style, lw=1, label=f"{row.name} ablation")
-    _log_axes(axes, y=True)
-    axes.set_title(protocol, fontsize=10)
-
-
-def _shown(row: Row) -> float:
-    return max(row.metrics["delta"] or 0.0, FLOOR)
-
-
-def fvu_figure(results: Results) -> Figure:
+def fvu_figure(results: Results) -> Figure | None:
     """FVU against L0; the same under every protocol, since both are measured on clean inputs."""
-    sets = site_sets(results)
-    figure = Figure(figsize=(0.9 + 4.6 * len(sets), 4.4), layout="constrained")
-    grid = figure.subplots(1, len(sets), squeeze=False, sharey=True)
-    first = next(iter(results.protocols))
-    for axes, sites in zip(grid[0], sets, strict=True):
-        rows = [r for r in results.table(first) if r.kind == "replacement" and r.sites == sites]
-        _points(axes, results, [row for row in rows if row.metrics["fvu"] is not None], "fvu")
-        _log_axes(axes, y=False)
-        axes.set_ylim(bottom=0)
-        axes.set_title(sites_label(sites), fontsize=10)
-    grid[0][0].set_ylabel("FVU, mean over sites (clean inputs)")
-    _legend(figure, grid[0][0])
+    return _scatters(results, [main_protocol(results)], "fvu")
+
+
+def _scatters(results: Results, protocols: Sequence[str], measure: str) -> Figure | None:
+    rows = [[panel(results, protocol, sites) for protocol in protocols] for sites in site_sets(results)]
+    rows = [line for line in rows if all(measure in one.y for one in line)]
+    if not rows:
+        return None
+    wide = 5.2 if len(protocols) == 1 else 3.6 * len(protocols)
+    figure = Figure(figsize=(1.2 + wide, 0.9 + 3.6 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(protocols), squeeze=False, sharey="row")
+    kind = "log" if MEASURES[measure].log else "linear"
+    for line, panels in zip(grid, rows, strict=True):
+        heights = [one.y[measure][kind].scale for one in panels]
+        common = _common(heights)
+        for axes, one in zip(line, panels, strict=True):
+            where = f", {sites_label(one.sites)}" if len(rows) > 1 else ""
+            title = ("clean inputs" if measure == "fvu" else one.protocol) + where
+            _scatter(axes, one, measure, common, families(results), title)
+        line[0].set_ylabel(MEASURES[measure].title)
+    _legend(figure, grid.flat, families(results))
     return figure
 
 
-def sites_figure(results: Results, protocol: str, key: str, title: str) -> Figure:
-    """A metric by written site, one line per replacement."""
-    rows = [row for row in results.table(protocol) if row.kind == "replacement"]
-    names = sorted({site for row in rows for site in row.sites})
-    figure = Figure(figsize=(max(5.0, 2.2 + 0.8 * len(names)), 4.2), layout="constrained")
-    axes = figure.subplots()
-    order = families(results)
-    for row in rows:
-        index = order.index(row.family) % len(COLOURS)
-        points = [(names.index(p["site"]), p[key]) for p in row.per_site if p.get(key) is not None]
-        if key == "delta":
-            points = [(x, max(y, FLOOR)) for x, y in points]
+def _common(heights: Sequence[Scale]) -> Scale:
+    """One scale for panels beside each other."""
+    low, high = min(one.low for one in heights), max(one.high for one in heights)
+    ticks = scales.log_ticks(low, high) if heights[0].log else scales.linear_ticks(low, high)
+    return Scale(low, high, heights[0].log, tuple((tick, scales.plain(tick)) for tick in ticks))
+
+
+def _scatter(axes: Axes, one: Panel, measure: str, y: Scale, order: Sequence[str], title: str) -> None:
+    _axis(axes, "x", one.x[AXIS], AXES[AXIS].title)
+    _axis(axes, "y", y, "")
+    dots = [dot for dot in one.dots if measure in dot.y]
+    front = sorted(_at(dot, measure, y) for dot in dots if dot.row in one.fronts[AXIS].get(measure, ()))
+    if front:
+        cost, loss = [*(x for x, _ in front), one.x[AXIS].high], [*(v for _, v in front), front[-1][1]]
+        axes.step(cost, loss, where="post", color="#F5DFB0", lw=5, zorder=1, label="Pareto front")
+    flat = one.y[measure]["linear"].flat
+    for value, name in flat:
+        if y.low <= value <= y.high:
+            axes.axhline(value, color="0.45", ls=DASHES.get(name, "-."), lw=1, label=name, zorder=2)
+    far = ", ".join(f"{name} {value:.3g}" for value, name in flat if value > y.high)
+    if far:
+        axes.text(1, 1.01, f"↑ {far}", transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5, color="0.35")
+    axes.set_title(title, fontsize=10, pad=17 if far else 6)
+    for own in _traces([dot for dot in one.trails if measure in dot.y]):
+        points = [_at(dot, measure, y) for dot in own]
         axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            marker=MARKERS[index],
-            color=COLOURS[index],
-            lw=1,
-            ms=5,
-            alpha=0.85,
-            label=row.family,
+            *zip(*points, strict=True), color="0.45", ls=(0, (1, 2)), lw=1, marker=".", label=own[0].trace, zorder=2
         )
-    if key == "delta":
-        _log_y(axes)
-    else:
-        axes.set_ylim(bottom=0)
+    for seeds in one.seeds:
+        if measure in seeds.reach:
+            low, high = (max(end, y.low) for end in seeds.reach[measure])
+            x = seeds.x[AXIS]
+            colour = hue(seeds.family).light
+            spread = [[0.0], [high - low]]
+            axes.errorbar([x], [low], yerr=spread, color=colour, capsize=7, lw=1.2, ls="none", alpha=0.8, zorder=2)
+    for own in _traces(dots):
+        _trace(axes, own, measure, y, order)
+
+
+def _at(dot: Dot, measure: str, y: Scale) -> tuple[float, float]:
+    return dot.x[AXIS], max(dot.y[measure], y.low) if y.log else dot.y[measure]
+
+
+def _traces(dots: Sequence[Dot]) -> list[list[Dot]]:
+    out: dict[str, list[Dot]] = {}
+    for dot in dots:
+        out.setdefault(dot.trace, []).append(dot)
+    return [sorted(own, key=lambda dot: dot.x[AXIS]) for own in out.values()]
+
+
+def _trace(axes: Axes, own: Sequence[Dot], measure: str, y: Scale, order: Sequence[str]) -> None:
+    family = own[0].family
+    points = [_at(dot, measure, y) for dot in own]
+    spans = [dot.span.get(measure, (dot.y[measure],) * 2) for dot in own]
+    low = [max(0.0, v - (max(s[0], y.low) if y.log else s[0])) for (_, v), s in zip(points, spans, strict=True)]
+    high = [max(0.0, s[1] - v) for (_, v), s in zip(points, spans, strict=True)]
+    axes.errorbar(
+        [x for x, _ in points],
+        [v for _, v in points],
+        yerr=[low, high],
+        capsize=2.5,
+        elinewidth=1,
+        zorder=3,
+        **_style(family),
+        label=order[family],
+    )
+
+
+def _style(family: int) -> dict[str, Any]:
+    one = hue(family)
+    return {"color": one.light, "marker": one.marker, "ms": 5.5, "lw": 1, "mec": CARD_LIGHT, "mew": 0.6}
+
+
+# --- by site and position -------------------------------------------------------------------------------------------
+
+Entries = Callable[[Row], Sequence[tuple[str, float]]]
+
+
+def sites_figure(results: Results, protocol: str, key: str, title: str) -> Figure | None:
+    """A metric by written site, one line per replacement; None where that protocol was not run."""
+
+    def entries(row: Row) -> list[tuple[str, float]]:
+        return [(site["site"], site[key]) for site in row.per_site if site.get(key) is not None]
+
+    rows = [row for row in results.table(protocol) if row.kind == "replacement"]
+    names = sorted({name for row in rows for name, _ in entries(row)})
+    return _strip(results, rows, entries, names, title, log=key == "delta")
+
+
+def positions_figure(results: Results, protocol: str) -> Figure | None:
+    """δ by position in the context, one line per replacement; None where positions are unknown."""
+
+    def entries(row: Row) -> list[tuple[str, float]]:
+        pairs = zip(buckets(row), row.positions["delta"], strict=True)
+        return [(name, value) for name, value in pairs if value is not None]
+
+    rows = [row for row in results.table(protocol) if row.kind == "replacement" and row.positions.get("delta")]
+    names = list(dict.fromkeys(name for row in rows for name in buckets(row)))
+    return _strip(
+        results, rows, entries, names, f"δ under {protocol}, nats", log=True, x_title="Position in the context"
+    )
+
+
+def _strip(
+    results: Results,
+    rows: Sequence[Row],
+    entries: Entries,
+    names: Sequence[str],
+    title: str,
+    log: bool,
+    x_title: str = "",
+) -> Figure | None:
+    values = [value for row in rows for _, value in entries(row)]
+    if not values:
+        return None
+    figure = Figure(figsize=(max(5.0, 2.2 + 0.8 * len(names)), 4.2), layout="constrained")
+    axes, order = figure.subplots(), families(results)
+    y = scales.logarithmic(values) if log else scales.linear(values)
+    for row in rows:
+        points = [(names.index(name), max(value, y.low) if log else value) for name, value in entries(row)]
+        if points:
+            axes.plot(*zip(*points, strict=True), **_style(order.index(row.family)), alpha=0.85, label=row.family)
+    _axis(axes, "y", y, title)
     turned = any(len(name) > 12 for name in names) or len(names) > 8
     axes.set_xticks(range(len(names)), names, rotation=35 if turned else 0, ha="right" if turned else "center")
-    axes.set_ylabel(title)
     axes.set_xlim(-0.4, len(names) - 0.6)
-    _tidy(axes)
-    _legend(figure, axes)
+    axes.set_xlabel(x_title)
+    _legend(figure, [axes], order)
     return figure
 
 
-def _points(axes: Axes, results: Results, rows: Sequence[Row], key: str, intervals: bool = False) -> None:
-    order = families(results)
-    for family in order:
-        own = sorted((row for row in rows if row.family == family), key=lambda row: row.cost["l0"])
-        if not own:
-            continue
-        index = order.index(family) % len(COLOURS)
-        x = [row.cost["l0"] for row in own]
-        y = [_shown(row) if key == "delta" else float(row.metrics[key] or 0.0) for row in own]
-        style = {"color": COLOURS[index], "marker": MARKERS[index], "ms": 6, "lw": 1, "label": family, "zorder": 3}
-        if not intervals:
-            axes.plot(x, y, **style)  # type: ignore[arg-type]
-            continue
-        ends = [row.intervals.get("delta") for row in own]
-        low = [max(0.0, v - max(e.low, FLOOR)) if e else 0.0 for v, e in zip(y, ends, strict=True)]
-        high = [max(0.0, e.high - v) if e else 0.0 for v, e in zip(y, ends, strict=True)]
-        axes.errorbar(x, y, yerr=[low, high], capsize=2.5, elinewidth=1, **style)  # type: ignore[arg-type]
+# --- write norms ----------------------------------------------------------------------------------------------------
 
 
-def _log_axes(axes: Axes, *, y: bool) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("L0: active latents per token and source")
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-    if y:
-        _log_y(axes)
-    _tidy(axes)
+def norms_figure(results: Results, protocol: str) -> Figure | None:
+    """Share of squared decoder norm by source and target layer, of dictionaries that write to several sites."""
+    maps = [(row.name, one) for row in results.table(protocol) for one in row.write_norms][:MAPS]
+    if not maps:
+        return None
+    side = 1.2 + 0.42 * max(len(one["writes"]) for _, one in maps)
+    columns = min(len(maps), 3)
+    lines = -(-len(maps) // columns)
+    figure = Figure(figsize=(columns * (side + 0.5), lines * (side + 0.4)), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(maps) :]:
+        axes.set_visible(False)
+    for axes, (name, one) in zip(grid.flat, maps, strict=False):
+        share = [[float("nan") if value is None else 100 * value for value in line] for line in one["share"]]
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=2 * max(v for line in share for v in line if v == v))
+        for i, line in enumerate(share):
+            for j, value in enumerate(line):
+                if value == value:
+                    axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(len(one["writes"])), [site.partition(".")[0] for site in one["writes"]], fontsize=8)
+        axes.set_yticks(range(len(one["reads"])), [site.partition(".")[0] for site in one["reads"]], fontsize=8)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("to", fontsize=8)
+        axes.set_ylabel("from (% of squared norm)", fontsize=8)
+    return figure
 
 
-def _log_y(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+# --- axes -----------------------------------------------------------------------------------------------------------
 
 
-def _plain(value: float, position: int) -> str:
-    return f"{value:g}"
-
-
-def _tidy(axes: Axes) -> None:
+def _axis(axes: Axes, which: str, scale: Scale, title: str) -> None:
+    """Range, ticks and title of one axis as the page has them."""
+    names = dict(scale.ticks)
+    if scale.log:
+        getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}lim")(scale.low, scale.high)
+    if title:
+        getattr(axes, f"set_{which}label")(title)
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(FixedLocator([value for value, _ in scale.ticks]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: names.get(value, f"{value:g}")))
     axes.grid(True, which="major", color="0.92", lw=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(reversed(labels), reversed(handles), strict=True))  # the first of each label
-    names = list(dict.fromkeys(labels))
-    longest = max(map(len, names), default=1)
-    columns = max(1, min(len(names), int(figure.get_figwidth() / (0.55 + 0.085 * longest))))
+def _legend(figure: Figure, panels: Any, order: Sequence[str]) -> None:
+    """One legend under all panels, families first."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    found = {name: found[name] for name in sorted(found, key=lambda name: (name not in order, list(found).index(name)))}
+    longest = max(map(len, found), default=1)
+    columns = max(1, min(len(found), int(figure.get_figwidth() / (0.55 + 0.085 * longest))))
     figure.legend(
-        [unique[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5
+        list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5
     )

@@ -1,4 +1,4 @@
-"""Write results down and show them: JSON, CSV, Markdown, plots, one HTML file, and a table in the terminal.
+"""Write results down and show them: JSON, CSV, Markdown, LaTeX, plots, one HTML file, and a table in the terminal.
 
 Nothing is computed here that is not in `Results`; only chosen, formatted and drawn.
 """
@@ -17,13 +17,13 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from thresher.evaluate import page, plots
-from thresher.evaluate.columns import COLUMNS, STAR, Column, interval_text, meaning, sites_label, star
+from thresher.evaluate import latex, page, plots
+from thresher.evaluate.columns import STAR, Column, filled, interval_text, label, meaning, sites_label, star
 from thresher.evaluate.headline import headline
 from thresher.evaluate.results import Results, Row, Segments, to_json
 
 WIDTH = 100
-DISPENSABLE = ("n_latents", "recovered_zero", "dead", "agree", "kl", "fvu")
+DISPENSABLE = ("n_latents", "recovered_zero", "chance", "dead", "agree", "kl", "fvu")
 """Columns that go, in this order, when the terminal is narrow or names are long."""
 
 
@@ -33,6 +33,7 @@ class ReportPaths(NamedTuple):
     json: Path
     csv: Path
     markdown: Path
+    latex: Path
     html: Path
     plots: tuple[Path, ...]
     segments: Path | None
@@ -42,7 +43,7 @@ class ReportPaths(NamedTuple):
 def write_report(results: Results, out: Path) -> ReportPaths:
     """Write every form of the results into the directory `out`, replacing what an earlier report left there."""
     out.mkdir(parents=True, exist_ok=True)
-    json_path, csv_path, md_path, html_path = (out / f"results.{end}" for end in ("json", "csv", "md", "html"))
+    json_path, csv_path, md_path, tex_path = (out / f"results.{end}" for end in ("json", "csv", "md", "tex"))
     html_path = out / "report.html"
     segments = None
     if results.segments is not None:
@@ -50,11 +51,12 @@ def write_report(results: Results, out: Path) -> ReportPaths:
         _write_segments(segments, results.segments)
     _write_csv(csv_path, results)
     _write_text(md_path, markdown(results))
+    _write_text(tex_path, latex.tables(results))
     drawn = plots.write_plots(results, out / "plots")
     _write_text(html_path, page.render(results))
     # last: a directory with results.json is a whole report
     _write_text(json_path, json.dumps(to_json(results), indent=1, ensure_ascii=False, allow_nan=False))
-    return ReportPaths(json_path, csv_path, md_path, html_path, drawn, segments)
+    return ReportPaths(json_path, csv_path, md_path, tex_path, html_path, drawn, segments)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -75,13 +77,14 @@ def _write_segments(path: Path, segments: Segments) -> None:
 
 
 def flat(row: Row) -> dict[str, Any]:
-    """One CSV line: identity, metrics, interval ends, front flags, and facts that are plain values."""
+    """One CSV line: identity, metrics, interval ends, front flags and chances, and facts that are plain values."""
     out: dict[str, Any] = {"name": row.name, "kind": row.kind, "family": row.family, "protocol": row.protocol}
     out["sites"] = " ".join(row.sites)
     out |= row.metrics
     for key, found in row.intervals.items():
         out |= {f"{key}_low": found and found.low, f"{key}_high": found and found.high}
     out |= {f"front_{axis}": int(on) for axis, on in row.front.items()}
+    out |= {f"chance_{axis}": share for axis, share in row.chance.items()}
     out |= {f"fact_{key}": value for key, value in row.facts.items() if isinstance(value, (str, int, float, bool))}
     return out
 
@@ -98,19 +101,20 @@ def _write_csv(path: Path, results: Results) -> None:
 def markdown(results: Results) -> str:
     """Tables by protocol, headline, masks and definitions."""
     parts = ["# Evaluation", *(f"- **{line.title}:** {line.text}" for line in headline(results)), ""]
+    columns = filled(results.rows)
     for protocol, facts in results.protocols.items():
         parts += [f"## {protocol}", str(facts["definition"]), "", caption(results, protocol), ""]
-        titles = ["", "replacement", *(title for c in COLUMNS for title in _titles(c.key, c.title))]
+        titles = ["", "replacement", *(title for c in columns for title in _titles(c.key, c.title))]
         parts += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
         for row in results.table(protocol):
-            cells = [star(row), row.name]
-            for column in COLUMNS:
+            cells = [star(row), label(row)]
+            for column in columns:
                 cells += [column.text(row), interval_text(row)] if column.key == "delta" else [column.text(row)]
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("")
     parts += ["## Notes", *(f"- {note}" for note in results.notes or ("none",)), "", "## Masks"]
     parts += [f"- {key}: {value}" for key, value in results.masks.items()]
-    parts += ["", "## Columns", *(f"- **{c.title}** (`{c.key}`): {meaning(c.key)}" for c in COLUMNS), ""]
+    parts += ["", "## Columns", *(f"- **{c.title}** (`{c.key}`): {meaning(c.key)}" for c in columns), ""]
     return "\n".join(parts)
 
 
@@ -123,9 +127,10 @@ def caption(results: Results, protocol: str) -> str:
     facts, unit = results.protocols[protocol], results.masks["unit"]
     plural = "" if facts["units"] == 1 else "s"
     few = " (few: intervals are rough)" if facts["few_units"] else ""
+    chance = f", P({STAR}) how often on it" if any(row.chance for row in results.rows) else ""
     return (
         f"{facts['scored_tokens']:,} scored tokens in {facts['rows']:,} rows, {facts['units']:,} {unit}{plural}{few}; "
-        f"intervals 95 %, paired bootstrap; {STAR} Pareto front of δ against L0."
+        f"intervals 95 %, paired bootstrap; {STAR} Pareto front of δ against L0{chance}."
     )
 
 
@@ -150,7 +155,7 @@ def print_table(results: Results, console: Console) -> None:
 
 def fitting_table(results: Results, protocol: str, console: Console, width: int) -> Table:
     """The table with as many columns as can be read in `width`; the rest is in the report."""
-    shown = [column for column in COLUMNS if column.terminal]
+    shown = [column for column in filled(results.rows) if column.terminal]
     for key in (None, *DISPENSABLE):
         shown = [column for column in shown if column.key != key]
         drawn = table(results, protocol, shown)
@@ -193,10 +198,7 @@ def table(results: Results, protocol: str, shown: Sequence[Column]) -> Table:
 
 
 def _cells(row: Row, shown: Sequence[Column], several: bool) -> list[str]:
-    name = row.name
-    if row.kind == "baseline" and row.name != "clean":
-        name = f"{row.name} ablation" + (f" ({sites_label(row.sites)})" if several else "")
-    cells = [star(row), escape(name)]
+    cells = [star(row), escape(label(row, several))]
     for column in shown:
         cells.append(column.text(row))
         if column.key == "delta":

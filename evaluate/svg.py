@@ -1,21 +1,25 @@
 """The report's charts as SVG text: no library, no network, colours from the page's own stylesheet.
 
-Marks carry `data-row` (the replacement's name) and `data-tip` (what hovering shows); the page's script links them to
-the tables. Colour and shape follow the family: class `c0`, `c1`, … takes its colour from the theme, light or dark.
+Marks and lines carry `data-row` (the replacement's key, `views.keys`) and `data-tip` (what hovering says); the page's
+script links them to the tables. Colour and shape follow the family: class `c0`, `c1`, … takes its colour from the
+theme, light or dark; the shapes stand once in the page (`symbols`) and are used by name. The script's `scatter` draws
+what `scatter` here draws, from the same `Panel`, for the axes that a reader chooses.
 """
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from thresher.evaluate.palette import HUES
+from thresher.evaluate.scales import Scale
+from thresher.evaluate.views import AXES, MEASURES, Dot, Height, Panel, Seeds
+
 WIDTH, HEIGHT = 560, 380
-LEFT, RIGHT, TOP, BOTTOM = 62, 18, 16, 46
-COLOURS = 8
-FAR = 3
-"""A baseline more than this many times above everything else is off the chart."""
-FLOOR = 1e-4
-"""Smallest value that a log axis shows; anything below is drawn there."""
+LEFT, RIGHT, TOP, BOTTOM = 62, 18, 24, 46
+INSIDE = WIDTH - LEFT - RIGHT
+"""Pixels between the left and the right end of an x axis."""
+RADIUS = 5.2
 
 
 class Mark(NamedTuple):
@@ -23,222 +27,281 @@ class Mark(NamedTuple):
 
     x: float
     y: float
-    low: float | None
-    high: float | None
-    row: str
-    """Name of the replacement, to link point and table row."""
     tip: str
-    label: str = ""
-    """Short text beside the point."""
+    row: str = ""
+    """The replacement's key, where a line joins several."""
 
 
 class Series(NamedTuple):
-    """Points of one family, joined by a thin line."""
+    """Points joined by a thin line."""
 
+    row: str
+    """Key of the replacement that all points are of; empty when each has its own."""
     family: int
     """Index that fixes colour and shape."""
     marks: Sequence[Mark]
+    tip: str = ""
+    """What hovering the line says; a line with a tip is drawn without its points."""
 
 
-class Bar(NamedTuple):
-    """A labelled horizontal line: a baseline."""
-
-    y: float
-    label: str
+# --- shapes ---------------------------------------------------------------------------------------------------------
 
 
-class Scale(NamedTuple):
-    """Data to pixels along one axis."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool
-
-    def __call__(self, value: float) -> float:
-        if self.log:
-            value = max(value, FLOOR)
-            share = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        """Round values inside the range: powers of two for narrow log ranges, 1-2-5 for wide ones."""
-        if not self.log:
-            return linear_ticks(self.low, self.high)
-        decades = math.log10(self.high / self.low)
-        steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if decades < 0.8 else (1, 2, 5) if decades < 3.2 else (1,)
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        return [s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p * (1 + 1e-9) <= self.high * 1.001]
+def _ring(corners: int, radii: Sequence[float], turn: float = 0.0) -> list[tuple[float, float]]:
+    """Corners around the origin, the first one on top unless turned (in corners)."""
+    angles = [2 * math.pi * (i + turn) / corners for i in range(corners)]
+    return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
 
 
-def linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """About `wanted` round values from low to high."""
-    raw = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def _plus(long: float = 1.2, half: float = 0.4) -> list[tuple[float, float]]:
+    arms = [(-half, -half), (-half, -long), (half, -long)]
+    return [(x * u - y * v, x * v + y * u) for u, v in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in arms]
 
 
-def padded(values: Sequence[float], log: bool, from_zero: bool = False) -> tuple[float, float]:
-    """A range that leaves air around the values."""
-    if log:
-        low, high = max(min(values), FLOOR), max(max(values), FLOOR)
-        air = max((high / low) ** 0.08, 1.25)
-        return low / air, high * air
-    low, high = (0.0 if from_zero else min(values)), max(values)
-    span = (high - low) or abs(high) or 1.0
-    return (0.0 if from_zero else low - 0.08 * span), high + 0.08 * span
+SHAPES: tuple[Sequence[tuple[float, float]], ...] = (
+    _ring(24, [1.0]),  # circle
+    _ring(4, [1.27], 0.5),  # square
+    _ring(3, [1.35]),
+    _ring(4, [1.3]),  # diamond
+    _ring(3, [1.35], 0.5),
+    _plus(),
+    _ring(6, [1.15]),
+    _ring(10, [1.35, 0.6]),  # star
+)
+"""A family's marker as a polygon around the origin, in radii; the same shapes as `palette.HUES` name for matplotlib."""
 
 
-def scatter(
-    series: Sequence[Series],
-    *,
-    x_title: str,
-    y_title: str,
-    y_log: bool,
-    front: Sequence[Mark] = (),
-    bars: Sequence[Bar] = (),
-    label: str,
-) -> str:
-    """A chart of y against a logarithmic x, with a step line through `front` and baselines."""
-    marks = [mark for one in series for mark in one.marks]
-    if not marks:
-        return "<p>Nothing to draw.</p>"
-    ys = [v for m in marks for v in (m.y, m.low, m.high) if v is not None]
-    # a baseline far above would squeeze everything else together: it is named at the edge instead
-    far = [bar for bar in bars if bar.y > FAR * max(ys)]
-    bars = [bar for bar in bars if bar not in far]
-    ys += [bar.y for bar in bars]
-    x = Scale(*padded([m.x for m in marks], True), LEFT, WIDTH - RIGHT, True)
-    y = Scale(*padded(ys, y_log, from_zero=not y_log), HEIGHT - BOTTOM, TOP, y_log)
-    ticks = powers_of_two(x) if x.high / x.low < 2000 else x.ticks()
-    parts = [_open(label), _grid(x, y, ticks, [f"{t:g}" for t in ticks], x_title, y_title)]
-    parts += [_bar(bar, x, y) for bar in bars]
-    if far:
-        names = ", ".join(f"{bar.label} {bar.y:.2f}" for bar in far)
-        parts.append(
-            f'<text class="barname" x="{x.end - 4}" y="{TOP + 11}" text-anchor="end">↑ {html.escape(names)}</text>'
-        )
-    if front:
-        parts.append(_step(front, x, y))
-    parts += [_series(one, x, y) for one in series]
-    return "".join([*parts, "</svg>"])
+def symbols() -> str:
+    """The shapes and the clipping of charts, once for the whole page."""
+    assert len(SHAPES) == len(HUES)
+    shapes = "".join(
+        f'<path id="s{i}" d="M{"L".join(f"{RADIUS * x:.2f},{RADIUS * y:.2f}" for x, y in shape)}Z"/>'
+        for i, shape in enumerate(SHAPES)
+    )
+    area = f'<rect x="{LEFT}" y="{TOP}" width="{INSIDE + 8}" height="{HEIGHT - TOP - BOTTOM + 7}"/>'
+    return f'<svg class="symbols" aria-hidden="true"><defs>{shapes}<clipPath id="inside">{area}</clipPath></defs></svg>'
 
 
-def strip(names: Sequence[str], series: Sequence[Series], *, y_title: str, y_log: bool, label: str) -> str:
-    """A chart of y by category; a mark's x is the index of its name."""
-    marks = [mark for one in series for mark in one.marks]
-    if not marks:
-        return "<p>Nothing to draw.</p>"
-    x = Scale(-0.5, len(names) - 0.5, LEFT, WIDTH - RIGHT, False)
-    y = Scale(*padded([m.y for m in marks], y_log, from_zero=not y_log), HEIGHT - BOTTOM, TOP, y_log)
-    every = max(1, math.ceil(len(names) * max(map(len, names)) * 7 / (WIDTH - LEFT - RIGHT)))
-    ticks = [float(i) for i in range(0, len(names), every)]
-    parts = [_open(label), _grid(x, y, ticks, [names[int(t)] for t in ticks], "", y_title)]
-    parts += [_series(one, x, y) for one in series]
-    return "".join([*parts, "</svg>"])
+def icon(family: int) -> str:
+    """A family's marker in its colour, for legends and tables."""
+    return (
+        f'<svg class="icon c{family % len(HUES)}" viewBox="-8 -8 16 16" aria-hidden="true">'
+        f'<use class="dot" href="#s{family % len(HUES)}"/></svg>'
+    )
 
 
-def powers_of_two(scale: Scale) -> list[float]:
-    """1, 2, 4, … inside a log range; with halves between when there are fewer than three."""
-    first, last = math.ceil(math.log2(scale.low)), math.floor(math.log2(scale.high))
-    ticks = [2.0**p for p in range(first, last + 1)]
-    return ticks if len(ticks) >= 3 else sorted({*ticks, *[round(t, 3) for t in scale.ticks()]})
+# --- charts ---------------------------------------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """Both axes, and where their values stand in pixels."""
+
+    x: Scale
+    y: Scale
+
+    def px(self, value: float) -> float:
+        return LEFT + self.x.share(value) * INSIDE
+
+    def py(self, value: float) -> float:
+        return HEIGHT - BOTTOM - self.y.share(value) * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points: Iterable[tuple[float, float]]) -> str:
+        return "M" + "L".join(f"{self.px(x):.1f},{self.py(y):.1f}" for x, y in points)
+
+    def drawn(self, x_title: str, y_title: str) -> str:
+        """Grid, ticks and titles."""
+        floor, parts = HEIGHT - BOTTOM, []
+        for value, text in self.y.ticks:
+            at = self.py(value)
+            parts.append(f'<path class="grid" d="M{LEFT},{at:.1f}H{WIDTH - RIGHT}"/>')
+            parts.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_text(text)}</text>')
+        for value, text in self.x.ticks:
+            at = self.px(value)
+            parts.append(f'<path class="grid" d="M{at:.1f},{TOP}V{floor}"/>')
+            parts.append(f'<text class="tick" x="{at:.1f}" y="{floor + 17}" text-anchor="middle">{_text(text)}</text>')
+        parts.append(f'<path class="axis" d="M{LEFT},{floor}H{WIDTH - RIGHT}"/>')
+        middle, half = LEFT + INSIDE / 2, (TOP + floor) / 2
+        parts.append(f'<text class="title" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{_text(x_title)}</text>')
+        turn = f'transform="rotate(-90 14 {half})"'
+        parts.append(f'<text class="title" x="14" y="{half}" text-anchor="middle" {turn}>{_text(y_title)}</text>')
+        return "".join(parts)
+
+
+def chart(series: Sequence[Series], frame: Frame, *, x_title: str, y_title: str, label: str) -> str:
+    """A chart of lines with points."""
+    lines = "".join(_line(one, frame) for one in series if one.marks)
+    return f'{_open(label)}{frame.drawn(x_title, y_title)}<g clip-path="url(#inside)">{lines}</g></svg>'
+
+
+def _line(one: Series, frame: Frame) -> str:
+    marks = sorted(one.marks, key=lambda mark: mark.x)
+    path = frame.path((m.x, m.y) for m in marks)
+    head = f'<g {_linked(one.row)}class="c{one.family % len(HUES)}"'
+    if one.tip:  # a wide unseen stroke, since nobody hits a thin one
+        wide = f'<path class="reach" d="{path}"/>'
+        return f'{head} data-tip="{_text(one.tip)}">{wide}<path class="join" d="{path}"/></g>'
+    rows = "" if one.row else f' data-rows="{" ".join(m.row for m in marks)}"'
+    dots = "".join(
+        f'<g {_linked(m.row)}data-tip="{_text(m.tip)}">{_dot(one.family, frame.px(m.x), frame.py(m.y))}</g>'
+        for m in marks
+    )
+    return f'{head}><path class="join"{rows} d="{path}"/>{dots}</g>'
+
+
+def _linked(row: str) -> str:
+    return f'data-row="{row}" ' if row else ""
+
+
+def _dot(family: int, x: float, y: float) -> str:
+    return (
+        f'<circle class="reach" cx="{x:.1f}" cy="{y:.1f}" r="11"/>'
+        f'<use class="dot" href="#s{family % len(HUES)}" x="{x:.1f}" y="{y:.1f}"/>'
+    )
+
+
+def scatter(panel: Panel, axis: str, measure: str, log: bool) -> str:
+    """One view of a panel: loss against cost with front, intervals, baselines and the reach of seeds."""
+    height = panel.y[measure]["log" if log else "linear"]
+    frame = Frame(panel.x[axis], height.scale)
+    dots = [dot for dot in panel.dots if measure in dot.y]
+    label = f"{MEASURES[measure].short} against {AXES[axis].short} under {panel.protocol}"
+    front = [dot for dot in dots if dot.row in panel.fronts[axis].get(measure, ())]
+    return "".join(
+        [
+            _open(label),
+            frame.drawn(AXES[axis].title, MEASURES[measure].title),
+            _baselines(height, frame),
+            '<g clip-path="url(#inside)">',
+            _step([(dot.x[axis], dot.y[measure]) for dot in front], frame),
+            *(_trail(own, axis, measure, frame) for own in _by_trace(panel.trails, axis, measure)),
+            *(_seeds(one, axis, measure, frame) for one in panel.seeds if measure in one.reach),
+            *(_trace(own, axis, measure, frame) for own in _by_trace(dots, axis, measure)),
+            *(_point(dot, axis, measure, frame) for dot in dots),
+            "</g></svg>",
+        ]
+    )
 
 
 def _open(label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}" '
-        'xmlns="http://www.w3.org/2000/svg">'
-    )
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(label)}">'
 
 
-def _grid(x: Scale, y: Scale, ticks: Sequence[float], names: Sequence[str], x_title: str, y_title: str) -> str:
-    floor, parts = HEIGHT - BOTTOM, []
-    for value in y.ticks():
-        at = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value, name in zip(ticks, names, strict=True):
-        at = x(value)
-        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{floor}"/>')
+def _text(text: str) -> str:
+    return html.escape(text)
+
+
+def _baselines(height: Height, frame: Frame) -> str:
+    parts, end = [], WIDTH - RIGHT
+    for value, name in height.bars:
+        at = frame.py(value)
+        parts.append(f'<path class="bar" d="M{LEFT},{at:.1f}H{end}"/>')
+        parts.append(f'<text class="barname" x="{end - 4}" y="{at - 5:.1f}" text-anchor="end">{_text(name)}</text>')
+    if height.above:
         parts.append(
-            f'<text class="tick" x="{at:.1f}" y="{floor + 17}" text-anchor="middle">{html.escape(name)}</text>'
+            f'<text class="barname" x="{end - 4}" y="{TOP - 9}" text-anchor="end">↑ {_text(height.above)}</text>'
         )
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text class="title" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x_title)}</text>'
-    )
-    half = (TOP + floor) / 2
-    turn = f'transform="rotate(-90 14 {half})"'
-    parts.append(f'<text class="title" x="14" y="{half}" text-anchor="middle" {turn}>{html.escape(y_title)}</text>')
-    return "".join(parts)
+    if height.below:
+        at_foot = HEIGHT - BOTTOM - 8
+        parts.append(
+            f'<text class="barname" x="{end - 4}" y="{at_foot}" text-anchor="end">↓ {_text(height.below)}</text>'
+        )
+    return f"<g data-baseline>{''.join(parts)}</g>"
 
 
-def _bar(bar: Bar, x: Scale, y: Scale) -> str:
-    at = y(bar.y)
+def _step(front: Iterable[tuple[float, float]], frame: Frame) -> str:
+    points = sorted(front)
+    if not points:
+        return ""
+    (x, y), *rest = points
+    path = f"M{frame.px(x):.1f},{frame.py(y):.1f}"
+    path += "".join(f"H{frame.px(x):.1f}V{frame.py(y):.1f}" for x, y in rest)
+    return f'<path class="front" d="{path}H{WIDTH - RIGHT + 8}"/>'
+
+
+def _by_trace(dots: Iterable[Dot], axis: str, measure: str) -> list[list[Dot]]:
+    """Dots that can be drawn under these axes, by trace and rising cost."""
+    out: dict[str, list[Dot]] = {}
+    for dot in dots:
+        if axis in dot.x and measure in dot.y:
+            out.setdefault(dot.trace, []).append(dot)
+    return [sorted(own, key=lambda dot: dot.x[axis]) for own in out.values()]
+
+
+def _trail(own: Sequence[Dot], axis: str, measure: str, frame: Frame) -> str:
+    parts = [f'<path class="trail" d="{frame.path((dot.x[axis], dot.y[measure]) for dot in own)}"/>']
+    for dot in own:
+        x, y = frame.px(dot.x[axis]), frame.py(dot.y[measure])
+        parts.append(
+            f'<g data-row="{dot.row}" data-tip="{_text(dot.tip)}"><circle class="reach" cx="{x:.1f}" cy="{y:.1f}" '
+            f'r="9"/><circle class="trailing" cx="{x:.1f}" cy="{y:.1f}" r="3"/></g>'
+        )
+    last = own[-1]
+    x, y = frame.px(last.x[axis]) - 6, frame.py(last.y[measure]) + 15
+    parts.append(f'<text class="barname" x="{x:.1f}" y="{y:.1f}" text-anchor="end">{_text(last.trace)}</text>')
+    return f"<g data-baseline>{''.join(parts)}</g>"
+
+
+def _seeds(one: Seeds, axis: str, measure: str, frame: Frame) -> str:
+    low, high = (frame.py(end) for end in one.reach[measure])
+    x = frame.px(one.x[axis])
     return (
-        f'<line class="bar" x1="{x.start}" x2="{x.end}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        f'<text class="barname" x="{x.end - 4}" y="{at - 5:.1f}" text-anchor="end">{html.escape(bar.label)}</text>'
+        f'<path class="seeds c{one.family % len(HUES)}" data-rows="{" ".join(one.rows)}" '
+        f'd="M{x - 11:.1f},{low:.1f}h22M{x - 11:.1f},{high:.1f}h22M{x:.1f},{low:.1f}V{high:.1f}"/>'
     )
 
 
-def _step(front: Sequence[Mark], x: Scale, y: Scale) -> str:
-    path = f"M{x(front[0].x):.1f},{y(front[0].y):.1f}"
-    for mark in front[1:]:
-        path += f"H{x(mark.x):.1f}V{y(mark.y):.1f}"
-    return f'<path class="front" d="{path}H{x.end}"/>'
+def _trace(own: Sequence[Dot], axis: str, measure: str, frame: Frame) -> str:
+    path = frame.path((dot.x[axis], dot.y[measure]) for dot in own)
+    return f'<path class="join c{own[0].family % len(HUES)}" data-rows="{" ".join(d.row for d in own)}" d="{path}"/>'
 
 
-def _series(one: Series, x: Scale, y: Scale) -> str:
-    marks = sorted(one.marks, key=lambda mark: mark.x)
-    points = " ".join(f"{x(m.x):.1f},{y(m.y):.1f}" for m in marks)
-    parts = [f'<g class="c{one.family % COLOURS}"><polyline class="join" points="{points}"/>']
-    for mark in marks:
-        px, py = x(mark.x), y(mark.y)
-        parts.append(f'<g class="mark" data-row="{html.escape(mark.row)}" data-tip="{html.escape(mark.tip)}">')
-        if mark.low is not None and mark.high is not None:
-            parts.append(f'<path class="whisker" d="M{px:.1f},{y(mark.low):.1f}V{y(mark.high):.1f}"/>')
-        parts.append(f'<circle class="reach" cx="{px:.1f}" cy="{py:.1f}" r="11"/>{shape(one.family, px, py)}')
-        if mark.label:
-            parts.append(f'<text class="label" x="{px + 8:.1f}" y="{py - 7:.1f}">{html.escape(mark.label)}</text>')
-        parts.append("</g>")
-    return "".join([*parts, "</g>"])
+def _point(dot: Dot, axis: str, measure: str, frame: Frame) -> str:
+    x, y = frame.px(dot.x[axis]), frame.py(dot.y[measure])
+    whisker = ""
+    if measure in dot.span:
+        low, high = (frame.py(end) for end in dot.span[measure])
+        whisker = f'<path class="whisker" d="M{x:.1f},{low:.1f}V{high:.1f}"/>'
+    return (
+        f'<g class="mark c{dot.family % len(HUES)}" data-row="{dot.row}" data-tip="{_text(dot.tip)}">'
+        f"{whisker}{_dot(dot.family, x, y)}</g>"
+    )
 
 
-def shape(family: int, x: float, y: float, r: float = 5.2) -> str:
-    """A family's marker around (x, y)."""
-    kind = family % COLOURS
-    if kind == 0:
-        return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
-    spokes = {
-        1: [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
-        2: [(0, -1.2), (1.1, 0.8), (-1.1, 0.8)],
-        3: [(0, -1.3), (1.15, 0), (0, 1.3), (-1.15, 0)],
-        4: [(0, 1.2), (1.1, -0.8), (-1.1, -0.8)],
-        5: [p for u, v in ((0, -1), (1, 0), (0, 1), (-1, 0)) for p in _arm(u, v)],
-        6: [(math.sin(i * math.pi / 3), -math.cos(i * math.pi / 3)) for i in range(6)],
-        7: _star(),
-    }[kind]
-    points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in spokes)
-    return f'<polygon class="dot" points="{points}"/>'
+# --- histograms -----------------------------------------------------------------------------------------------------
+
+SMALL_WIDTH, SMALL_HEIGHT = 250, 104
+DEAD_BIN = 24
+"""Pixels that the bin of dead latents takes at the left."""
 
 
-def _arm(u: int, v: int, long: float = 1.2, half: float = 0.4) -> list[tuple[float, float]]:
-    """The inner corner and the two ends of one arm of a plus, clockwise; (u, v) is where it points."""
-    side = (-v * half, u * half)
-    return [
-        (u * half - side[0], v * half - side[1]),
-        (u * long - side[0], v * long - side[1]),
-        (u * long + side[0], v * long + side[1]),
-    ]
+def histogram(edges: Sequence[float], share: Sequence[float], dead: float, top: float, family: int, label: str) -> str:
+    """Latents by log10 density as shares of all, and those that never fired in a bin of their own at the left.
 
+    `top` is the share that fills the height, so that small charts beside each other can be compared.
+    """
+    floor, left, right = SMALL_HEIGHT - 18, DEAD_BIN + 10.0, SMALL_WIDTH - 17.0
+    unit = (right - left) / (edges[-1] - edges[0])
 
-def _star() -> list[tuple[float, float]]:
-    radii = (1.3, 0.55)
-    return [(radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)]
+    def bar(start: float, end: float, value: float, kind: str) -> str:
+        height = (floor - 8) * value / top
+        return (
+            f'<rect class="{kind}" x="{start + 0.5:.1f}" y="{floor - height:.1f}" width="{end - start - 1:.1f}" '
+            f'height="{height:.1f}"><title>{100 * value:.2f}%</title></rect>'
+        )
+
+    ends = [left + (edge - edges[0]) * unit for edge in edges]
+    bars = [bar(a, b, value, "density") for a, b, value in zip(ends, ends[1:], share, strict=False) if value]
+    bars += [bar(2, DEAD_BIN, dead, "deadbin")] if dead else []
+    ticks = []
+    for power in range(math.ceil(edges[0]), 1):
+        at = left + (power - edges[0]) * unit
+        ticks.append(f'<path class="grid" d="M{at:.1f},6V{floor}"/>')
+        ticks.append(
+            f'<text class="tick" x="{at:.1f}" y="{floor + 14}" text-anchor="middle">{100 * 10.0**power:g}%</text>'
+        )
+    return (
+        f'<svg class="small c{family % len(HUES)}" viewBox="0 0 {SMALL_WIDTH} {SMALL_HEIGHT}" role="img" '
+        f'aria-label="{_text(label)}">{"".join(ticks)}<text class="tick" x="{2 + DEAD_BIN / 2}" y="{floor + 14}" '
+        f'text-anchor="middle">dead</text>{"".join(bars)}<path class="axis" d="M2,{floor}H{DEAD_BIN}M{left},{floor}'
+        f'H{right}"/></svg>'
+    )

@@ -3,19 +3,19 @@
 import csv
 import io
 import json
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.evaluate.sweep import sweep
 from thresher.cache.errors import UserError
-from thresher.evaluate.columns import COLUMNS, count, sites_label
+from thresher.evaluate.columns import chance_text, count, label, sites_label
+from thresher.evaluate.costs import AXES
 from thresher.evaluate.headline import headline
 from thresher.evaluate.metrics import SUMS
-from thresher.evaluate.page import render
 from thresher.evaluate.report import print_table, write_report
-from thresher.evaluate.results import DEFINITIONS, Row, from_json, to_json
+from thresher.evaluate.results import Row, from_json, to_json
 from thresher.evaluate.run import Replacement
 from thresher.evaluate.splice import PROTOCOLS
 
@@ -76,8 +76,10 @@ def test_other_or_newer_json_is_refused():
         from_json({"format": "thresher.results", "version": 99})
 
 
+@pytest.mark.parametrize("made", ["run", "made up"])
 @pytest.mark.parametrize(("width", "terminal"), [(100, True), (80, True), (160, True), (80, False)])
-def test_tables_fit_and_keep_the_essentials(results, width, terminal):
+def test_tables_fit_and_keep_the_essentials(results, made, width, terminal):
+    results = results if made == "run" else sweep(many=True)
     text = printed(results, width, terminal)
     lines = text.splitlines()
     assert max(map(len, lines)) <= (min(width, 100) if terminal else 100)
@@ -117,10 +119,12 @@ def test_fronts_never_mix_protocols_or_sites(results):
 
 def test_report_writes_every_form(results, tmp_path):
     paths = write_report(results, tmp_path / "out")
-    assert {p.name for p in paths.plots} == {"delta_l0.png", "fvu_l0.png", "fvu_sites.png", "delta_sites.png"}
-    for path in (paths.json, paths.csv, paths.markdown, paths.html, paths.segments, *paths.plots):
+    expected = {"delta_l0", "fvu_l0", "fvu_sites", "delta_sites", "delta_positions", "write_norms"}
+    assert {p.stem for p in paths.plots} == expected
+    for path in (paths.json, paths.csv, paths.markdown, paths.latex, paths.html, paths.segments, *paths.plots):
         assert path.stat().st_size > 500
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths.plots)
+    for path in paths.plots:
+        assert path.read_bytes().startswith({".png": b"\x89PNG", ".svg": b"<?xml"}[path.suffix])
     assert not list((tmp_path / "out").glob("*.part"))
     lines = list(csv.DictReader(paths.csv.open()))
     assert len(lines) == len(results.rows)
@@ -129,6 +133,17 @@ def test_report_writes_every_form(results, tmp_path):
     assert float(line["delta"]) == row.metrics["delta"]
     assert float(line["delta_high"]) == row.intervals["delta"].high
     assert line["fact_kind"] == "sae"
+
+
+def test_csv_gives_the_chance_of_the_front_by_cost(tmp_path):
+    made = sweep(protocols=("cascade",))
+    lines = list(csv.DictReader(write_report(made, tmp_path).csv.open()))
+    for line in lines:
+        row = made.find(line["name"], "cascade")
+        if row.kind == "replacement":
+            assert {axis: float(line[f"chance_{axis}"]) for axis in AXES} == row.chance
+        else:
+            assert line["chance_l0"] == ""
 
 
 def test_segments_add_up_to_the_table(results, tmp_path):
@@ -140,57 +155,6 @@ def test_segments_add_up_to_the_table(results, tmp_path):
     assert tokens == results.masks["scored_tokens"]
     assert (patched - clean)[SUMS.index("nll")] / tokens == pytest.approx(found["delta"], abs=1e-12)
     assert patched[SUMS.index("agree")] / tokens == pytest.approx(found["agree"])
-
-
-class Page(HTMLParser):
-    """Tags, their nesting, and every reference that a browser would follow."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.links, self.tags = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for key, value in attrs if key in ("src", "href", "action", "data")]
-        if tag not in ("meta", "link", "br", "img", "input"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_page_is_well_formed_and_fetches_nothing(results):
-    text = render(results)
-    page = Page()
-    page.feed(text)
-    assert page.open == []
-    assert page.links == []
-    assert "@import" not in text
-    assert "url(" not in text
-    assert text.count("http") == text.count('xmlns="http://www.w3.org/2000/svg"')
-    assert "[[" not in text.split("<script>")[0]
-    assert page.tags.count("table") == len(PROTOCOLS)
-
-
-def test_page_escapes_names(results):
-    text = render(results)
-    assert "<script>alert" not in text
-    assert "&lt;script&gt;alert" in text
-
-
-def test_page_has_every_column_defined_and_every_replacement_drawn(results):
-    text = render(results)
-    for column in COLUMNS:
-        assert column.key in DEFINITIONS
-        assert f">{column.title.replace('>', '&gt;')}<" in text
-    assert text.count('data-row="transcoder-0.3"') >= 2 * len(PROTOCOLS) + 3  # points, table rows, site strips
-
-
-def test_report_of_read_back_results_equals_the_first(results):
-    assert render(from_json(json.loads(json.dumps(to_json(results))))) == render(results)
 
 
 # --- headline -------------------------------------------------------------------------------------------------------
@@ -238,3 +202,13 @@ def test_labels():
     assert sites_label(["L00.mlp_out", "L02.mlp_out"]) == "mlp_out L0,2"
     assert sites_label(["blocks.0.attn.hook_out"]) == "blocks.0.attn.hook_out"
     assert [count(v) for v in (512, 12_288, 4_194_304)] == ["512", "12.3k", "4.19M"]
+    assert [chance_text(v) for v in (0, 0.001, 0.5, 0.999, 1)] == ["0%", "<1%", "50%", ">99%", "100%"]
+
+
+def test_rows_are_called_what_they_are():
+    made = sweep(protocols=("cascade",))
+    called = {label(row) for row in made.rows if row.kind == "baseline"}
+    assert called == {"clean", "zero ablation", "mean ablation", "affine"} | {f"neurons k={k}" for k in (8, 16, 32, 64)}
+    assert label(made.find("zero", "cascade"), several=True) == "zero ablation (mlp_out L0–3)"
+    replaced = made.rows[0]._replace(name="zero")  # a run may be called like a baseline
+    assert label(replaced, several=True) == "zero"
