@@ -37,10 +37,7 @@ def batch_truth(y_NE: Tensor) -> BatchTruth:
 def compat(truth: BatchTruth, errors: Errors) -> Tensor:
     """[3] `COMPAT` of one batch, float64; NaN or infinite where a batch leaves one undefined.
 
-    - ev_legacy_token: mean over rows of 1 − ‖r‖²/‖y − ȳ‖² (SAELens up to 6.17, SAEBench's paper);
-    - fve_centred: 1 − Σ_d var(r_d)/Σ_d var(y_d), blind to a constant offset (dictionary_learning);
-    - ev_second_moment: 1 − mean ‖r‖²/(mean ‖y‖² − (mean of all y²)²), which changes with the scale of y (SAELens 6.18,
-      SAEBench 0.6).
+    Their formulas stand in `results.DEFINITIONS`.
     """
     rows = errors.squares.shape[0]
     residual_variance = (errors.by_dim - errors.total.square() / rows).sum() / max(rows - 1, 1)

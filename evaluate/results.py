@@ -53,6 +53,12 @@ DEFINITIONS: dict[str, str] = {
     "dense_10": "Share of latents firing on more than 10 % of tokens.",
     "active_per_mlp": "Active latents that one reconstruction sums over, mean over written sites.",
     "active_parameters": "Encoder and decoder parameters of the active latents per token, summed over sites.",
+    "ev_legacy_token": "SAELens up to 6.17 and SAEBench's paper: mean over tokens of 1 - ‖r‖²/‖y - ȳ‖², ȳ the batch's "
+    "mean, then the mean over batches. Never ranked.",
+    "fve_centred": "dictionary_learning: mean over batches of 1 - Σ_d var(r_d)/Σ_d var(y_d). Does not see a constant "
+    "offset. Never ranked.",
+    "ev_second_moment": "SAELens 6.18 and SAEBench 0.6: 1 - mean ‖r‖²/(mean ‖y‖² - (mean of all y²)²), mean over "
+    "batches. Changes when y is scaled. Never ranked.",
     "n_latents": "Number of latents of all sources together.",
     "n_parameters": "All parameters of the dictionaries.",
 }
