@@ -22,9 +22,9 @@ from thresher.evaluate.arms import Plan
 from thresher.evaluate.causality import check_causality
 from thresher.evaluate.checks import Replacement, check_replacements, check_tokens
 from thresher.evaluate.masks import Scored, scored
-from thresher.evaluate.passes import run_passes
 from thresher.evaluate.positions import buckets_of
 from thresher.evaluate.results import Results
+from thresher.evaluate.rounds import run_passes
 from thresher.evaluate.seeds import seed_spreads
 from thresher.evaluate.statistics import FEW_UNITS
 from thresher.evaluate.store import Store

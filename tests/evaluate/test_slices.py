@@ -10,7 +10,7 @@ from thresher.evaluate.clean_facts import site_facts
 from thresher.evaluate.compat import COMPAT, batch_truth, compat
 from thresher.evaluate.masks import bucket_edges, outside_mask, scored
 from thresher.evaluate.metrics import ReconstructionSums, TargetSums, reconstruction_metrics
-from thresher.evaluate.passes import run_passes
+from thresher.evaluate.rounds import run_passes
 from thresher.evaluate.run import Replacement
 from thresher.evaluate.splice import cascade_edits
 

@@ -1,0 +1,149 @@
+"""All batches of an evaluation, each run for those ledgers that have not seen it.
+
+Every part keeps its own count of batches (ledger.py). What a store knows is taken from there, and a batch is run only
+for those who have not seen it; sums are kept every half minute, when the user stops, and at the end.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thresher.cache.contracts import Target
+from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
+from thresher.evaluate import splice
+from thresher.evaluate.arms import CLEAN, IDENTITY, Plan, ablations, means_of
+from thresher.evaluate.checks import Replacement
+from thresher.evaluate.ledger import Ledger
+from thresher.evaluate.masks import Scored
+from thresher.evaluate.passes import BatchRunner, Clean, cuts, make_batch
+from thresher.evaluate.store import Store
+from thresher.evaluate.tally import Tally
+
+KEEP_EVERY_S = 30.0
+
+
+class Job(NamedTuple):
+    """One ledger and how a batch gets into it."""
+
+    ledger: Ledger
+    run: Callable[[BatchRunner, Clean], object]
+    passes: tuple[int, int]
+    """Forward passes of a batch without and with `single_site`."""
+    single_only: bool = False
+
+
+def jobs(tally: Tally, replacements: Sequence[Replacement]) -> list[Job]:
+    """Everything but the clean arm."""
+    plan, device, out = tally.plan, tally.device, []
+    written = list(tally.truth)
+    for site, ledger in tally.truth.items():
+
+        def describe(run: BatchRunner, clean: Clean, ledger: Ledger = ledger, site: str = site) -> None:
+            run.add_truth(ledger, site, clean)
+
+        out.append(Job(ledger, describe, (0, 0)))
+    if IDENTITY in tally.arms:
+        ledger = tally.arms[IDENTITY]
+
+        def identity(run: BatchRunner, clean: Clean, ledger: Ledger = ledger) -> None:
+            run.run(ledger, IDENTITY, splice.identity_edits(written, run.batch.patch), "The identity arm")
+
+        out.append(Job(ledger, identity, (1, 1)))
+    for label, (values, single_only) in ablations(replacements, plan).items():
+        constants = {site: value.to(device) for site, value in values.items()}
+
+        def ablate(
+            run: BatchRunner, clean: Clean, label: str = label, constants: dict[str, Tensor] = constants
+        ) -> None:
+            edits = splice.constant_edits(constants, run.batch.patch)
+            run.run(tally.arms[label], label, edits, f"The ablation {label!r}")
+
+        out.append(Job(tally.arms[label], ablate, (0 if single_only else 1, 1), single_only))
+    for replacement in replacements:
+        own = tally.own[replacement.name]
+
+        def judge(run: BatchRunner, clean: Clean, own: Ledger = own, replacement: Replacement = replacement) -> None:
+            run.run_replacement(own, replacement, clean)
+
+        out.append(Job(own, judge, _passes(replacement, plan)))
+    return out
+
+
+def _passes(replacement: Replacement, plan: Plan) -> tuple[int, int]:
+    every = sum(p in plan.protocols for p in ("cascade", "clean_input"))
+    every += "error_added" in plan.arms and not replacement.baseline
+    sites = len(means_of(replacement))
+    extra = sites if "single_site" in plan.protocols and (sites > 1 or "clean_input" not in plan.protocols) else 0
+    return every, every + extra
+
+
+def count_passes(work: Sequence[Job], clean: Ledger, batches: Sequence[tuple[np.ndarray, bool]]) -> int:
+    """Forward passes that are left, for the progress bar."""
+    total = 0
+    for i, (_, single) in enumerate(batches):
+        due = [job for job in work if job.ledger.done <= i and (single or not job.single_only)]
+        total += sum(job.passes[single] for job in due) + bool(due or clean.done <= i)
+    return total
+
+
+def run_passes(
+    scored: Scored,
+    replacements: Sequence[Replacement],
+    target: Target,
+    plan: Plan,
+    *,
+    norms: Mapping[str, float] | None = None,
+    store: Store | None = None,
+    begin: Callable[[int, int], Callable[[], None]] = lambda passes, known: lambda: None,
+) -> Tally:
+    """Run every arm over all rows and return the sums.
+
+    `norms`: by site, the norm above which a row counts as an outlier. `begin` is told the number of passes to come and
+    of replacements whose sums are whole already, and returns what is called after each pass. With a store, what it
+    knows is not run again, and SIGINT or SIGTERM end in Interrupted with the sums so far kept.
+    """
+    tally = Tally(scored, replacements, target, plan, norms or {})
+    batches, work = cuts(scored, plan), jobs(tally, replacements)
+    if store is not None:
+        for ledger in tally.ledgers():
+            store.take_up(ledger, plan.batch_contexts, len(batches), target.device)
+    sites = tuple(dict.fromkeys([s for r in replacements for s in splice.reads(r.dictionaries)] + list(tally.truth)))
+    clean_ledger = tally.arms[CLEAN]
+    fresh = [ledger for ledger in tally.ledgers() if ledger.done < len(batches)]
+    known = sum(tally.own[r.name].done == len(batches) for r in replacements if not r.baseline)
+    advance, kept = begin(count_passes(work, clean_ledger, batches), known), time.monotonic()
+    with ExitStack() as stack, torch.inference_mode():
+        stop = stack.enter_context(deferred_interrupts()) if store is not None else StopFlag()
+        for i, (index, single) in enumerate(batches):
+            due = [job for job in work if job.ledger.done <= i]
+            if due or clean_ledger.done <= i:
+                runner = BatchRunner(target, make_batch(scored, index, single, target.device), tally, advance)
+                clean = runner.run_clean(sites, clean_ledger if clean_ledger.done <= i else None)
+                clean_ledger.done = max(clean_ledger.done, i + 1)
+                for job in due:
+                    if single or not job.single_only:
+                        job.run(runner, clean)
+                    job.ledger.done = i + 1
+            last = i + 1 == len(batches)
+            if store is not None and not last and (stop.requested or time.monotonic() - kept > KEEP_EVERY_S):
+                _keep(store, fresh, plan, whole=False)
+                kept = time.monotonic()
+                if stop.requested:
+                    raise Interrupted(
+                        f"Stopped after {i + 1} of {len(batches)} batches; the sums so far are kept in {store.folder}. "
+                        "The same command goes on from there."
+                    )
+        if store is not None:
+            _keep(store, fresh, plan, whole=True)
+    return tally
+
+
+def _keep(store: Store, fresh: Sequence[Ledger], plan: Plan, *, whole: bool) -> None:
+    for ledger in fresh:
+        if ledger.done:
+            store.put(ledger, plan.batch_contexts, whole=whole)
