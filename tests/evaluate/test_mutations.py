@@ -6,7 +6,7 @@ import torch
 
 from tests.evaluate.test_reference import INS, MEANS, OUTS, by_loops
 from thresher.cache.layout import Contexts
-from thresher.evaluate import masks, metrics, passes, run, splice, verdict
+from thresher.evaluate import masks, metrics, passes, rounds, run, splice, verdict
 from thresher.evaluate.run import Replacement
 
 
@@ -23,7 +23,7 @@ def swapped_kl(monkeypatch, kit):
 
 def unshifted_accuracy(monkeypatch, kit):
     """The prediction at a position compared with the token that stands there."""
-    make, right, current = passes.make_batch, passes.score_tokens, {}
+    make, right, current = rounds.make_batch, passes.score_tokens, {}
 
     def batch(*arguments):
         made = make(*arguments)
@@ -34,7 +34,7 @@ def unshifted_accuracy(monkeypatch, kit):
         assert len(logits_NV) == len(current["tokens"])  # one chunk
         return right(logits_NV, target_N, clean)._replace(correct=(logits_NV.argmax(-1) == current["tokens"]).double())
 
-    monkeypatch.setattr(passes, "make_batch", batch)
+    monkeypatch.setattr(rounds, "make_batch", batch)
     monkeypatch.setattr(passes, "score_tokens", score)
 
 
