@@ -172,7 +172,7 @@ def test_rows_in_bfloat16_are_added_to_a_gradient_in_one_pass() -> None:
         sink, rows = Sink(weight), torch.tensor([4, 1])
         values = torch.randn(2, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
         sink.add_rows(rows, values, factor)  # waits for the first whole term
-        matrix, _, facts = sink.open(facts=True)
+        matrix, _, facts, _ = sink.open(facts=True)
         matrix.fill_(1.0)
         assert facts is not None
         sink.close()
