@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.train.test_losses import LATENTS, RULES, N, batch, make
+from tests.train.test_losses import LATENTS, RULES, N, auxk_term, batch, make
 from thresher.train import auxk
 from thresher.train.kernels import low, silent, slabs
 from thresher.train.kernels.choice import Kernels
@@ -115,7 +115,7 @@ def test_the_fast_term_equals_autograd_with_all_gradients(
         if kind == "clt":
             coder.encoder(1).tokens_since_fired.zero_()  # a source without dead latents
         xs, ys = batch(coder)
-        term = auxk.auxiliary(coder, coder(xs), xs, ys)
+        term = auxk_term(coder, xs, ys)
         results.append((term, _gradients(term, dict(coder.named_parameters()))))
     (fast, fast_grads), (plain, plain_grads) = results
     torch.testing.assert_close(fast, plain)
@@ -134,7 +134,7 @@ def test_products_in_bfloat16_give_the_term_and_its_gradients_to_half_a_percent(
         monkeypatch.setattr(silent, "_BLOCK_WORK", work)
         coder = make(kind, pre_bias=kind == "sae", aux_k=4, **RULES["topk"]).float()
         xs, ys = ([tensor.float() for tensor in tensors] for tensors in batch(coder))
-        term = auxk.auxiliary(coder, coder(xs), xs, ys)
+        term = auxk_term(coder, xs, ys)
         assert ("auxk in bfloat16" in coder.kernels.used) == (work == 0)
         results.append([term.detach(), *_gradients(term, dict(coder.named_parameters()))])
     for rounded, exact in zip(*results, strict=True):
@@ -200,9 +200,9 @@ def test_codes_of_a_selection_made_before_are_found_without_its_block() -> None:
 def test_a_sink_gets_rows_of_dead_latents_and_autograd_nothing() -> None:
     plain, sunk = (make("clt", **RULES["topk"]) for _ in range(2))
     xs, ys = batch(plain)
-    auxk.auxiliary(plain, plain(xs), xs, ys).backward()
+    auxk_term(plain, xs, ys).backward()
     sinks = sunk.gather()
-    auxk.auxiliary(sunk, sunk(xs), xs, ys).backward()
+    auxk_term(sunk, xs, ys).backward()
     for source in range(len(xs)):
         pairs = [(plain.encoder(source).W_enc, sunk.encoder(source).W_enc), (plain.W_dec[source], sunk.W_dec[source])]
         for expected, weight in pairs:
@@ -226,7 +226,7 @@ def test_what_the_backward_pass_used_is_freed_by_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(auxk, "_way", watched)
     coder = make("sae", **RULES["topk"])
     xs, ys = batch(coder)
-    term = auxk.auxiliary(coder, coder(xs), xs, ys)
+    term = auxk_term(coder, xs, ys)
     assert made[0]() is not None
     term.backward()
     assert made[0]() is None

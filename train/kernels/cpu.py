@@ -47,7 +47,7 @@ def decoder_gradient(
     noted = no_facts(rows) if facts is None else facts
     squares, along, norms = (part.zero_().numpy() for part in noted)
     dots = np.zeros_like(z)
-    places = (*_flat(dW_FM), *_flat(g_NM), *_flat(W_FM))
+    places = (*flat(dW_FM), *flat(g_NM), *flat(W_FM))
     how, start = _how(dW_FM, fresh), _start(rows, z.dtype, begun)
 
     def piece(first: int, stop: int) -> None:
@@ -134,7 +134,7 @@ def _bags(
 ) -> None:
     offsets, index, weights = entries
     groups, width = offsets.shape[0] - 1, table.shape[1]
-    places = (*_flat(out), *_flat(table))
+    places = (*flat(out), *flat(table))
 
     def piece(first: int, stop: int) -> None:
         cpu_bags.bags(first, stop, width, *places, offsets, index, weights, how, start, squares, sums)
@@ -166,7 +166,7 @@ def _start(rows: int, kind: np.dtype[Any], begun: Rows | None) -> cpu_bags.Start
     return cpu_bags.Start(place, numbers(begun.values), kind.type(begun.factor))
 
 
-def _flat(matrix: Tensor) -> tuple[np.ndarray, int]:
+def flat(matrix: Tensor) -> tuple[np.ndarray, int]:
     """A matrix with unit stride along rows as the numbers from its first to its last, and the distance of rows."""
     rows, width = matrix.shape
     assert matrix.stride(1) == 1 or width == 1
