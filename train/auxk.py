@@ -242,9 +242,8 @@ class _Low:
     def gradients(self, x_ND: Tensor, b_dec_D: Tensor | None, scale: Tensor) -> _Gradients:
         """What follows from ê − e, times `scale`, for inputs less b_dec."""
         da_Nn = self.error_NE @ self.W_dec_nE.T
-        low.keep(da_Nn, self.z_Nn)
+        db_n = low.keep(da_Nn, self.z_Nn).mul_(scale)
         low_ND = x_ND.bfloat16() if b_dec_D is None else low.less(x_ND, b_dec_D)
-        db_n = (da_Nn.new_ones(1, da_Nn.shape[0]) @ da_Nn)[0].to(x_ND.dtype).mul_(scale)
         return _Gradients(self.z_Nn.T @ self.error_NE, da_Nn.T @ low_ND, db_n, float(scale))
 
 
