@@ -37,6 +37,7 @@ from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Encoder
 from thresher.train.kernels import low, padded, slabs
 from thresher.train.kernels.gradients import Sink
+from thresher.train.kernels.residual import Left
 from thresher.train.kernels.silent import Dead, Silent, SilentBlock, by_latent, plain_silent
 from thresher.train.kernels.tiles import tile_rows
 
@@ -46,19 +47,19 @@ the times of single products, not measured as a whole."""
 
 
 def auxiliary(
-    coder: Coder, done: Pass, xs: Sequence[Tensor], ys: Sequence[Tensor], variation_S: Tensor | None = None
+    coder: Coder, done: Pass, xs: Sequence[Tensor], lefts: Sequence[Left], variation_S: Tensor | None = None
 ) -> Tensor:
     """The mean over the sources that have dead latents; 0 when none has.
 
-    `variation_S`: Σ‖e − ē‖² per destination where these rows are part of a larger batch; None: they are all of it.
+    `lefts`: what `done` left of every destination. `variation_S`: Σ‖e − ē‖² per destination where these rows are part
+    of a larger batch; None: they are all of it.
     """
     terms, counts = [], []
-    for source, (x_ND, y_NE) in enumerate(zip(xs, ys, strict=True)):
+    for source, (x_ND, left) in enumerate(zip(xs, lefts, strict=True)):
         dead = dead_latents(coder, source, done)
         if dead is not None:
-            residual_NE = y_NE - done.y[:, source].detach()
-            total = variation(residual_NE) if variation_S is None else variation_S[source]
-            terms.append(_share(coder, source, dead, done.fired[source].silent, x_ND, residual_NE, total))
+            total = left.variation() if variation_S is None else variation_S[source]
+            terms.append(_share(coder, source, dead, done.fired[source].silent, x_ND, left.residual, total))
             counts += [] if dead.number is None else [dead.number]
     if not terms:
         return done.y.new_zeros(())
@@ -77,14 +78,6 @@ def dead_latents(coder: Coder, source: int, done: Pass) -> Dead | None:
         return None
     latents = encoder.dead_latents()
     return None if latents is None else Dead(latents)
-
-
-def variation(residual_NE: Tensor) -> Tensor:
-    """Σ‖e − ē‖², a scalar."""
-    tokens = residual_NE.shape[0]
-    mean_1E = residual_NE.new_full((1, tokens), 1 / tokens) @ residual_NE  # several times as fast as a sum of columns
-    centred = (residual_NE - mean_1E).view(-1)
-    return torch.dot(centred, centred)
 
 
 def _share(
@@ -249,9 +242,8 @@ class _Low:
     def gradients(self, x_ND: Tensor, b_dec_D: Tensor | None, scale: Tensor) -> _Gradients:
         """What follows from ê − e, times `scale`, for inputs less b_dec."""
         da_Nn = self.error_NE @ self.W_dec_nE.T
-        low.keep(da_Nn, self.z_Nn)
+        db_n = low.keep(da_Nn, self.z_Nn).mul_(scale)
         low_ND = x_ND.bfloat16() if b_dec_D is None else low.less(x_ND, b_dec_D)
-        db_n = (da_Nn.new_ones(1, da_Nn.shape[0]) @ da_Nn)[0].to(x_ND.dtype).mul_(scale)
         return _Gradients(self.z_Nn.T @ self.error_NE, da_Nn.T @ low_ND, db_n, float(scale))
 
 

@@ -25,6 +25,7 @@ from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Fired
 from thresher.train.dictionary.rules import JumpReLU
 from thresher.train.kernels import padded
+from thresher.train.kernels.residual import Left, left
 from thresher.train.kernels.silent import Dead
 from thresher.train.kernels.sparse import spread
 from thresher.train.stages import stage
@@ -70,13 +71,14 @@ def losses(
     spec = coder.spec
     tokens = xs[0].shape[0] if whole is None else whole.tokens
     outputs = [done.y.flatten(1)] if len(ys) == 1 else done.y.unbind(1)
-    errors = [squared_error(out, y) for out, y in zip(outputs, ys, strict=True)]
+    lefts = residuals(coder, done, ys)
+    errors = [squared_error(*pair) for pair in zip(outputs, lefts, strict=True)]
     fvu = torch.stack([error / (tokens * v) for error, v in zip(errors, variances, strict=True)])
     total = fvu.mean()
     aux = penalty = total.new_zeros(())
     if spec.aux > 0:
         with stage("auxk"):
-            aux = auxiliary(coder, done, xs, ys, None if whole is None else whole.residual)
+            aux = auxiliary(coder, done, xs, lefts, None if whole is None else whole.residual)
         total = total + spec.aux * aux
     if ramp > 0 and (spec.sparsity > 0 or spec.preact > 0):
         penalty = ramp * penalties(coder, done.fired, xs, whole)
@@ -84,23 +86,27 @@ def losses(
     return Losses(total, fvu.detach(), aux.detach(), penalty.detach())
 
 
+def residuals(coder: Coder, done: Pass, ys: Sequence[Tensor]) -> list[Left]:
+    """What a pass left of every destination [N, E], without gradient."""
+    return [left(y, done.y[:, destination], coder.kernels) for destination, y in enumerate(ys)]
+
+
 class _SquaredError(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, guess: Tensor, y: Tensor) -> Tensor:
-        error = guess - y
-        ctx.save_for_backward(error)
-        return torch.dot(error.view(-1), error.view(-1))
+    def forward(ctx: Any, guess: Tensor, residual: Tensor, squares: Tensor) -> Tensor:
+        ctx.save_for_backward(residual)
+        return squares.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (error,) = ctx.saved_tensors
-        return error * (2 * g), None
+        (residual,) = ctx.saved_tensors
+        return residual * (-2 * g), None, None
 
 
-def squared_error(guess: Tensor, y: Tensor) -> Tensor:
-    """Σ (guess − y)² with gradient to the guess alone: mse_loss with reduction sum, in fewer passes."""
-    out: Tensor = _SquaredError.apply(guess, y)
+def squared_error(guess: Tensor, found: Left) -> Tensor:
+    """Σ (y − guess)², which is known, with gradient to the guess alone."""
+    out: Tensor = _SquaredError.apply(guess, found.residual, found.squares)
     return out
 
 

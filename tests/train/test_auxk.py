@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.train.test_losses import LATENTS, RULES, N, batch, make
+from tests.train.test_losses import LATENTS, RULES, N, auxk_term, batch, make
 from thresher.train import auxk
 from thresher.train.kernels import low, silent, slabs
 from thresher.train.kernels.choice import Kernels
@@ -115,7 +115,7 @@ def test_the_fast_term_equals_autograd_with_all_gradients(
         if kind == "clt":
             coder.encoder(1).tokens_since_fired.zero_()  # a source without dead latents
         xs, ys = batch(coder)
-        term = auxk.auxiliary(coder, coder(xs), xs, ys)
+        term = auxk_term(coder, xs, ys)
         results.append((term, _gradients(term, dict(coder.named_parameters()))))
     (fast, fast_grads), (plain, plain_grads) = results
     torch.testing.assert_close(fast, plain)
@@ -134,7 +134,7 @@ def test_products_in_bfloat16_give_the_term_and_its_gradients_to_half_a_percent(
         monkeypatch.setattr(silent, "_BLOCK_WORK", work)
         coder = make(kind, pre_bias=kind == "sae", aux_k=4, **RULES["topk"]).float()
         xs, ys = ([tensor.float() for tensor in tensors] for tensors in batch(coder))
-        term = auxk.auxiliary(coder, coder(xs), xs, ys)
+        term = auxk_term(coder, xs, ys)
         assert ("auxk in bfloat16" in coder.kernels.used) == (work == 0)
         results.append([term.detach(), *_gradients(term, dict(coder.named_parameters()))])
     for rounded, exact in zip(*results, strict=True):
@@ -153,8 +153,9 @@ def test_operands_in_bfloat16_are_rounded_as_torch_does(seed: int) -> None:
     assert torch.equal(z, (a * plain_silent(a, torch.arange(30), 7)).bfloat16())
     gradient = torch.randn(5, 30, generator=rng).bfloat16()
     expected = gradient * (z != 0)
-    low.keep(gradient, z)
+    sums = low.keep(gradient, z)
     assert torch.equal(gradient, expected)
+    torch.testing.assert_close(sums, expected.float().sum(0))
     rows = torch.randperm(5, generator=rng)[:3]
     assert torch.equal(low.gather(a, rows), a[rows].bfloat16())
     assert torch.equal(low.gather(a.view(5, 2, 15)[:, 0], rows), a[rows, :15].bfloat16())  # of a CLT's decoder
@@ -172,7 +173,7 @@ def test_rows_in_bfloat16_are_added_to_a_gradient_in_one_pass() -> None:
         sink, rows = Sink(weight), torch.tensor([4, 1])
         values = torch.randn(2, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
         sink.add_rows(rows, values, factor)  # waits for the first whole term
-        matrix, _, facts = sink.open(facts=True)
+        matrix, _, facts, _ = sink.open(facts=True)
         matrix.fill_(1.0)
         assert facts is not None
         sink.close()
@@ -200,9 +201,9 @@ def test_codes_of_a_selection_made_before_are_found_without_its_block() -> None:
 def test_a_sink_gets_rows_of_dead_latents_and_autograd_nothing() -> None:
     plain, sunk = (make("clt", **RULES["topk"]) for _ in range(2))
     xs, ys = batch(plain)
-    auxk.auxiliary(plain, plain(xs), xs, ys).backward()
+    auxk_term(plain, xs, ys).backward()
     sinks = sunk.gather()
-    auxk.auxiliary(sunk, sunk(xs), xs, ys).backward()
+    auxk_term(sunk, xs, ys).backward()
     for source in range(len(xs)):
         pairs = [(plain.encoder(source).W_enc, sunk.encoder(source).W_enc), (plain.W_dec[source], sunk.W_dec[source])]
         for expected, weight in pairs:
@@ -226,7 +227,7 @@ def test_what_the_backward_pass_used_is_freed_by_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(auxk, "_way", watched)
     coder = make("sae", **RULES["topk"])
     xs, ys = batch(coder)
-    term = auxk.auxiliary(coder, coder(xs), xs, ys)
+    term = auxk_term(coder, xs, ys)
     assert made[0]() is not None
     term.backward()
     assert made[0]() is None

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.train.conftest import plans_for
-from tests.train.test_losses import LATENTS, RULES, batch, make
+from tests.train.test_losses import LATENTS, RULES, auxk_term, batch, make
 from tests.train.test_padded import ReadingBack, known
 from tests.train.test_parts import ROWS, fit, inputs
 from thresher.cache.reader import CacheReader
 from thresher.train import auxk
-from thresher.train.auxk import auxiliary
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.coder import Coder
 from thresher.train.fit import Fit
@@ -112,7 +111,7 @@ def test_auxk_of_fixed_capacity_equals_the_plain_term_with_all_gradients(
             monkeypatch.setitem(tiles.LIMIT_BYTES, "cpu", 7 * LATENTS * 8)
         out = coder(xs)
         assert all(fired.silent is None or fired.silent.number is not None for fired in out.fired)
-        term = auxiliary(coder, out, xs, ys)
+        term = auxk_term(coder, xs, ys, out)
         results.append([term.detach(), *(gradients(term, coder) if term.requires_grad else [])])
     plain, fixed = results
     assert bool(plain[0] > 0) == (dead > 0)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tests.train.conftest import KINDS, plans_for
-from tests.train.test_losses import LATENTS, RULES, N, batch, make
+from tests.train.test_losses import LATENTS, RULES, N, auxk_term, batch, make
 from thresher.cache.reader import CacheReader
-from thresher.train.auxk import auxiliary, dead_latents
+from thresher.train.auxk import dead_latents
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.initial import initialise
@@ -54,7 +54,7 @@ def test_every_term_gives_every_weight_the_gradient_of_the_plain_form(kind: str,
         xs, ys = batch(coder)
         done = coder(xs)
         terms = losses(coder, done, xs, ys, [2.0] * len(ys), 1.0)
-        aux = auxiliary(coder, coder(xs), xs, ys)
+        aux = auxk_term(coder, xs, ys)
         found.append([terms.total.detach(), *gradients(terms.total, coder), *gradients(aux, coder)])
     for fast, plain in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain)
@@ -65,7 +65,7 @@ def test_auxk_teaches_dead_encoder_rows(forced: Any) -> None:
     coder = make("transcoder", **RULES["topk"])
     coder.use(Kernels(forced))
     xs, ys = batch(coder)
-    auxiliary(coder, coder(xs), xs, ys).backward()
+    auxk_term(coder, xs, ys).backward()
     encoder = coder.encoder(0)
     assert encoder.W_enc.grad is not None
     assert bool((encoder.W_enc.grad[encoder.dead(100)].abs().sum(1) > 0).all())
@@ -112,10 +112,10 @@ def test_auxk_depends_on_the_residual_and_not_on_the_bias(forced: Any) -> None:
     coder = make("transcoder", **RULES["topk"])
     coder.use(Kernels(forced))
     xs, ys = batch(coder)
-    before = auxiliary(coder, coder(xs), xs, ys)
+    before = auxk_term(coder, xs, ys)
     with torch.no_grad():
         coder.b_dec += 3.0
-    torch.testing.assert_close(auxiliary(coder, coder(xs), xs, [y + 3.0 for y in ys]), before)
+    torch.testing.assert_close(auxk_term(coder, xs, [y + 3.0 for y in ys]), before)
 
 
 # 5. A residual through which AuxK reaches living latents.
@@ -127,7 +127,7 @@ def test_auxk_teaches_only_what_is_dead(kind: str, forced: Any) -> None:
     coder = make(kind, pre_bias=kind == "sae", **RULES["topk"])
     coder.use(Kernels(forced))
     xs, ys = batch(coder)
-    auxiliary(coder, coder(xs), xs, ys).backward()
+    auxk_term(coder, xs, ys).backward()
     assert coder.b_dec.grad is None
     for source in range(len(xs)):
         living = ~coder.encoder(source).dead(100)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from thresher.cache.errors import UserError
 from thresher.train.kernels import choice, cpu, cpu_pool, firing
 from thresher.train.kernels.choice import Kernels
-from thresher.train.kernels.gradients import Sink, no_facts
+from thresher.train.kernels.gradients import Rows, Sink, no_facts
 from thresher.train.kernels.sparse import Selection
 
 WIDTHS = [1, 5, 16, 128, 147, 300]  # below a cache line, one tile, tiles with lines and single columns left
@@ -94,6 +94,33 @@ def test_gradients_of_encoder_and_bias(width: int, fresh: bool, dtype: torch.dty
         torch.testing.assert_close(facts.squares.to(dtype), (expected**2).sum(1), rtol=1e-5, atol=1e-5)
 
 
+def begun_with(width: int, kind: torch.dtype) -> Rows:
+    """Rows of an empty latent, of one that fires nearly always, and of two others."""
+    return Rows(torch.tensor([9, 2, 5, 10]), rand(4, width, seed=4).to(kind), 0.37)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)],
+)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gradients_that_begin_with_rows_have_them_added_and_in_their_facts(
+    width: int, dtype: torch.dtype, kind: torch.dtype, threads: int
+) -> None:
+    selection, begun = entries(20, 11), begun_with(width, kind)
+    z, W = rand(selection.latents.shape[0], dtype=dtype), rand(11, width, seed=1, dtype=dtype)
+    g = rand(20, width, seed=2, dtype=dtype)
+    expected = (dense(z, selection).T @ g).index_add(0, begun.rows, begun.values.to(dtype), alpha=begun.factor)
+    dW, facts = torch.full((2, 11, width), math.nan, dtype=dtype), (no_facts(11), no_facts(11))
+    dz = cpu.decoder_gradient(z, g, W, selection, dW[0], True, facts[0], begun)
+    sums = cpu.encoder_gradient(z, g, selection, dW[1], True, facts[1], begun)
+    torch.testing.assert_close(dW, expected.expand(2, -1, -1))
+    torch.testing.assert_close(dz, (g @ W.T)[selection.rows, selection.latents])
+    torch.testing.assert_close(sums, dense(z, selection).sum(0))
+    for got, wanted in zip((*facts[0], facts[1].squares), (expected**2, expected * W, W**2, expected**2), strict=True):
+        torch.testing.assert_close(got.to(dtype), wanted.sum(1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize("along", [True, False])
@@ -121,9 +148,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyP
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        y, dW, facts = torch.zeros(200, 150), torch.empty(70, 150), no_facts(70)
+        y, dW, facts = torch.zeros(200, 150), torch.empty(2, 70, 150), no_facts(70)
         cpu.decode(y, z, W, selection)
-        dz = cpu.decoder_gradient(z, g, W, selection, dW, True, facts)
+        dz = cpu.decoder_gradient(z, g, W, selection, dW[0], True, facts, begun_with(150, torch.bfloat16))
+        cpu.encoder_gradient(z, g, selection, dW[1], True, None, begun_with(150, torch.float32))
         results.append((y, dW, dz, *facts))
     torch.set_num_threads(before)
     for other in results[1:]:
@@ -160,12 +188,12 @@ def test_a_sink_keeps_its_memory_and_adds_terms_in_any_order() -> None:
     rows, values = torch.tensor([2, 0]), rand(2, 3, seed=1)
     target.add_rows(rows, values)  # before the first whole term: waits for it
     assert target.fresh
-    grad, fresh, _ = target.open()
+    grad, fresh, *_ = target.open()
     assert fresh
     grad.copy_(torch.ones(4, 3))
     target.close()
     target.add_rows(rows, values)
-    again, fresh, _ = target.open()
+    again, fresh, *_ = target.open()
     assert not fresh
     again.add_(1.0)
     target.close()
@@ -205,7 +233,7 @@ def test_rows_that_are_added_tell_their_facts_anew(late: bool) -> None:
     values = torch.arange(6.0, dtype=torch.float64).view(2, 3)
     if late:
         target.add_rows(rows, values)
-    grad, _, known = target.open(facts=True)
+    grad, _, known, _ = target.open(facts=True)
     weight = target.parameter.detach()
     assert known is not None
     grad.fill_(0.5)
@@ -220,10 +248,50 @@ def test_rows_that_are_added_tell_their_facts_anew(late: bool) -> None:
         torch.testing.assert_close(fact, wanted.sum(1), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("waiting", [0, 1, 2])
+def test_a_kernel_takes_the_rows_that_wait_if_they_are_one_term(waiting: int) -> None:
+    target, rows = sink(), torch.tensor([2, 0])
+    terms = [(rows, rand(2, 3, seed=1), 0.5), (rows, rand(2, 3, seed=2), 1.0)]
+    for term in terms[:waiting]:
+        target.add_rows(*term)
+    matrix, _, facts, begun = target.open(facts=True, begun=True)
+    assert (begun is None) == (waiting != 1)
+    matrix.fill_(1.0)
+    if begun is not None:
+        matrix.index_add_(0, begun.rows, begun.values, alpha=begun.factor)
+    assert facts is not None
+    for fact, wanted in zip(facts, (matrix**2, matrix * target.parameter.detach()), strict=False):
+        fact.copy_(wanted.sum(1))
+    target.close()
+    for term in terms[waiting:]:
+        target.add_rows(*term)
+    expected = torch.ones_like(matrix)
+    for index, values, factor in terms:
+        expected.index_add_(0, index, values, alpha=factor)
+    torch.testing.assert_close(target.parameter.grad, expected)
+    assert target.facts() is facts
+    torch.testing.assert_close(facts.squares, (expected**2).sum(1))
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_rows_begin_no_gradient_that_is_there_or_that_no_kernel_writes(again: bool) -> None:
+    target = sink()
+    target.add_rows(torch.tensor([1]), torch.ones(1, 3, dtype=torch.float64))
+    if again:
+        target.parameter.sum().backward()  # autograd was first
+    matrix, fresh, _, begun = target.open(begun=again)
+    assert fresh != again
+    assert begun is None
+    matrix.fill_(1.0)
+    target.close()
+    assert target.parameter.grad is not None
+    assert target.parameter.grad.tolist() == [[1.0] * 3, [2.0] * 3, [1.0] * 3, [1.0] * 3]
+
+
 @pytest.mark.parametrize("spoil", ["open", "autograd"])
 def test_facts_hold_until_something_is_added(spoil: str) -> None:
     target = sink()
-    grad, _, facts = target.open(facts=True)
+    grad, _, facts, _ = target.open(facts=True)
     assert facts is not None
     grad.fill_(1.0)
     target.close()

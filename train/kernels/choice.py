@@ -6,13 +6,15 @@ same primitives under the same names and signatures, in kernels/cpu.py and in ke
 stride along rows, which may lie apart (a view of some destinations is a matrix); none of them needs gradients.
 
 - `decode(out_NM, z_A, W_FM, selection)`: out[n] += Σ z · W[latent] over the token's entries.
-- `decoder_gradient(z_A, g_NM, W_FM, selection, dW_FM, fresh, facts)`: dW[f] = Σ z · g[token] over the latent's entries
-  (added to what is there unless `fresh`; dW None: not wanted) and, as result [A], dz = g[token] · W[latent].
-- `encoder_gradient(da_A, x_ND, selection, dW_FD, fresh, facts)`: dW[f] = Σ da · x[token], likewise; result [F]: Σ da.
+- `decoder_gradient(z_A, g_NM, W_FM, selection, dW_FM, fresh, facts, begun)`: dW[f] = Σ z · g[token] over the latent's
+  entries (added to what is there unless `fresh`; dW None: not wanted) and, as result [A], dz = g[token] · W[latent].
+- `encoder_gradient(da_A, x_ND, selection, dW_FD, fresh, facts, begun)`: dW[f] = Σ da · x[token], likewise; result [F]:
+  Σ da.
 - `update(weight_FM, grad_FM, m_FM, v_FM, along_F, scale, adam, unit)`: each row's gradient becomes
   scale · (grad + along · weight), Adam moves the row, and `unit` sets its norm to 1.
 
-`facts` (kernels/gradients.py) receives of each row what clipping and projection ask for, or is None. An entry with
+`facts` (kernels/gradients.py) receives of each row what clipping and projection ask for, or is None; `begun` has rows
+that a fresh gradient starts from in place of 0, on a CPU, or is None. An entry with
 z = 0 and entries past offsets[N] contribute nothing. Sums run in a fixed order whatever the number of threads.
 """
 

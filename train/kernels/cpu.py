@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from thresher.cache.kernels.lines import whole_lines
 from thresher.train.kernels import cpu_bags, cpu_update
 from thresher.train.kernels.cpu_pool import over_rows
 from thresher.train.kernels.cpu_update import Adam
-from thresher.train.kernels.gradients import Facts, no_facts
+from thresher.train.kernels.gradients import Facts, Rows, no_facts, numbers
 
 if TYPE_CHECKING:
     from thresher.train.kernels.sparse import Selection
@@ -23,7 +23,8 @@ _NOWHERE = np.empty(0)
 def decode(out_NM: Tensor, z_A: Tensor, W_FM: Tensor, selection: "Selection") -> None:
     """out[n] += Σ z · W[latent] over the token's entries."""
     entries = (selection.offsets.numpy(), selection.latents.numpy(), z_A.numpy())
-    _bags(out_NM, W_FM, entries, cpu_bags.ADD, _NOWHERE, np.empty(0, entries[2].dtype))
+    start = _start(W_FM.shape[0], entries[2].dtype, None)
+    _bags(out_NM, W_FM, entries, cpu_bags.ADD, start, _NOWHERE, np.empty(0, entries[2].dtype))
 
 
 def decoder_gradient(
@@ -34,18 +35,23 @@ def decoder_gradient(
     dW_FM: Tensor,
     fresh: bool = True,
     facts: Facts | None = None,
+    begun: Rows | None = None,
 ) -> Tensor:
-    """dz [A] = g[token] · W[latent]; dW[f] (+)= Σ z · g[token] over the latent's entries. Facts need `fresh`."""
-    assert fresh or facts is None
+    """dz [A] = g[token] · W[latent]; dW[f] (+)= Σ z · g[token] over the latent's entries.
+
+    Facts and `begun`, what dW begins with, need `fresh`.
+    """
+    assert fresh or (facts is None and begun is None)
     rows, width = W_FM.shape
     order, offsets, tokens, z = _turned(selection, z_A)
     noted = no_facts(rows) if facts is None else facts
     squares, along, norms = (part.zero_().numpy() for part in noted)
     dots = np.zeros_like(z)
-    places, how = (*_flat(dW_FM), *_flat(g_NM), *_flat(W_FM)), _how(dW_FM, fresh)
+    places = (*flat(dW_FM), *flat(g_NM), *flat(W_FM))
+    how, start = _how(dW_FM, fresh), _start(rows, z.dtype, begun)
 
     def piece(first: int, stop: int) -> None:
-        cpu_bags.bags_and_dots(first, stop, width, *places, offsets, tokens, z, how, squares, dots, norms, along)
+        cpu_bags.bags_and_dots(first, stop, width, *places, offsets, tokens, z, how, start, squares, dots, norms, along)
 
     over_rows(rows, piece, (2 * z_A.shape[0] + rows) * width)
     out = torch.empty_like(z_A)
@@ -60,13 +66,17 @@ def encoder_gradient(
     dW_FD: Tensor,
     fresh: bool = True,
     facts: Facts | None = None,
+    begun: Rows | None = None,
 ) -> Tensor:
-    """dW[f] (+)= Σ da · x[token] over the latent's entries; [F] Σ da. Of the facts only the squares are set."""
-    assert fresh or facts is None
+    """dW[f] (+)= Σ da · x[token] over the latent's entries; [F] Σ da. Of the facts only the squares are set.
+
+    Facts and `begun`, what dW begins with, need `fresh`.
+    """
+    assert fresh or (facts is None and begun is None)
     _, *entries = _turned(selection, da_A)
     squares = _NOWHERE if facts is None else facts.squares.zero_().numpy()
-    sums = da_A.new_empty(selection.width)
-    _bags(dW_FD, x_ND, entries, _how(dW_FD, fresh), squares, sums.numpy())
+    sums, start = da_A.new_empty(selection.width), _start(selection.width, entries[2].dtype, begun)
+    _bags(dW_FD, x_ND, entries, _how(dW_FD, fresh), start, squares, sums.numpy())
     return sums
 
 
@@ -114,14 +124,20 @@ def facts_of(weight_FM: Tensor, grad_FM: Tensor) -> Facts:
 
 
 def _bags(
-    out: Tensor, table: Tensor, entries: Sequence[np.ndarray], how: int, squares: np.ndarray, sums: np.ndarray
+    out: Tensor,
+    table: Tensor,
+    entries: Sequence[np.ndarray],
+    how: int,
+    start: cpu_bags.Start,
+    squares: np.ndarray,
+    sums: np.ndarray,
 ) -> None:
     offsets, index, weights = entries
     groups, width = offsets.shape[0] - 1, table.shape[1]
-    places = (*_flat(out), *_flat(table))
+    places = (*flat(out), *flat(table))
 
     def piece(first: int, stop: int) -> None:
-        cpu_bags.bags(first, stop, width, *places, offsets, index, weights, how, squares, sums)
+        cpu_bags.bags(first, stop, width, *places, offsets, index, weights, how, start, squares, sums)
 
     over_rows(groups, piece, (index.shape[0] + groups) * width)
 
@@ -140,7 +156,17 @@ def _how(out: Tensor, fresh: bool) -> int:
     return cpu_bags.STREAM if whole_lines(out.numpy()) else cpu_bags.REPLACE
 
 
-def _flat(matrix: Tensor) -> tuple[np.ndarray, int]:
+def _start(rows: int, kind: np.dtype[Any], begun: Rows | None) -> cpu_bags.Start:
+    """What the rows of a weight's gradient begin with."""
+    if begun is None:
+        nothing = np.empty(0, np.uint16 if kind == np.float32 else kind)  # as AuxK's rows: one compilation serves both
+        return cpu_bags.Start(np.empty(0, np.int32), nothing, kind.type(1))
+    place = np.full(rows, -1, np.int32)
+    place[begun.rows.numpy()] = np.arange(begun.rows.shape[0])
+    return cpu_bags.Start(place, numbers(begun.values), kind.type(begun.factor))
+
+
+def flat(matrix: Tensor) -> tuple[np.ndarray, int]:
     """A matrix with unit stride along rows as the numbers from its first to its last, and the distance of rows."""
     rows, width = matrix.shape
     assert matrix.stride(1) == 1 or width == 1

@@ -30,6 +30,18 @@ LINES = 8
 ADD, REPLACE, STREAM = 0, 1, 2
 """What to do with the numbers that are there: keep, drop, and drop without fetching them (`out` in cache lines)."""
 
+
+class Start(NamedTuple):
+    """What sums begin with where the numbers that are there are dropped."""
+
+    place: np.ndarray
+    """[groups] int32: the row that a group's sum begins with, -1 for 0; empty: all begin with 0."""
+    values: np.ndarray
+    """The rows, flat: numbers, or bit patterns of bfloat16 (uint16)."""
+    factor: Any
+    """A sum begins with this times its row."""
+
+
 _AHEAD = 8  # entries
 _FUSED = ("contract",)
 _INDEX = ir.IntType(64)
@@ -71,21 +83,25 @@ class _Tile(NamedTuple):
     """Which of the functions to make."""
 
     lines: int
-    how: int
+    past_the_cache: bool
     dots: bool
 
 
 def _bag(tile: _Tile) -> Any:
-    def bag(typing_context, out, at, table, stride, column, index, weights, first, stop):  # type: ignore[no-untyped-def]
-        places = (types.int64, types.int64)
-        signature = types.float64(out, types.int64, table, *places, index, weights, *places)
+    one, places = types.int64, (types.int64, types.int64)
+
+    def bag(  # type: ignore[no-untyped-def]
+        typing_context, out, at, begun, begun_at, table, stride, column, index, weights, first, stop
+    ):
+        signature = types.float64(out, one, begun, one, table, *places, index, weights, *places)
         return signature, lambda *given: _generate(tile, *given)
 
     def bag_dots(  # type: ignore[no-untyped-def]
-        typing_context, out, at, table, stride, column, index, weights, first, stop, w, w_at, dots, norms, group
-    ):
-        places, one = (types.int64, types.int64), types.int64
-        signature = types.float64(out, one, table, *places, index, weights, *places, w, one, dots, norms, one)
+        typing_context, out, at, begun, begun_at, table, stride, column, index, weights, first, stop,
+        w, w_at, dots, norms, group,
+    ):  # fmt: skip
+        entries = (table, *places, index, weights, *places)
+        signature = types.float64(out, one, begun, one, *entries, w, one, dots, norms, one)
         return signature, lambda *given: _generate(tile, *given)
 
     return _intrinsic(bag_dots if tile.dots else bag)
@@ -96,11 +112,9 @@ def _generate(tile: _Tile, context: Any, builder: Any, signature: Any, arguments
         _Flat(context, builder, kind, value) if isinstance(kind, types.Array) else value
         for kind, value in zip(signature.args, arguments, strict=True)
     ]
-    out, at, table, stride, column, index, weights, first, stop = given[:9]
-    zero = ir.Constant(out.vector, [0.0] * out.vector.count)
-    before = [out.line(at, line) if tile.how == ADD else zero for line in range(tile.lines)]
-    sums = [cgutils.alloca_once_value(builder, value) for value in before]
-    w_lines = [given[9].line(given[10], line) for line in range(tile.lines)] if tile.dots else []
+    out, at, begun, begun_at, table, stride, column, index, weights, first, stop, *beside = given
+    sums = [cgutils.alloca_once_value(builder, begun.line(begun_at, line)) for line in range(tile.lines)]
+    w_lines = [beside[0].line(beside[1], line) for line in range(tile.lines)] if tile.dots else []
     last = builder.sub(index.size, _INDEX(1))
 
     def row(entry: ir.Value) -> ir.Value:
@@ -120,13 +134,13 @@ def _generate(tile: _Tile, context: Any, builder: Any, signature: Any, arguments
                 chain = products.pop(0) if len(products) == 2 else None
                 products.append(_fused(builder, value, w_lines[line], chain))
         if tile.dots:
-            place = given[11].at(entry)
+            place = beside[2].at(entry)
             builder.store(builder.fadd(builder.load(place), _total(builder, products)), place)
     totals = [builder.load(place) for place in sums]
     for line, total in enumerate(totals):
-        out.put(total, at, line, tile.how == STREAM)
+        out.put(total, at, line, tile.past_the_cache)
     if tile.dots:
-        place = given[12].at(given[13])
+        place = beside[3].at(beside[4])
         builder.store(builder.fadd(builder.load(place), _squares(builder, w_lines)), place)
     return _squares(builder, totals)
 
@@ -167,23 +181,42 @@ def _total(builder: Any, vectors: list[ir.Value]) -> ir.Value:
     return builder.extract_element(value, ir.IntType(32)(0))
 
 
-_wide_add, _wide_replace, _wide_stream = (_bag(_Tile(LINES, how, False)) for how in (ADD, REPLACE, STREAM))
-_line_add, _line_replace = (_bag(_Tile(1, how, False)) for how in (ADD, REPLACE))
-_dots_add, _dots_replace, _dots_stream = (_bag(_Tile(LINES, how, True)) for how in (ADD, REPLACE, STREAM))
-_dots_line_add, _dots_line_replace = (_bag(_Tile(1, how, True)) for how in (ADD, REPLACE))
+@_intrinsic
+def _begin(typing_context, values, at, factor, row):  # type: ignore[no-untyped-def]
+    """row = factor · values from `at` on: a function that is called would count references, as in cache/kernels/lines.
+
+    Numbers, or bit patterns of bfloat16.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        values, row = (_Flat(context, builder, kinds[i], arguments[i]) for i in (0, 3))
+        with cgutils.for_range(builder, row.size) as loop:
+            value = values.one(builder.add(arguments[1], loop.index))
+            if isinstance(value.type, ir.IntType):
+                bits = ir.IntType(32)
+                value = builder.bitcast(builder.shl(builder.zext(value, bits), bits(16)), ir.FloatType())
+            builder.store(builder.fmul(arguments[2], value), row.at(loop.index))
+        return context.get_dummy_value()
+
+    return types.none(values, types.int64, factor, row), generate
+
+
+_wide, _wide_stream, _line = (_bag(_Tile(*tile, False)) for tile in ((LINES, False), (LINES, True), (1, False)))
+_dots, _dots_stream, _dots_line = (_bag(_Tile(*tile, True)) for tile in ((LINES, False), (LINES, True), (1, False)))
 
 
 @compiled(forceinline=True)
-def bags_plain(group, left, right, out, out_stride, table, stride, offsets, index, weights, how):  # type: ignore[no-untyped-def]
-    """Columns left to right of out[group] = Σ weights · table[index] over its entries, with ADD added to it.
+def bags_plain(  # type: ignore[no-untyped-def]
+    group, left, right, out, out_stride, begun, begun_at, table, stride, offsets, index, weights
+):
+    """Columns left to right of out[group] = `begun` + Σ weights · table[index] over its entries; `begun` may be `out`.
 
     Returns Σ of the squares of what was written.
     """
     squares = 0.0
     for j in range(left, right):
-        total = table.dtype.type(0)
-        if how == ADD:
-            total = out[group * out_stride + j]
+        total = begun[begun_at + j]
         for entry in range(offsets[group], offsets[group + 1]):
             total += weights[entry] * table[index[entry] * stride + j]
         out[group * out_stride + j] = total
@@ -201,30 +234,51 @@ def dots_plain(group, left, right, table, stride, offsets, index, w, w_stride, d
             dots[entry] += table[index[entry] * stride + j] * value
 
 
+@compiled(forceinline=True, fastmath={"contract", "reassoc", "nsz"})
+def _along(row, w, at):  # type: ignore[no-untyped-def]
+    """row · w, in float64."""
+    total = 0.0
+    for j in range(row.shape[0]):
+        total += np.float64(row[j]) * np.float64(w[at + j])
+    return total
+
+
 @compiled()
-def bags(first, stop, width, out, out_at, table, stride, offsets, index, weights, how, squares, sums):  # type: ignore[no-untyped-def]
-    """`bags_plain` for groups first to stop at all columns.
+def bags(first, stop, width, out, out_at, table, stride, offsets, index, weights, how, start, squares, sums):  # type: ignore[no-untyped-def]
+    """`bags_plain` for groups first to stop at all columns; `start` is a `Start`.
 
     What it returns is added to `squares`, and the sum of each group's weights goes to `sums`, unless those are empty.
     """
-    line = LINE_BYTES // table.itemsize
+    line, row, clean = LINE_BYTES // table.itemsize, np.zeros(width, out.dtype), True
+    place, values, factor = start
     for group in range(first, stop):
         at, low, high, j, total = group * out_at, offsets[group], offsets[group + 1], 0, 0.0
+        begun = place[group] if place.shape[0] else -1
+        if begun >= 0:
+            _begin(values, begun * width, factor, row)
+            clean = False
+        elif not clean:
+            for i in range(width):
+                row[i] = 0
+            clean = True
         while j + LINES * line <= width:
             if how == STREAM:
-                total += _wide_stream(out, at + j, table, stride, j, index, weights, low, high)
+                total += _wide_stream(out, at + j, row, j, table, stride, j, index, weights, low, high)
             elif how == REPLACE:
-                total += _wide_replace(out, at + j, table, stride, j, index, weights, low, high)
+                total += _wide(out, at + j, row, j, table, stride, j, index, weights, low, high)
             else:
-                total += _wide_add(out, at + j, table, stride, j, index, weights, low, high)
+                total += _wide(out, at + j, out, at + j, table, stride, j, index, weights, low, high)
             j += LINES * line
         while j + line <= width:
             if how == ADD:
-                total += _line_add(out, at + j, table, stride, j, index, weights, low, high)
+                total += _line(out, at + j, out, at + j, table, stride, j, index, weights, low, high)
             else:
-                total += _line_replace(out, at + j, table, stride, j, index, weights, low, high)
+                total += _line(out, at + j, row, j, table, stride, j, index, weights, low, high)
             j += line
-        total += bags_plain(group, j, width, out, out_at, table, stride, offsets, index, weights, how)
+        if how == ADD:
+            total += bags_plain(group, j, width, out, out_at, out, at, table, stride, offsets, index, weights)
+        else:
+            total += bags_plain(group, j, width, out, out_at, row, 0, table, stride, offsets, index, weights)
         if squares.shape[0]:
             squares[group] += total
         if sums.shape[0]:
@@ -233,32 +287,51 @@ def bags(first, stop, width, out, out_at, table, stride, offsets, index, weights
 
 @compiled()
 def bags_and_dots(  # type: ignore[no-untyped-def]
-    first, stop, width, out, out_at, table, stride, w, w_at, offsets, index, weights, how, squares, dots, norms, along
-):
+    first, stop, width, out, out_at, table, stride, w, w_at, offsets, index, weights, how, start, squares, dots, norms,
+    along,
+):  # fmt: skip
     """`bags`, and `dots_plain` in the same pass over the table; along[group] = out[group] · w[group] of this pass."""
-    line = LINE_BYTES // table.itemsize
+    line, row, clean = LINE_BYTES // table.itemsize, np.zeros(width, out.dtype), True
+    place, values, factor = start
     for group in range(first, stop):
-        at, place, low, high = group * out_at, group * w_at, offsets[group], offsets[group + 1]
-        j, total = 0, 0.0
+        at, high, low, j, total = group * out_at, offsets[group + 1], offsets[group], 0, 0.0
+        begun = place[group] if place.shape[0] else -1
+        if begun >= 0:
+            _begin(values, begun * width, factor, row)
+            clean = False
+        elif not clean:
+            for i in range(width):
+                row[i] = 0
+            clean = True
         while j + LINES * line <= width:
-            o, p = at + j, place + j
+            o, p = at + j, group * w_at + j
             if how == STREAM:
-                total += _dots_stream(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+                total += _dots_stream(
+                    out, o, row, j, table, stride, j, index, weights, low, high, w, p, dots, norms, group
+                )
             elif how == REPLACE:
-                total += _dots_replace(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+                total += _dots(out, o, row, j, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
             else:
-                total += _dots_add(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+                total += _dots(out, o, out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
             j += LINES * line
         while j + line <= width:
-            o, p = at + j, place + j
+            o, p = at + j, group * w_at + j
             if how == ADD:
-                total += _dots_line_add(out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group)
+                total += _dots_line(
+                    out, o, out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group
+                )
             else:
-                total += _dots_line_replace(
-                    out, o, table, stride, j, index, weights, low, high, w, p, dots, norms, group
+                total += _dots_line(
+                    out, o, row, j, table, stride, j, index, weights, low, high, w, p, dots, norms, group
                 )
             j += line
         dots_plain(group, j, width, table, stride, offsets, index, w, w_at, dots, norms)
-        squares[group] += total + bags_plain(group, j, width, out, out_at, table, stride, offsets, index, weights, how)
+        if how == ADD:
+            total += bags_plain(group, j, width, out, out_at, out, at, table, stride, offsets, index, weights)
+        else:
+            total += bags_plain(group, j, width, out, out_at, row, 0, table, stride, offsets, index, weights)
+        squares[group] += total
+        if not clean:
+            along[group] += _along(row, w, group * w_at)
         for entry in range(low, high):  # the row's product with w is that of its terms
             along[group] += np.float64(weights[entry]) * np.float64(dots[entry])

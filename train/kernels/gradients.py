@@ -8,6 +8,9 @@ noted, one number per row: the update has the row at hand. Autograd then gets No
 A sink without terms is `fresh`, which is when `parameter.grad` is None. Terms that autograd adds itself, before or
 after, are welcome: the buffer simply becomes `parameter.grad`, or a tensor that autograd put there the buffer.
 
+Rows that come before the first whole term wait for it. On a CPU a kernel that overwrites the matrix begins with them,
+so that none is read back from memory; otherwise they are added as soon as the matrix is there.
+
 Each row's facts, ‖g‖², g · w and ‖w‖², which clipping and projection ask for, fall out of the kernel that writes the
 row. Rows that are added here tell theirs anew; they hold until anybody else adds something.
 """
@@ -37,6 +40,30 @@ class Facts(NamedTuple):
     """[F] ‖w‖²."""
 
 
+class Rows(NamedTuple):
+    """A term of a gradient [F, M] that only some rows have."""
+
+    rows: Tensor
+    """[n] int64, all different."""
+    values: Tensor
+    """[n, M]; bfloat16 will do for a gradient in float32."""
+    factor: float
+    """The term is this times the values."""
+
+
+class Opened(NamedTuple):
+    """What a kernel that writes a gradient is given."""
+
+    matrix: Tensor
+    """[F, M]."""
+    fresh: bool
+    """Whether it is to be overwritten: there may be anything in it."""
+    facts: Facts | None
+    """To be filled; None: not wanted, or the matrix is not fresh."""
+    begun: Rows | None
+    """What the gradient is begun with, 0 in all other rows; None: 0."""
+
+
 def no_facts(rows: int, device: torch.device | None = None) -> Facts:
     """Zeros, to be filled."""
     return Facts(*torch.zeros(3, rows, dtype=torch.float64, device=device).unbind(0))
@@ -50,7 +77,7 @@ class Sink:
         self.along: Tensor | None = None
         """[F]: the gradient has this multiple of the weight's row added; None: nothing."""
         self._buffer: Tensor | None = None
-        self._late: list[tuple[Tensor, Tensor, float]] = []
+        self._late: list[Rows] = []
         self._facts: Facts | None = None
         self._version = -1
 
@@ -59,25 +86,27 @@ class Sink:
         """Whether nothing was written yet: `open` then gives memory with anything in it."""
         return self.parameter.grad is None
 
-    def open(self, facts: bool = False) -> tuple[Tensor, bool, Facts | None]:
-        """The matrix [F, M] to write, whether it is to be overwritten, and where facts go if they are wanted.
+    def open(self, facts: bool = False, begun: bool = False) -> Opened:
+        """The matrix [F, M] to write. `close` must follow.
 
-        Facts are only given out for a matrix that is overwritten. `close` must follow.
+        `facts`: they will be told; `begun`: the matrix will be begun with rows that wait, if it is on a CPU and fresh.
         """
         grad = self.parameter.grad
         fresh = grad is None
         if grad is None:
             grad = self.parameter.grad = self._memory()
         self._facts = no_facts(grad.shape[0], grad.device) if facts and fresh else None
-        return grad.flatten(1), fresh, self._facts
+        matrix = grad.flatten(1)
+        wait = begun and fresh and len(self._late) == 1 and _one_pass(matrix, self._late[0].values)
+        return Opened(matrix, fresh, self._facts, self._late.pop() if wait else None)
 
     def close(self) -> None:
         """All of `open`'s matrix is written."""
         assert self.parameter.grad is not None
         self._version = self.parameter.grad._version
         late, self._late = self._late, []
-        for rows, values, factor in late:
-            self.add_rows(rows, values, factor)
+        for term in late:
+            self.add_rows(*term)
 
     def add_rows(self, rows: Tensor, values: Tensor, factor: float = 1.0) -> None:
         """Add factor · `values` [n, …] to some rows [n], all different; at once, or after the first whole term.
@@ -85,28 +114,25 @@ class Sink:
         `values` may be in a shorter format than the gradient.
         """
         if self.parameter.grad is None:
-            self._late.append((rows, values, factor))
+            self._late.append(Rows(rows, values, factor))
             return
         known, matrix = self.facts(), self.parameter.grad.flatten(1)
-        alike = values.dtype == matrix.dtype or (values.dtype, matrix.dtype) == (torch.bfloat16, torch.float32)
-        if matrix.device.type == "cpu" and alike:
-            self._add_compiled(rows, values.contiguous(), factor, matrix, known)
+        if _one_pass(matrix, values):
+            self._add_compiled(Rows(rows, values, factor), matrix, known)
         else:
             matrix.index_add_(0, rows, values.flatten(1).to(matrix.dtype), alpha=factor)
             self._facts = None
 
-    def _add_compiled(self, rows: Tensor, values: Tensor, factor: float, matrix: Tensor, known: Facts | None) -> None:
+    def _add_compiled(self, term: Rows, matrix: Tensor, known: Facts | None) -> None:
         """`add_rows` in one pass, on a CPU."""
-        added = patterns(values) if values.dtype == torch.bfloat16 else values.numpy()
         weight, grad = (t.detach().reshape(-1).numpy() for t in (self.parameter, matrix))
         told = [t.numpy() for t in (known.squares, known.dots)] if known is not None else [_NONE, _NONE]
-
-        flat = (rows.numpy(), added.reshape(-1), grad.dtype.type(factor), weight, grad)
+        flat = (term.rows.numpy(), numbers(term.values), grad.dtype.type(term.factor), weight, grad)
 
         def piece(first: int, stop: int) -> None:
             cpu_update.add_rows(first, stop, matrix.shape[1], *flat, *told)
 
-        over_rows(rows.shape[0], piece, 3 * values.numel())
+        over_rows(term.rows.shape[0], piece, 3 * term.values.numel())
 
     def add_along(self, multiples_F: Tensor) -> None:
         """Add a multiple of the weight's own row to every row."""
@@ -146,6 +172,18 @@ class Sink:
         if self._buffer is None or self._buffer.device != self.parameter.device:
             self._buffer = torch.empty_like(self.parameter, memory_format=torch.contiguous_format)
         return self._buffer
+
+
+def numbers(values: Tensor) -> np.ndarray:
+    """All numbers one after the other; of bfloat16 the bit patterns (uint16)."""
+    flat = values.reshape(-1)
+    return patterns(flat) if flat.dtype == torch.bfloat16 else flat.numpy()
+
+
+def _one_pass(matrix: Tensor, values: Tensor) -> bool:
+    """Whether the loops of a CPU take such values for such a matrix."""
+    alike = values.dtype == matrix.dtype or (values.dtype, matrix.dtype) == (torch.bfloat16, torch.float32)
+    return matrix.device.type == "cpu" and alike
 
 
 class Sinks:

@@ -13,6 +13,8 @@ from thresher.cache.kernels.lines import inlined
 from thresher.cache.kernels.sums import bits_of, wide
 from thresher.train.kernels.cpu_pool import over_rows
 
+_BLOCKS = 32
+
 
 def patterns(low: Tensor) -> np.ndarray:
     """The bit patterns (uint16) of a bfloat16 tensor, of its shape."""
@@ -68,14 +70,16 @@ def difference(low_NE: Tensor, exact_NE: Tensor) -> tuple[Tensor, Tensor]:
     return low_NE, squares.sum().to(exact_NE.dtype)
 
 
-def keep(gradient_Nn: Tensor, z_Nn: Tensor) -> None:
-    """Zero where there is no code, in place; both bfloat16."""
-    gradient, z = (patterns(block).reshape(-1) for block in (gradient_Nn, z_Nn))
+def keep(gradient_Nn: Tensor, z_Nn: Tensor) -> Tensor:
+    """Zero where there is no code, in place, both bfloat16; then [n] float32: the sums of the columns."""
+    gradient, z = patterns(gradient_Nn), patterns(z_Nn)
+    sums = np.zeros((min(_BLOCKS, z.shape[0]), z.shape[1]), np.float32)  # of blocks of rows, whatever the threads
 
     def piece(first: int, stop: int) -> None:
-        _keep(gradient[first:stop], z[first:stop])
+        _keep(gradient, z, sums, first, stop)
 
-    over_rows(z.shape[0], piece, z.shape[0] // 8)
+    over_rows(sums.shape[0], piece, z.size // 8)
+    return torch.from_numpy(sums.sum(0))
 
 
 @inlined()
@@ -122,6 +126,13 @@ def _difference(low, exact, squares, first, stop):  # type: ignore[no-untyped-de
 
 
 @compiled()
-def _keep(gradient, z):  # type: ignore[no-untyped-def]
-    for i in range(z.shape[0]):
-        gradient[i] = gradient[i] if z[i] != 0 else np.uint16(0)
+def _keep(gradient, z, sums, first, stop):  # type: ignore[no-untyped-def]
+    tokens = z.shape[0]
+    for block in range(first, stop):
+        total = sums[block]
+        for n in range(tokens * block // sums.shape[0], tokens * (block + 1) // sums.shape[0]):
+            low, code = gradient[n], z[n]
+            for i in range(code.shape[0]):
+                kept = low[i] if code[i] != 0 else np.uint16(0)
+                low[i] = kept
+                total[i] += wide(kept)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from thresher.train.kernels.choice import Kernels, has_triton, primitives
-from thresher.train.kernels.gradients import Facts, Sink
+from thresher.train.kernels.gradients import Opened, Sink
 
 DENSE_SHARE = 1 / 12
 """Share of selected entries above which the products go dense. Forward and backward break even at 0.09 for N × D × F =
@@ -153,12 +153,12 @@ class _Ways(NamedTuple):
         return primitives(self.kernels.pick(operation, like.device, like.dtype, work))
 
     @contextmanager
-    def gradient(self, weight: Tensor, facts: bool) -> Iterator[tuple[Tensor, bool, Facts | None]]:
-        """The matrix to write a weight's gradient to, whether it is to be overwritten, and where facts go."""
+    def gradient(self, weight: Tensor, by_kernel: bool) -> Iterator[Opened]:
+        """The matrix to write a weight's gradient to; `by_kernel`: one of ours, which takes all of `Opened`."""
         if self.sink is None:
-            yield torch.empty_like(weight), True, None
+            yield Opened(torch.empty_like(weight), True, None, None)
         else:
-            yield self.sink.open(facts)
+            yield self.sink.open(facts=by_kernel, begun=by_kernel)
             self.sink.close()
 
     def returned(self, dW: Tensor) -> Tensor | None:
@@ -199,12 +199,13 @@ def _encoder_gradients(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients to W_enc, unless a sink took it, and b_enc."""
     module = None if selection is None else ways.primitives("encoder gradient", x_ND, selection, x_ND.shape[1])
-    with ways.gradient(W_enc, facts=module is not None) as (dW, fresh, facts):
+    with ways.gradient(W_enc, by_kernel=module is not None) as opened:
+        dW, fresh = opened.matrix, opened.fresh
         if selection is None:
             torch.addmm(dW, g.T, x_ND, beta=0.0 if fresh else 1.0, out=dW)
             grad_b = g.sum(0)
         elif module is not None:
-            grad_b = module.encoder_gradient(g.contiguous(), x_ND, selection, dW, fresh, facts)
+            grad_b = module.encoder_gradient(g.contiguous(), x_ND, selection, *opened)
         else:
             _put(dW, weight_gradient(g, x_ND, selection), fresh)
             grad_b = per_latent(g, selection)
@@ -282,12 +283,13 @@ def _decoder_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients to the codes and, unless a sink took it, to W."""
     module = None if selection is None else ways.primitives("decoder gradient", z, selection, W_FM.shape[1])
-    with ways.gradient(W_FM, facts=module is not None) as (dW, fresh, facts):
+    with ways.gradient(W_FM, by_kernel=module is not None) as opened:
+        dW, fresh = opened.matrix, opened.fresh
         if selection is None:
             torch.addmm(dW, z.T, g_NM, beta=0.0 if fresh else 1.0, out=dW)
             grad_z = g_NM @ W_FM.T
         elif module is not None:
-            grad_z = module.decoder_gradient(z.contiguous(), g_NM, W_FM, selection, dW, fresh, facts)
+            grad_z = module.decoder_gradient(z.contiguous(), g_NM, W_FM, selection, *opened)
         else:
             g_NM = g_NM.contiguous()
             grad_z = dots(g_NM, W_FM, selection)

@@ -53,8 +53,8 @@ class _FoldedBias(torch.autograd.Function):
             grad_W = torch.outer(g_F, b_dec).neg_()
         else:
             grad_W = None
-            dW, fresh, _ = ctx.sink.open()
-            torch.addr(dW, g_F, b_dec, beta=0.0 if fresh else 1.0, alpha=-1, out=dW)
+            opened = ctx.sink.open()
+            torch.addr(opened.matrix, g_F, b_dec, beta=0.0 if opened.fresh else 1.0, alpha=-1, out=opened.matrix)
             ctx.sink.close()
         return g_F, grad_W, -(W_enc.T @ g_F), None
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thresher.train.kernels.gradients import Facts
+from thresher.train.kernels.gradients import Facts, Rows
 from thresher.train.kernels.sparse import ByLatent, Selection
 from thresher.train.kernels.triton.launch import ENTRIES, accumulator, columns, on
 
@@ -45,20 +45,29 @@ def decoder_gradient(
     dW_FM: Tensor | None,
     fresh: bool,
     facts: Facts | None = None,
+    begun: Rows | None = None,
 ) -> Tensor:
     """dz [A] = g[token] · W[latent]; dW[f] = Σ z · g[token], added to what is there unless `fresh`; None: not wanted.
 
-    `facts` (only when fresh) receives ‖dW[f]‖², dW[f] · W[f] and ‖W[f]‖².
+    `facts` (only when fresh) receives ‖dW[f]‖², dW[f] · W[f] and ‖W[f]‖². `begun` is for a CPU alone.
     """
+    assert begun is None
     dots = _by_latent(z_A, g_NM, W_FM, selection, dW_FM, fresh, facts)
     assert dots is not None
     return dots
 
 
 def encoder_gradient(
-    da_A: Tensor, x_ND: Tensor, selection: Selection, dW_FD: Tensor | None, fresh: bool, facts: Facts | None = None
+    da_A: Tensor,
+    x_ND: Tensor,
+    selection: Selection,
+    dW_FD: Tensor | None,
+    fresh: bool,
+    facts: Facts | None = None,
+    begun: Rows | None = None,
 ) -> Tensor:
-    """[F] Σ da; dW[f] = Σ da · x[token] as above; of `facts` only ‖dW[f]‖²."""
+    """[F] Σ da; dW[f] = Σ da · x[token] as above; of `facts` only ‖dW[f]‖². `begun` is for a CPU alone."""
+    assert begun is None
     if dW_FD is not None:
         _by_latent(da_A, x_ND, None, selection, dW_FD, fresh, facts)
     return latent_sums(da_A, selection)
