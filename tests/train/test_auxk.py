@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tests.train.test_losses import LATENTS, RULES, N, auxk_term, batch, make
 from thresher.train import auxk
-from thresher.train.kernels import low, silent, slabs
+from thresher.train.kernels import cpu_pool, low, silent, slabs
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
 from thresher.train.kernels.silent import Dead, Silent, SilentBlock, by_latent, choose_silent, plain_silent
 from thresher.train.kernels.tiles import joined_silent
+from thresher.train.losses import losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -167,6 +168,18 @@ def test_operands_in_bfloat16_are_rounded_as_torch_does(seed: int) -> None:
     torch.testing.assert_close(total, difference.double().square().sum().float())
 
 
+def test_sums_of_masked_columns_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_pool, "_WORTH_A_THREAD", 1)
+    rng = torch.Generator().manual_seed(0)
+    z, gradient = (torch.randn(77, 50, generator=rng).bfloat16() for _ in range(2))
+    before, sums = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        sums.append(low.keep(gradient.clone(), z.relu()))
+    torch.set_num_threads(before)
+    assert all(torch.equal(sums[0], other) for other in sums[1:])
+
+
 def test_rows_in_bfloat16_are_added_to_a_gradient_in_one_pass() -> None:
     for factor in (1.0, -0.37):
         weight = torch.nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
@@ -210,6 +223,26 @@ def test_a_sink_gets_rows_of_dead_latents_and_autograd_nothing() -> None:
             assert weight.grad is None
             sinks.of(weight).settle()
             torch.testing.assert_close(weight.grad, expected.grad)
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "clt"])
+def test_gradients_of_all_terms_that_begin_with_auxk_equal_autograd(kind: str) -> None:
+    plain, sunk = (make(kind, pre_bias=kind == "sae", **RULES["topk"]) for _ in range(2))
+    plain.use(Kernels("plain"))
+    xs, ys = batch(plain)
+    sinks = sunk.gather()
+    for coder in (plain, sunk):
+        losses(coder, coder(xs), xs, ys, [2.0] * len(ys), 1.0).total.backward()
+    for weight in sunk.W_dec:
+        found, gradient, facts = sinks.of(weight), weight.grad, sinks.of(weight).facts()
+        assert not found._late
+        assert gradient is not None
+        assert facts is not None
+        pairs = ((gradient, gradient), (gradient, weight.detach()), (weight.detach(), weight.detach()))
+        for fact, (left, right) in zip(facts, pairs, strict=True):
+            torch.testing.assert_close(fact, (left * right).flatten(1).sum(1))
+    for (name, expected), got in zip(plain.named_parameters(), sunk.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_what_the_backward_pass_used_is_freed_by_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 Library calls would make float32 tensors in between, and cost as much as the products. Here what is rounded is read as
 it is, and what a product gives in bfloat16 is read as bfloat16. Rounding is to nearest, ties to even, as `Tensor.to`.
+
+Left out: products of our own from the unit's instructions, with operands laid out in its blocks and these passes
+inside. They took 0.85 to 1.05 of the time at 1,024 tokens and 0.95 to 1.1 at 4,096.
 """
 
 import numpy as np
