@@ -11,9 +11,11 @@ neighbours are reported, with the spread, so that other load on the machine fall
 """
 
 import argparse
+import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -26,6 +28,7 @@ from torch import Tensor
 from thresher.cache.contracts import Dictionary, Site
 from thresher.cache.devices import resolve_device
 from thresher.cache.layout import Contexts
+from thresher.cache.process import prepare_process
 from thresher.evaluate import splice
 from thresher.evaluate.arms import Plan
 from thresher.evaluate.checks import Replacement
@@ -118,6 +121,8 @@ def ratios(
 
 
 def main() -> None:
+    if prepare_process():  # as the command line does, which has not loaded torch by then
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="bundled")
     parser.add_argument("--device", default="cpu")

@@ -120,6 +120,18 @@ def rows_by_batch(scored: Scored, plan: Plan, device: torch.device) -> Iterator[
 # --- one batch ------------------------------------------------------------------------------------------------------
 
 
+def runs(places_N: Tensor, most: int) -> list[tuple[int, int]]:
+    """Ascending places as runs [first, stop) of neighbours, at most `most` in each, so that rows need no gathering."""
+    places = places_N.cpu().numpy()
+    starts = np.flatnonzero(np.diff(places, prepend=-2) != 1)
+    stops = np.append(starts[1:], len(places))
+    return [
+        (int(places[at]), int(places[at]) + min(most, stop - at))
+        for start, stop in zip(starts, stops, strict=True)
+        for at in range(start, stop, most)
+    ]
+
+
 class BatchRunner:
     """Runs the arms of one batch and sums their scores."""
 
@@ -127,8 +139,8 @@ class BatchRunner:
         self.target, self.batch, self.tally, self.advance = target, batch, tally, advance
         budget = CHUNK_ELEMENTS.get(target.device.type, CHUNK_ELEMENTS["cpu"])
         # places once per batch: a boolean mask would be searched again in every pass
-        places = batch.score.flatten().nonzero()[:, 0].split(max(1, budget // target.n_vocab))
-        self.chunks = list(zip(places, batch.following.split([len(part) for part in places]), strict=True))
+        places = runs(batch.score.flatten().nonzero()[:, 0], max(1, budget // target.n_vocab))
+        self.chunks = list(zip(places, batch.following.split([stop - first for first, stop in places]), strict=True))
         self.clean_scores: list[CleanScores] = []
         self._truth: dict[str, BatchTruth] = {}
 
@@ -139,7 +151,7 @@ class BatchRunner:
         beside = splice.recording_edits(sites, batch.outside, clean.outside)
         logits_BTV = self.target.logits(batch.token, {site: _both(at_P[site], beside[site]) for site in sites})
         logits_NV = logits_BTV.flatten(0, 1)
-        self.clean_scores = [clean_scores(logits_NV.index_select(0, places)) for places, _ in self.chunks]
+        self.clean_scores = [clean_scores(logits_NV[first:stop]) for (first, stop), _ in self.chunks]
         scores_N4 = self._scored(logits_BTV, "the target itself, nothing patched,")
         if ledger is not None:
             self._add(ledger, CLEAN, scores_N4)
@@ -161,8 +173,8 @@ class BatchRunner:
         logits_NV = logits_BTV.flatten(0, 1)
         scores_N4 = torch.cat(
             [
-                score_tokens(logits_NV.index_select(0, places), following, clean).stacked()
-                for (places, following), clean in zip(self.chunks, self.clean_scores, strict=True)
+                score_tokens(logits_NV[first:stop], following, clean).stacked()
+                for ((first, stop), following), clean in zip(self.chunks, self.clean_scores, strict=True)
             ]
         )
         self._refuse_nan(scores_N4, self.batch.score, who, "a loss")

@@ -27,12 +27,14 @@ def unshifted_accuracy(monkeypatch, kit):
 
     def batch(*arguments):
         made = make(*arguments)
-        current["tokens"] = made.token[made.score]
+        current["tokens"], current["at"] = made.token[made.score], 0
         return made
 
-    def score(logits_NV, target_N, clean):
-        assert len(logits_NV) == len(current["tokens"])  # one chunk
-        return right(logits_NV, target_N, clean)._replace(correct=(logits_NV.argmax(-1) == current["tokens"]).double())
+    def score(logits_NV, target_N, clean):  # runs of a batch come in order, for every arm anew
+        at, tokens = current["at"], current["tokens"]
+        here = tokens[at : at + len(logits_NV)]
+        current["at"] = (at + len(here)) % len(tokens)
+        return right(logits_NV, target_N, clean)._replace(correct=(logits_NV.argmax(-1) == here).double())
 
     monkeypatch.setattr(rounds, "make_batch", batch)
     monkeypatch.setattr(passes, "score_tokens", score)

@@ -8,11 +8,18 @@ forms: `select_frozen` and `plain_topk`.
 What is not a number fires, so that it shows in whatever is computed from the codes.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np import arrayobj
 from torch import Tensor
 
 from thresher.cache.kernels.jit import compiled
+from thresher.cache.kernels.lines import LINE_BYTES
 from thresher.train.kernels.cpu_pool import over_rows
 from thresher.train.kernels.silent import choose_columns
 from thresher.train.kernels.sparse import Selection
@@ -46,6 +53,38 @@ def largest(a_NF: Tensor, k: int) -> Selection:
     return found.selection
 
 
+_intrinsic: Any = intrinsic  # the type checker does not know that the first argument is not given in calls
+_WORD = ir.IntType(64)
+
+
+@_intrinsic
+def _exceeding(typing_context, row, floor, at):  # type: ignore[no-untyped-def]
+    """A bit for each of a cache line's numbers from `at` on: whether it exceeds its floor, or is none."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        vectors = []
+        for kind, value in zip(signature.args[:2], arguments[:2], strict=True):
+            data = arrayobj.make_array(kind)(context, builder, value).data
+            lanes = LINE_BYTES // (kind.dtype.bitwidth // 8)
+            vector = ir.VectorType(context.get_data_type(kind.dtype), lanes)
+            place = builder.bitcast(builder.gep(data, [arguments[2]]), vector.as_pointer())
+            vectors.append(builder.load(place, align=kind.dtype.bitwidth // 8))
+        bits = builder.bitcast(builder.fcmp_unordered(">", *vectors), ir.IntType(lanes))
+        return builder.zext(bits, _WORD)
+
+    return types.int64(row, floor, types.int64), generate
+
+
+@_intrinsic
+def _lowest(typing_context, bits):  # type: ignore[no-untyped-def]
+    """Position of the lowest bit that is set; one is."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int64(types.int64), generate
+
+
 @compiled()
 def _count(a, floor, first, stop, counts):  # type: ignore[no-untyped-def]
     for n in range(first, stop):
@@ -57,8 +96,16 @@ def _count(a, floor, first, stop, counts):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _fill(a, floor, first, stop, offsets, latents):  # type: ignore[no-untyped-def]
+    lanes = LINE_BYTES // a.itemsize
     for n in range(first, stop):
         row, at, end, i = a[n], offsets[n], offsets[n + 1], 0
+        while i + lanes <= row.shape[0] and at < end:
+            bits = _exceeding(row, floor, i)
+            while bits != 0:
+                latents[at] = i + _lowest(bits)
+                bits &= bits - 1
+                at += 1
+            i += lanes
         while at < end:
             latents[at] = i
             at += not row[i] <= floor[i]
