@@ -8,9 +8,10 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/thresher demo
 
-# One worker per core, each with one thread: tests of small tensors gain nothing from more.
+# One worker per core, each with one thread: tests of small tensors gain nothing from more. A worker without tests takes
+# some of another's: the slowest ones come last.
 test: $(VENV)/ready lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

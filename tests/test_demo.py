@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-SHORTER = ("data.max_tokens=250000", "train.epochs=2", "evaluate.tokens=25000", "evaluate.resamples=200")
+SHORTER = (
+    *("data.max_tokens=250000", "train.epochs=2"),
+    *("evaluate.tokens=15000", "evaluate.resamples=200", "evaluate.neurons=[32]", "evaluate.training_tokens=20000"),
+)
 
 
 def test_the_numbers_of_the_demo_make_sense(tmp_path: Path) -> None:
@@ -23,8 +26,8 @@ def test_the_numbers_of_the_demo_make_sense(tmp_path: Path) -> None:
         l0, delta = ([row["metrics"][key] for row in family] for key in ("l0", "delta"))
         assert l0 == sorted(l0), "L0 follows k"
         assert delta == sorted(delta, reverse=True), "δ falls as L0 grows"
-        ablations = [row["metrics"]["delta"] for row in rows.values() if row["kind"] == "baseline"]
-        worst = min(value for value in ablations if value > 0)
+        worst = min(rows[name]["metrics"]["delta"] for name in ("zero", "mean"))
+        assert rows["neurons k=32"]["metrics"]["delta"] > sets["transcoder-batchtopk-k32"]["metrics"]["delta"]
         for name, row in sets.items():
             assert 0 < row["metrics"]["delta"] < worst / 3, f"{name} clearly beats zero and mean ablation"
             assert row["metrics"]["dead"] < 0.2, f"{name} has too many dead latents"
