@@ -116,6 +116,18 @@ def _hog(path: Path, after: int) -> Callable[[int], None]:
     return begin
 
 
+def _outlive(gate: tuple[int, int]) -> Callable[[int], None]:
+    """Hold the second shard claimed until the first child is dead, however the scheduler treats the two."""
+    reader, writer = gate
+    os.close(writer)
+
+    def begin(count: int) -> None:
+        if count == 1:
+            os.read(reader, 1)
+
+    return begin
+
+
 def digest(path: Path) -> str:
     """SHA-256 over names and contents of a cache's files, without locks."""
     total = hashlib.sha256()
@@ -125,7 +137,7 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def _child(command: dict[str, object]) -> str:
+def _child(command: dict[str, object], gate: tuple[int, int]) -> str:
     """Run one command; the answer is "done", the number of calls, a digest, or the text of a UserError."""
     calls = _counting(int(command.pop("die_at", 0)))  # type: ignore[call-overload]
     path, count = Path(str(command.pop("path"))), command.pop("count", False)
@@ -136,6 +148,8 @@ def _child(command: dict[str, object]) -> str:
         (path.parent / "hog").unlink()
     if "hog_after" in command:
         command["begin"] = _hog(path, int(command.pop("hog_after")))  # type: ignore[call-overload]
+    if command.pop("outlive", False):
+        command["begin"] = _outlive(gate)
     try:
         if command.pop("digest", False):
             return digest(path)
@@ -145,12 +159,12 @@ def _child(command: dict[str, object]) -> str:
     return str(calls[0]) if count else "done"
 
 
-def _forked(command: dict[str, object]) -> tuple[int, int]:
-    """(process, pipe) of a child that runs the command."""
+def _forked(command: dict[str, object], gate: tuple[int, int]) -> tuple[int, int]:
+    """(process, pipe) of a child that runs the command; `gate`, a pipe, ends for its reader when the writers are gone."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        answer = _child(dict(command)).encode()
+        answer = _child(dict(command), gate).encode()
         os.close(reader)
         with os.fdopen(writer, "wb") as pipe:
             pipe.write(answer)
@@ -163,7 +177,11 @@ def serve() -> None:
     """Answer each line of stdin, a list of commands that run at once, with the list of what the children said."""
     for line in sys.stdin:
         answers = []
-        for child, reader in [_forked(command) for command in json.loads(line)]:
+        gate = os.pipe()
+        children = [_forked(command, gate) for command in json.loads(line)]
+        for end in gate:
+            os.close(end)
+        for child, reader in children:
             with os.fdopen(reader, "rb") as pipe:
                 answers.append(pipe.read().decode() or "killed")
             os.waitpid(child, 0)
