@@ -67,7 +67,21 @@ class Codes(NamedTuple):
         return out
 
 
-Edit = Callable[[Tensor], Tensor | None]
+class Overwriting(NamedTuple):
+    """An edit whose result does not depend on the live value at some positions: a target may leave that uncomputed, and
+    pass anything there."""
+
+    edit: Callable[[Tensor], Tensor | None]
+    """What is called."""
+    elsewhere: Tensor
+    """[M] int64: positions of the flattened [B, T] where the live value does matter."""
+
+    def __call__(self, x_BTD: Tensor) -> Tensor | None:
+        """As any edit."""
+        return self.edit(x_BTD)
+
+
+Edit = Callable[[Tensor], Tensor | None] | Overwriting
 """Called with a site's live value [B, T, D] as the forward pass reaches it. Returns what the model goes on with, in
 the same shape, or None to leave it as it is."""
 
@@ -123,6 +137,7 @@ class Target(Protocol):
     def logits(self, tokens: Tensor, edits: Mapping[str, Edit] | None = None) -> Tensor:
         """Next-token logits [B, T, V] for `tokens` [B, T], with `edits` by site name applied in forward order.
 
+        Where an edit is `Overwriting`, what it overwrites may be left out of the computation.
         Differentiable in what the edits return when gradients are enabled.
         """
         ...

@@ -7,7 +7,7 @@ _WANTED = {
     # and maps 512 pages at a time.
     "THP_MEM_ALLOC_ENABLE": "1",
     # A thread of OpenMP that has nothing to do keeps its core busy for so many looks at its lock, 300,000 if nobody
-    # says otherwise: several milliseconds, in which the threads of our own loops find no core (train/kernels/cpu_pool).
+    # says otherwise: several milliseconds, in which the threads of our own loops find no core (cache/kernels/cpu_pool).
     "GOMP_SPINCOUNT": "10000",
 }
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.contracts import Codes
+from thresher.evaluate.scoring import reductions
 
 SUMS = ("nll", "kl", "correct", "agree")
 """Columns of the language-model sums of one arm, [G, 4] by segment."""
@@ -78,49 +79,20 @@ def score_tokens_plain(logits_NV: Tensor, target_N: Tensor, clean_NV: Tensor) ->
 def clean_scores(logits_NV: Tensor) -> CleanScores:
     """Prepare the clean side of `score_tokens`."""
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    p_NV, top_N = logits_NV.softmax(-1), _top(logits_NV)
-    below_NV = _below(logits_NV, top_N)
-    constant_N = _dots(p_NV, below_NV)
-    return CleanScores(p_NV, constant_N - _normaliser(below_NV), top_N)
+    p_NV = logits_NV.softmax(-1)
+    found = reductions(logits_NV, p_NV, torch.zeros(len(p_NV), dtype=torch.int64, device=p_NV.device))
+    return CleanScores(p_NV, found.dots - found.normaliser, found.top)
 
 
 def score_tokens(logits_NV: Tensor, target_N: Tensor, clean: CleanScores) -> TokenScores:
     """As `score_tokens_plain`, without a [N, V] temporary: KL = Σ p log p - (Σ_v p·logit - logsumexp logit)."""
-    logits_NV = logits_NV.to(clean.p.dtype)
-    top_N = _top(logits_NV)
-    below_NV = _below(logits_NV, top_N)
-    chosen_N, dots_N = below_NV.gather(1, target_N[:, None])[:, 0].double(), _dots(clean.p, below_NV)
-    normaliser_N = _normaliser(below_NV)
+    found = reductions(logits_NV.to(clean.p.dtype), clean.p, target_N)
     return TokenScores(
-        normaliser_N - chosen_N,
-        clean.constant - (dots_N - normaliser_N),
-        (top_N == target_N).double(),
-        (top_N == clean.top).double(),
+        found.normaliser - found.chosen,
+        clean.constant - (found.dots - found.normaliser),
+        (found.top == target_N).double(),
+        (found.top == clean.top).double(),
     )
-
-
-def _top(logits_NV: Tensor) -> Tensor:
-    """[N] the most likely token, the lowest index among equals; NumPy's search runs on vector instructions."""
-    if logits_NV.device.type == "cpu":
-        return torch.from_numpy(np.argmax(logits_NV.numpy(), axis=1))
-    return logits_NV.max(-1).indices
-
-
-def _below(logits_NV: Tensor, top_N: Tensor) -> Tensor:
-    """Every row less its largest entry: the same distribution, in numbers whose sums keep more digits."""
-    return logits_NV - logits_NV.gather(1, top_N[:, None])
-
-
-def _normaliser(below_NV: Tensor) -> Tensor:
-    """[N] float64: logsumexp of every row; the block is used up."""
-    return below_NV.exp_().sum(-1).log_().double()
-
-
-def _dots(p_NV: Tensor, logits_NV: Tensor) -> Tensor:
-    """[N] float64: Σ_v p · logit of every row, without a block of products on a CPU."""
-    if logits_NV.device.type == "cpu":
-        return torch.from_numpy(np.einsum("nv,nv->n", p_NV.numpy(), logits_NV.numpy())).double()
-    return torch.linalg.vecdot(p_NV, logits_NV).double()
 
 
 def language_metrics(

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import Codes, Dictionary, Edit
+from thresher.cache.contracts import Codes, Dictionary, Edit, Overwriting
 
 Protocol = Literal["cascade", "clean_input", "single_site"]
 PROTOCOLS: tuple[Protocol, ...] = ("cascade", "clean_input", "single_site")
@@ -30,6 +30,11 @@ Observer = Callable[[int, int, Codes], None]
 def places(patch_BT: Tensor) -> Tensor:
     """[N] int64: the patched positions of the flattened batch, which a mask would be searched for at every site."""
     return patch_BT.flatten().nonzero()[:, 0]
+
+
+def _overwriting(edit: Callable[[Tensor], Tensor | None], patch_BT: Tensor) -> Overwriting:
+    """An edit that writes every patched position, whatever is there."""
+    return Overwriting(edit, places(~patch_BT))
 
 
 def read_rows(x_BTD: Tensor, places_N: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def constant_edits(values: Mapping[str, Tensor], patch_BT: Tensor) -> dict[str, 
     places_N = places(patch_BT)
 
     def writer(value: Tensor) -> Edit:
-        return lambda x_BTD: write_rows(x_BTD, places_N, value)
+        return _overwriting(lambda x_BTD: write_rows(x_BTD, places_N, value), patch_BT)
 
     return {site: writer(value) for site, value in values.items()}
 
@@ -141,7 +146,8 @@ def cascade_edits(
                     encode(i, s, x_ND)
             return out_BTD
 
-        return edit
+        needs_live_value = writer is None or any(i == writer[0] for i, _ in readers)
+        return edit if needs_live_value else _overwriting(edit, patch_BT)
 
     touched = dict.fromkeys(site for d in dictionaries for site in (*d.reads, *d.writes))
     return {site: edit_of(site) for site in touched}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from thresher.cache.contracts import Edit
 from thresher.harvest.sites import Point
 
 Visit = Callable[[Tensor], Tensor | None]
@@ -89,7 +90,48 @@ def taking(
     return visit
 
 
-def editing(edit: Callable[[Tensor], Tensor | None], shape: tuple[int, ...], where: str) -> Visit:
+@contextmanager
+def limited(model: nn.Module, names: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let modules that work on every token alone, by name, compute only some positions [M] of the flattened [B, T]; the
+    others are zero.
+
+    A module that is called with more than one tensor, or returns anything else, computes all.
+    """
+    modules = [(model.get_submodule(name), rows_M) for name, rows_M in names.items()]
+    before = [(module, module.__dict__.get("forward")) for module, _ in modules]
+    try:
+        for module, rows_M in modules:
+            module.forward = _limited(module.forward, rows_M)
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def _limited(forward: Callable[..., Any], rows_M: Tensor) -> Callable[..., Any]:
+    some_M = rows_M if len(rows_M) else rows_M.new_zeros(1)  # to learn the output's width and format
+
+    def limited_forward(*args: Any, **kwargs: Any) -> Any:
+        inputs = [*args, *kwargs.values()]
+        if len(inputs) > 1 or not isinstance(inputs[0], Tensor):
+            return forward(*args, **kwargs)
+        (x,) = inputs
+        rows_MD = x.flatten(0, -2).index_select(0, some_M)
+        given = rows_MD if x.dim() == 2 else rows_MD[None]
+        found = forward(given) if args else forward(**dict.fromkeys(kwargs, given))
+        if not isinstance(found, Tensor):
+            return forward(*args, **kwargs)
+        out = found.new_zeros(*x.shape[:-1], found.shape[-1])
+        out.view(-1, out.shape[-1]).index_copy_(0, some_M, found.view(-1, out.shape[-1]))
+        return out
+
+    return limited_forward
+
+
+def editing(edit: Edit, shape: tuple[int, ...], where: str) -> Visit:
     """Show the tensor as [B, T, D] to `edit` and put its result back in the model's own shape."""
 
     def visit(x: Tensor) -> Tensor | None:

@@ -47,6 +47,11 @@ class Structure(NamedTuple):
     gated_mlp: bool
     """A neuron of the MLP is a product of two projections of its input, one of them behind the nonlinearity."""
 
+    def mlp_output(self, layer: int) -> Point | None:
+        """What the MLP's own module returns, before any norm that follows; None where no module is the MLP."""
+        hook = self.table.hooks.get(f"blocks.{layer}.mlp.hook_out")
+        return None if hook is None else hook[1]
+
 
 def read_structure(model: nn.Module) -> Structure:
     """Ask transformer-lens for the structure of a Hugging Face causal language model; `model` itself stays as it is.
@@ -190,7 +195,7 @@ def hidden_faults(structure: Structure, model: nn.Module, taken: Mapping[Point, 
     That output is `mlp_out`, or what the MLP's module returns: BLOOM's adds the residual stream too, Gemma 2's is
     followed by a norm.
     """
-    taps, hooks, faults = structure.table.taps, structure.table.hooks, {}
+    taps, faults = structure.table.taps, {}
     for layer in range(structure.table.n_layers):
         point = taps.get((layer, "mlp_hidden"), _NOWHERE)
         if point not in taken:
@@ -203,7 +208,7 @@ def hidden_faults(structure: Structure, model: nn.Module, taken: Mapping[Point, 
         size = out.float().norm(dim=-1)
         if not _close(out + turned, both + none, size + size.flip(1)):
             faults[layer, "mlp_hidden"] = "what follows the MLP's neurons is no matrix"
-        wholes = [taps.get((layer, "mlp_out"), _NOWHERE), hooks.get(f"blocks.{layer}.mlp.hook_out", ("", _NOWHERE))[1]]
+        wholes = [taps.get((layer, "mlp_out"), _NOWHERE), structure.mlp_output(layer) or _NOWHERE]
         returned = [taken[whole] for whole in wholes if whole in taken]
         if returned and not any(_close(whole, out, size) for whole in returned):
             faults[layer, "mlp_hidden"] = "the MLP's last matrix times its neurons is not what the MLP returns"

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import Edit, Site
+from thresher.cache.contracts import Edit, Overwriting, Site
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
 from thresher.harvest.checkpoint import commit_of, digest, locate, tokenizer_files, weight_files
-from thresher.harvest.hooking import Keep, PassEnded, Visit, attached, batched, editing, taking
+from thresher.harvest.hooking import Keep, PassEnded, Visit, attached, batched, editing, limited, taking
 from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet
 from thresher.harvest.sites import TAPS, Located, Point, resolve
 from thresher.harvest.structure import Structure, hidden_faults, read_structure, tap_faults
@@ -182,8 +182,24 @@ class TransformerTarget:
     def logits(self, tokens: Tensor, edits: Mapping[str, Edit] | None = None) -> Tensor:
         """As `contracts.Target.logits`. An edit of `resid_mid` changes both what the second norm reads and what the
         MLP's output is added to."""
-        with attached(self.model, self._visits(edits or {}, tuple(tokens.shape))):
+        edits = edits or {}
+        with (
+            limited(self.model, self._overwritten(edits)),
+            attached(self.model, self._visits(edits, tuple(tokens.shape))),
+        ):
             return self._run(tokens).logits
+
+    def _overwritten(self, edits: Mapping[str, Edit]) -> dict[str, Tensor]:
+        """MLPs whose output is overwritten and that nobody looks into: the positions they still must compute."""
+        points = {name: self._point(name) for name in edits}
+        return {
+            points[name].module: edit.elsewhere
+            for name, edit in edits.items()
+            if isinstance(edit, Overwriting)
+            and self._located[name].tap == "mlp_out"
+            and points[name] == self.structure.mlp_output(self._located[name].layer)
+            and not any(other.module.startswith(f"{points[name].module}.") for other in points.values())
+        }
 
     def replica(self) -> "TransformerTarget":
         """The same model with modules of its own and the weights shared, for passes in another thread."""

@@ -160,7 +160,7 @@ def _child(command: dict[str, object], gate: tuple[int, int]) -> str:
 
 
 def _forked(command: dict[str, object], gate: tuple[int, int]) -> tuple[int, int]:
-    """(process, pipe) of a child that runs the command; `gate`, a pipe, ends for its reader when the writers are gone."""
+    """(process, pipe) of a child that runs the command. `gate` is a pipe, which ends when its writers are gone."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

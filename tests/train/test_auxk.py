@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.train.test_losses import LATENTS, RULES, N, auxk_term, batch, make
+from thresher.cache.kernels import cpu_pool
 from thresher.train import auxk
-from thresher.train.kernels import cpu_pool, low, silent, slabs
+from thresher.train.kernels import low, silent, slabs
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
 from thresher.train.kernels.silent import Dead, Silent, SilentBlock, by_latent, choose_silent, plain_silent

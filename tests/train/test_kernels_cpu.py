@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from thresher.cache.errors import UserError
-from thresher.train.kernels import choice, cpu, cpu_pool, firing
+from thresher.cache.kernels import cpu_pool
+from thresher.train.kernels import choice, cpu, firing
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Rows, Sink, no_facts
 from thresher.train.kernels.sparse import Selection

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thresher.train.kernels import cpu_pool
+from thresher.cache.kernels import cpu_pool
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.residual import Left, left
 

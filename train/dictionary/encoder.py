@@ -25,7 +25,7 @@ from thresher.train.kernels.gradients import Sink
 from thresher.train.kernels.padded import Forecast
 from thresher.train.kernels.silent import Dead, Silent, SilentBlock, choose_silent, dead_first
 from thresher.train.kernels.sparse import Selection, gathered_linear
-from thresher.train.kernels.tiles import joined, joined_silent, tile_rows
+from thresher.train.kernels.tiles import joined, joined_silent, served_rows, tile_rows
 from thresher.train.stages import stage
 
 
@@ -83,8 +83,13 @@ class Workspace:
         size, dtype = tokens * W_enc.shape[0], dtype or W_enc.dtype
         memory: Tensor | None = getattr(self._local, "memory", None)
         if memory is None or memory.numel() < size or memory.dtype != dtype or memory.device != W_enc.device:
-            memory = self._local.memory = torch.empty(size, dtype=dtype, device=W_enc.device)
+            with torch.inference_mode(False):  # or training could not use it afterwards
+                memory = self._local.memory = torch.empty(size, dtype=dtype, device=W_enc.device)
         return memory[:size].view(tokens, W_enc.shape[0])
+
+
+_WORKSPACE = Workspace()
+"""Of every encoder that is given no other."""
 
 
 class Encoder(nn.Module):
@@ -106,7 +111,7 @@ class Encoder(nn.Module):
         self.register_buffer("low", None, persistent=False)
         self.low: Tensor | None
         self._low_of: tuple[int, int] | None = None
-        self.workspace = Workspace()
+        self.workspace = _WORKSPACE
         self.kernels = Kernels()
         self.sink: Sink | None = None  # where W_enc's gradient goes; None: to autograd
 
@@ -216,12 +221,11 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def encode(self, x_ND: Tensor, bias_F: Tensor) -> Codes:
         """Codes under the frozen rule: each token alone decides."""
-        rows = tile_rows(self.W_enc.shape[0], bias_F.itemsize, x_ND.device)
+        rows = served_rows(self.W_enc.shape[0], bias_F.itemsize, x_ND.device)
         parts = []
         for x_nD in x_ND.split(max(1, min(rows, x_ND.shape[0]))):
-            a_nF = self.preactivations(x_nD, bias_F)
-            selection = self.rule.select_frozen(a_nF)
-            parts.append((selection, selection.take(a_nF).relu_()))
+            block = self.workspace.block(x_nD.shape[0], self.W_enc)
+            parts.append(self.rule.fire_frozen(self.preactivations(x_nD, bias_F, block)))
         selection, values = parts[0] if len(parts) == 1 else joined(parts)
         return Codes(values, selection.latents, selection.offsets, selection.width)
 

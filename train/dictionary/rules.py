@@ -1,7 +1,7 @@
 """The firing rules as parts of an encoder: their parameters, their running state, and how they select.
 
 A rule answers two questions. In training, which entries of the batch are looked at (`select`) and what they become
-(`fire`). At inference, which entries fire when each token must decide alone (`select_frozen`): TopK is the same; the
+(`fire`). At inference, which entries fire when each token must decide alone (`fire_frozen`): TopK is the same; the
 others compare with a threshold per latent. BatchTopK learns that threshold on the way, as a running mean of the
 smallest value each batch kept, and calibration replaces it by the exact one at the end (train/calibrate.py).
 
@@ -48,11 +48,12 @@ class ReLU(nn.Module):
         """[F] frozen thresholds in training space; None for a rule that keeps a count per token."""
         return torch.zeros(self.width)
 
-    def select_frozen(self, a_NF: Tensor) -> Selection:
-        """Entries that fire at inference, every token on its own."""
+    def fire_frozen(self, a_NF: Tensor) -> tuple[Selection, Tensor]:
+        """Entries that fire at inference, every token on its own, and their codes [A]."""
         theta = self.thresholds()
         assert theta is not None
-        return firing.select_frozen(a_NF, theta.to(a_NF.device, wide(a_NF.dtype)))
+        selection, values = firing.select_frozen(a_NF, theta.to(a_NF.device, wide(a_NF.dtype)))
+        return selection, values.relu_()
 
 
 class TopK(ReLU):
@@ -72,13 +73,15 @@ class TopK(ReLU):
     def thresholds(self) -> None:
         """None: the rule is already a matter of one token."""
 
-    def select_frozen(self, a_NF: Tensor) -> Selection:
+    def fire_frozen(self, a_NF: Tensor) -> tuple[Selection, Tensor]:
         """The k largest of each token, on a CPU without those that are not positive, which have no code."""
-        if frozen.can_choose(a_NF):
-            if frozen.is_whole(a_NF):
-                return frozen.largest(a_NF, self.k)
-            return firing.compress(firing.plain_topk(a_NF, self.k))  # what is not a number is among the largest
-        return firing.select_topk(a_NF, self.k)
+        if not frozen.can_choose(a_NF):
+            selection = firing.select_topk(a_NF, self.k)
+        elif (found := frozen.largest(a_NF, self.k)) is not None:
+            return found
+        else:
+            selection = firing.compress(firing.plain_topk(a_NF, self.k))  # what is not a number is among the largest
+        return selection, selection.take(a_NF).relu_()
 
 
 class BatchTopK(ReLU):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thresher.cache.kernels.cpu_pool import over_rows
 from thresher.cache.kernels.lines import whole_lines
 from thresher.train.kernels import cpu_bags, cpu_update
-from thresher.train.kernels.cpu_pool import over_rows
 from thresher.train.kernels.cpu_update import Adam
 from thresher.train.kernels.gradients import Facts, Rows, no_facts, numbers
 

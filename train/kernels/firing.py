@@ -152,11 +152,13 @@ def select_above(
     return selection
 
 
-def select_frozen(a_NF: Tensor, floor: Tensor) -> Selection:
-    """Every entry above its floor [F], however many, or not a number. Reads back: for inference only."""
+def select_frozen(a_NF: Tensor, floor: Tensor) -> tuple[Selection, Tensor]:
+    """Every entry above its floor [F], however many, or not a number; and their values [A]. Reads back: for inference
+    only."""
     if frozen.can_choose(a_NF):
         return frozen.above(a_NF, floor.to(a_NF.dtype))
-    return compress(~(a_NF <= floor))
+    selection = compress(~(a_NF <= floor))
+    return selection, selection.take(a_NF)
 
 
 def compress(mask_NF: Tensor) -> Selection:

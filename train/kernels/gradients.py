@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from thresher.cache.kernels.cpu_pool import over_rows
 from thresher.train.kernels import cpu_update
-from thresher.train.kernels.cpu_pool import over_rows
 from thresher.train.kernels.low import patterns
 
 _NONE = np.empty(0)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thresher.cache.kernels.cpu_pool import over_rows
 from thresher.cache.kernels.jit import compiled
 from thresher.cache.kernels.lines import inlined
 from thresher.cache.kernels.sums import bits_of, wide
-from thresher.train.kernels.cpu_pool import over_rows
 
 _BLOCKS = 32
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thresher.cache.kernels.cpu_pool import over_rows
 from thresher.cache.kernels.jit import compiled
 from thresher.train.kernels import padded
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.cpu import flat
-from thresher.train.kernels.cpu_pool import over_rows
 
 _BLOCKS = 32
 

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thresher.cache.kernels.cpu_pool import over_rows
 from thresher.cache.kernels.jit import compiled
 from thresher.train.kernels import firing
 from thresher.train.kernels.choice import Kernels
-from thresher.train.kernels.cpu_pool import over_rows
 from thresher.train.kernels.low import patterns, rounded
 from thresher.train.kernels.padded import PADDING, wide
 from thresher.train.kernels.sparse import ByLatent, Selection
@@ -166,7 +166,7 @@ def choose_columns(a_NF: Tensor, latents: Tensor, k: int) -> Silent:
     offsets = np.zeros(tokens + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     if offsets[-1] < tokens * room:
-        _close_up(offsets, room, index, values)
+        close_up(offsets, room, index, values)
     size = int(offsets[-1])
     selection = Selection(torch.from_numpy(index[:size]), torch.from_numpy(offsets), width)
     return Silent(latents, selection, torch.from_numpy(values[:size]))
@@ -186,7 +186,7 @@ def _compiled_block(a_NF: Tensor, latents: Tensor, k: int) -> tuple[SilentBlock,
 
 
 @compiled(forceinline=True)
-def _reaching(row, cut):  # type: ignore[no-untyped-def]
+def reaching(row, cut):  # type: ignore[no-untyped-def]
     """How many values are at least `cut`."""
     found = np.int32(0)
     for i in range(row.shape[0]):
@@ -219,14 +219,14 @@ def _cut(row, bits, k, positive, guess, pace):  # type: ignore[no-untyped-def]
     while True:
         if high == np.inf and not (low < cut and pace > 0 and steps < 3):
             high = _largest(row, bits)
-            few = np.int64(_reaching(row, high))
+            few = np.int64(reaching(row, high))
             if few >= k:
                 return high, k if few == k else 0, pace
         if not low < cut < high:
             cut = low + (high - low) / kind(2)
             if not low < cut < high:  # neighbours: what reaches low and not high equals low
                 return low, few, pace
-        reached = np.int64(_reaching(row, cut))
+        reached = np.int64(reaching(row, cut))
         if high < np.inf and low > 0:
             pace = (high - low) / kind(many - few)
         if reached == k:
@@ -244,7 +244,7 @@ def _cut(row, bits, k, positive, guess, pace):  # type: ignore[no-untyped-def]
 
 
 @compiled(forceinline=True)
-def _reach(row, bits, k, positive, guess, pace):  # type: ignore[no-untyped-def]
+def reach(row, bits, k, positive, guess, pace):  # type: ignore[no-untyped-def]
     """(cut, spare, guess, pace): what exceeds the cut is chosen, and of what equals it the first `spare`, all if -1.
 
     With what the next row is to begin from.
@@ -261,7 +261,7 @@ def _read(a, columns, n, row):  # type: ignore[no-untyped-def]
     source = a[n]
     for i in range(row.shape[0]):
         row[i] = source[np.uint64(columns[i])]  # unsigned: no index counts from the end, which nobody has to ask then
-    return np.int64(_reaching(row, np.nextafter(row.dtype.type(0), row.dtype.type(1))))
+    return np.int64(reaching(row, np.nextafter(row.dtype.type(0), row.dtype.type(1))))
 
 
 @compiled()
@@ -271,7 +271,7 @@ def _choose(a, kind, columns, k, first, stop, index, values, counts):  # type: i
     bits, guess, pace = row.view(kind.dtype), a.dtype.type(0), a.dtype.type(0)
     for n in range(first, stop):
         positive = _read(a, columns, n, row)
-        cut, spare, guess, pace = _reach(row, bits, k, positive, guess, pace)
+        cut, spare, guess, pace = reach(row, bits, k, positive, guess, pace)
         at, end, i = n * k, n * k + min(k, positive), 0
         counts[n] = end - at
         if spare < 0:
@@ -295,7 +295,7 @@ def _choose_block(a, kind, columns, k, first, stop, low, counts):  # type: ignor
     bits, guess, pace = row.view(kind.dtype), a.dtype.type(0), a.dtype.type(0)
     for n in range(first, stop):
         positive = _read(a, columns, n, row)
-        cut, spare, guess, pace = _reach(row, bits, k, positive, guess, pace)
+        cut, spare, guess, pace = reach(row, bits, k, positive, guess, pace)
         counts[n] = min(k, positive)
         out = low[n]
         if spare < 0:
@@ -324,7 +324,7 @@ def _turn(index, offsets, order, token, starts):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _close_up(offsets, room, index, values):  # type: ignore[no-untyped-def]
+def close_up(offsets, room, index, values):  # type: ignore[no-untyped-def]
     """Move the entries of rows that take less than their room to where they belong."""
     for n in range(offsets.shape[0] - 1):
         for i in range(offsets[n + 1] - offsets[n]):

@@ -20,8 +20,8 @@ from numba.extending import intrinsic
 from numba.np import arrayobj
 from numpy.typing import NDArray
 
+from thresher.cache.kernels.cpu_pool import over_rows
 from thresher.cache.kernels.jit import compiled
-from thresher.train.kernels.cpu_pool import over_rows
 
 _LINES = 8  # of 64 bytes in a slab's row: sums and a row to multiply with fit the 32 registers of AVX-512
 _GROUPS = 4  # parts of the groups, so that threads find work when slabs are few
