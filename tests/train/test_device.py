@@ -24,8 +24,9 @@ from thresher.train.kernels import firing, padded, sparse, tiles
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Forecast, Lagged
 from thresher.train.kernels.silent import dead_first
-from thresher.train.losses import losses, preactivation_loss
+from thresher.train.losses import losses
 from thresher.train.optim import Optimiser
+from thresher.train.penalties import preactivation_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
