@@ -108,7 +108,7 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
 def described(kind: type) -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, help) for every field of a config class."""
     hints = typing.get_type_hints(kind)
-    helps = _field_docs(kind)
+    helps = {name: text for owner in reversed(kind.__mro__[:-1]) for name, text in _field_docs(owner).items()}
     for field in dataclasses.fields(kind):
         if field.default is not dataclasses.MISSING:
             default = json.dumps(_plain(field.default))

@@ -71,6 +71,17 @@ def test_help_comes_from_the_docstring_under_the_field() -> None:
     assert rows["layers"] == ("list of integer", "null", "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wider(Sample):
+    width: int = 1
+    """How wide."""
+
+
+def test_help_of_an_inherited_field_is_that_of_its_owner() -> None:
+    helps = {row[0]: row[3] for row in described(Wider)}
+    assert (helps["size"], helps["rule"], helps["width"]) == ("How many.", "Which one fires.", "How wide.")
+
+
 def test_override_copies_and_reaches_into_tables() -> None:
     raw = {"train": {"lr": 1.0}}
     assert override(raw, {"train.lr": 2.0, "data.source": "x"}) == {"train": {"lr": 2.0}, "data": {"source": "x"}}

@@ -5,8 +5,9 @@ largest pre-activations a. With z' = relu(a) and e = y − ŷ, detached,
 
     ê = Σ z' w (no decoder bias)        AuxK = min(n / k_aux, 1) · Σ‖ê − e‖² / Σ‖e − ē‖²
 
-so only dead rows of encoder and decoder learn, and b_dec does not. In a CLT every layer's dead latents take their own
-layer's residual through their rows for that layer, and the term is the mean over the layers that have dead latents.
+(`spec.aux_divisor` names another divisor, `spec.aux_scale` leaves the factor out), so only dead rows of encoder and
+decoder learn, and b_dec does not. In a CLT every layer's dead latents take their own layer's residual through their
+rows for that layer, and the term is the mean over the layers that have dead latents.
 
 `plain_error` is the specification, by ordinary autograd. The fast form takes the pre-activations from the block that
 the encoder has made anyway (kernels/silent.py), and then costs O(codes): everything is linear in ê − e, so its backward
@@ -47,18 +48,18 @@ the times of single products, not measured as a whole."""
 
 
 def auxiliary(
-    coder: Coder, done: Pass, xs: Sequence[Tensor], lefts: Sequence[Left], variation_S: Tensor | None = None
+    coder: Coder, done: Pass, xs: Sequence[Tensor], lefts: Sequence[Left], divisor_S: Tensor | None = None
 ) -> Tensor:
     """The mean over the sources that have dead latents; 0 when none has.
 
-    `lefts`: what `done` left of every destination. `variation_S`: Σ‖e − ē‖² per destination where these rows are part
-    of a larger batch; None: they are all of it.
+    `lefts`: what `done` left of every destination. `divisor_S`: what Σ‖ê − e‖² is divided by, per destination; None: by
+    Σ‖e − ē‖², these rows being the whole batch.
     """
     terms, counts = [], []
     for source, (x_ND, left) in enumerate(zip(xs, lefts, strict=True)):
         dead = dead_latents(coder, source, done)
         if dead is not None:
-            total = left.variation() if variation_S is None else variation_S[source]
+            total = left.variation() if divisor_S is None else divisor_S[source]
             terms.append(_share(coder, source, dead, done.fired[source].silent, x_ND, left.residual, total))
             counts += [] if dead.number is None else [dead.number]
     if not terms:
@@ -90,9 +91,10 @@ def _share(
     total: Tensor,
 ) -> Tensor:
     """One source's term."""
-    weight: Tensor | float = min(dead.latents.shape[0] / coder.spec.resolved_aux_k, 1.0)
+    enough = coder.spec.resolved_aux_k if coder.spec.aux_scale else 1
+    weight: Tensor | float = min(dead.latents.shape[0] / enough, 1.0)
     if dead.number is not None:
-        weight = (dead.number.to(total.dtype) / coder.spec.resolved_aux_k).clamp_max(1.0)
+        weight = (dead.number.to(total.dtype) / enough).clamp_max(1.0)
     factor = weight / total.where(total > 0, torch.inf)  # nothing to explain: 0
     if silent is None:
         coder.kernels.pick("auxk", x_ND.device, x_ND.dtype, 0)

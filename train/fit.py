@@ -154,7 +154,8 @@ class Fit:
         Returns tallies by source and part, losses by part, and whether some selection lacked room (None: none can).
         """
         spec, rows = self.plan.spec, self.plan.train.micro_rows
-        ramp = min(1.0, (self.done + 1) / spec.penalty_warmup) if spec.penalty_warmup else 1.0
+        length = self.total if spec.penalty_warmup == "run" else spec.penalty_warmup
+        ramp = min(1.0, (self.done + 1) / length) if length else 1.0
         xs, ys = split(inputs.xs, rows), split(inputs.ys, rows)
         known = survey(self.coder, xs, ys, ramp > 0) if len(xs) > 1 else None
         variances = [space.total_variance for space in self.writes]

@@ -4,9 +4,11 @@ All are means over tokens. Where a batch is taken in parts, every term is the pa
 and gradients of the parts add up to those of one pass. What couples the tokens of a batch (their number, the mean L0,
 the residual's variance) is then known beforehand and comes in as a `Whole`.
 
-- Reconstruction is the fraction of variance unexplained, ⟨‖y − ŷ‖²⟩ / V with V from the cache's statistics; a CLT's is
-  the mean over its layers.
-- AuxK is in train/auxk.py; it is divided by the residual's own variance, which does depend on the batch.
+- Reconstruction is ⟨‖y − ŷ‖²⟩ in the unit of the convention `spec.loss`: over V from the cache's statistics (FVU), over
+  d_out (mse) or as it is (sum); a CLT's is the mean over its layers. λ beside sum is λ/d_out beside mse and λ/V beside
+  fvu (dictionary/objective.py). What is reported is the FVU whatever the convention.
+- AuxK is in train/auxk.py; it is divided by the residual's own variance, which does depend on the batch, or by V, or by
+  the convention's unit.
 - Penalties are in train/penalties.py.
 
 `regularisation` is everything but the reconstruction, for those who train on another one.
@@ -21,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from thresher.train.auxk import auxiliary
 from thresher.train.dictionary.coder import Coder, Pass
+from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.residual import Left, left
 from thresher.train.penalties import penalties
 from thresher.train.stages import stage
@@ -79,12 +82,13 @@ def losses(
     ramp: float,
     whole: Whole | None = None,
 ) -> Losses:
-    """All terms of one batch in training space; xs, ys: [N, width] by source and destination; `ramp`: of penalties.
+    """All terms of one batch in training space; xs, ys: [N, width] by source and destination; `ramp`: of the
+    sparsity penalty.
 
     `whole`: these rows are a part of a larger batch, and the terms are their shares of it; None: they are all.
     """
     lefts = residuals(coder, done, ys)
-    main = reconstruction(done, lefts, variances, whole)
+    main = reconstruction(coder, done, lefts, variances, whole)
     rest = regularisation(coder, done, xs, lefts, variances, ramp, whole)
     return Losses(main.total + rest.total, main.fvu, rest.aux.detach(), rest.penalty.detach())
 
@@ -94,15 +98,25 @@ def residuals(coder: Coder, done: Pass, ys: Sequence[Tensor]) -> list[Left]:
     return [left(y, done.y[:, destination], coder.kernels) for destination, y in enumerate(ys)]
 
 
+def units(spec: DictionarySpec, variances: Sequence[float]) -> list[float]:
+    """What ⟨‖e‖²⟩ is divided by under the convention, per destination; `variances`: V."""
+    return {"fvu": list(variances), "mse": [float(spec.d_out)] * len(variances), "sum": [1.0] * len(variances)}[
+        spec.loss
+    ]
+
+
 def reconstruction(
-    done: Pass, lefts: Sequence[Left], variances: Sequence[float], whole: Whole | None = None
+    coder: Coder, done: Pass, lefts: Sequence[Left], variances: Sequence[float], whole: Whole | None = None
 ) -> Reconstruction:
     """The reconstruction's term alone. `lefts`: `residuals` of the pass; `variances`: V by destination."""
     tokens = done.y.shape[0] if whole is None else whole.tokens
     outputs = [done.y.flatten(1)] if len(lefts) == 1 else done.y.unbind(1)
     errors = [squared_error(*pair) for pair in zip(outputs, lefts, strict=True)]
-    fvu = torch.stack([error / (tokens * v) for error, v in zip(errors, variances, strict=True)])
-    return Reconstruction(fvu.mean(), fvu.detach())
+    total = torch.stack([error / (tokens * u) for error, u in zip(errors, units(coder.spec, variances), strict=True)])
+    if coder.spec.loss == "fvu":
+        return Reconstruction(total.mean(), total.detach())
+    fvu = [error.detach() / (tokens * v) for error, v in zip(errors, variances, strict=True)]
+    return Reconstruction(total.mean(), torch.stack(fvu))
 
 
 def regularisation(
@@ -117,19 +131,28 @@ def regularisation(
     """AuxK and penalties of a pass, whatever it is trained to reconstruct: end-to-end training takes these alone.
 
     `lefts`: `residuals` of the pass, which AuxK explains; not looked at when `spec.aux` is 0, and may then be empty.
-    xs: [N, D] by source; `variances`: V by destination; `ramp`: factor of the penalties.
+    xs: [N, D] by source; `variances`: V by destination; `ramp`: factor of the sparsity penalty.
     """
     spec = coder.spec
     total = aux = penalty = done.y.new_zeros(())
     if spec.aux > 0:
         with stage("auxk"):
-            aux = auxiliary(coder, done, xs, lefts, None if whole is None else whole.residual)
+            aux = auxiliary(coder, done, xs, lefts, _aux_divisor(spec, done.y, variances, whole))
         total = total + spec.aux * aux
-    if ramp > 0 and (spec.sparsity > 0 or spec.preact > 0):
+    if spec.sparsity > 0 or spec.preact > 0:
         tokens, l0 = (None, None) if whole is None else (whole.tokens, whole.l0)
-        penalty = ramp * penalties(coder, done.fired, xs, tokens, l0)
+        penalty = penalties(coder, done.fired, xs, ramp, tokens, l0)
         total = total + penalty
     return Regularisation(total, aux, penalty)
+
+
+def _aux_divisor(spec: DictionarySpec, y_NSE: Tensor, variances: Sequence[float], whole: Whole | None) -> Tensor | None:
+    """[S] what AuxK's sum of squares is divided by; None: by the variation of these rows' residual."""
+    if spec.aux_divisor == "residual":
+        return None if whole is None else whole.residual
+    tokens = y_NSE.shape[0] if whole is None else whole.tokens
+    per_token = variances if spec.aux_divisor == "target" else units(spec, variances)
+    return torch.stack([y_NSE.new_full((), tokens * value) for value in per_token])
 
 
 class _SquaredError(torch.autograd.Function):

@@ -6,7 +6,7 @@ gradient, the survey, finds it over all parts:
 - BatchTopK's cut. Every part keeps its own ⌊kN⌋ largest entries at most, N the whole batch; the cut is made among
   those of all parts, so the selection is the whole batch's, entry for entry;
 - the mean L0 of the target_l0 penalty;
-- the variance of the residual that AuxK divides by, merged from the parts' means and sums of squares.
+- the variance of the residual where AuxK divides by it, merged from the parts' means and sums of squares.
 
 The survey's selections and pre-activations are kept, and the second pass goes on from them: no encoder product is done
 twice, except where all latents are looked at, since such blocks are what parts are to avoid. A step that needs none of
@@ -49,7 +49,7 @@ def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[T
     spec = coder.spec
     tokens = sum(part[0].shape[0] for part in xs)
     wants_l0 = penalised and spec.resolved_penalty == "target_l0" and spec.sparsity > 0
-    wants_residual = spec.aux > 0 and _may_be_dead(coder, tokens)
+    wants_residual = spec.aux > 0 and spec.aux_divisor == "residual" and _may_be_dead(coder, tokens)
     wants_cut = spec.firing == "batchtopk"
     if not (wants_l0 or wants_residual or wants_cut):
         return Survey([[None] * len(xs[0]) for _ in xs], Whole(tokens))

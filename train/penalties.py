@@ -1,10 +1,11 @@
 """The penalties that make ReLU and JumpReLU codes sparse, and the pre-activation loss.
 
-All are sums over tokens divided by N of the whole batch, weighted, the mean over sources.
+All are sums over tokens divided by N of the whole batch, weighted, the mean over sources. n_f is the norm of a latent's
+decoder row over all it writes to, l2 or l1 (`spec.penalty_norm`), with gradient; or 1.
 
-- l1: λ⟨Σ z_f n_f⟩, n_f the norm of the latent's decoder row. l0: λ⟨Σ 1[a_f > θ_f]⟩. target_l0: λ(L0/k − 1)².
-  tanh: λ⟨Σ tanh(c n_f z_f)⟩. The step functions see a, not z: z is 0 in the lower half of the window.
-- Pre-activation loss: λ_P⟨Σ n_f relu(θ_f − a_f)⟩.
+- l1: λ⟨Σ z_f n_f⟩. l0: λ⟨Σ 1[a_f > θ_f]⟩. target_l0: λ(L0/k − 1)². tanh: λ⟨Σ tanh(c n_f z_f)⟩, with gradient to z, θ
+  and n_f. The step functions see a, not z: z is 0 in the lower half of the window. lp: train/anneal.py.
+- Pre-activation loss: λ_P⟨Σ n_f relu(θ_f − a_f)⟩, or λ_P⟨Σ relu(−a_f)⟩; it has no warm-up.
 """
 
 from collections.abc import Sequence
@@ -22,9 +23,14 @@ from thresher.train.kernels.sparse import spread
 
 
 def penalties(
-    coder: Coder, fired: Sequence[Fired], xs: Sequence[Tensor], tokens: int | None = None, l0: Tensor | None = None
+    coder: Coder,
+    fired: Sequence[Fired],
+    xs: Sequence[Tensor],
+    ramp: float = 1.0,
+    tokens: int | None = None,
+    l0: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sparsity and pre-activation terms, the mean over sources.
+    """Weighted sparsity and pre-activation terms, the mean over sources; `ramp`: factor of the former.
 
     Of a part of a larger batch, its share: `tokens` is then N of the whole, and `l0` [sources] its mean L0, detached,
     which the target_l0 penalty wants. xs: [N, D] by source.
@@ -37,17 +43,30 @@ def penalties(
             term = _target_l0(coder, part, count, None if l0 is None else l0[source])
         else:
             term = PENALTIES[spec.resolved_penalty or "l1"](coder, source, part) / count
-        term = spec.sparsity * term
+        term = ramp * spec.sparsity * term
         if spec.preact > 0:
             term = term + spec.preact * preactivation_loss(coder, source, xs[source]) / count
         terms.append(term)
     return torch.stack(terms).mean()
 
 
+def row_norm(coder: Coder, source: int) -> Tensor | None:
+    """[F] n_f with gradient; None: 1."""
+    if coder.spec.penalty_norm == "l2":
+        return coder.decoder_norm(source)
+    return coder.W_dec[source].flatten(1).abs().sum(1) if coder.spec.penalty_norm == "l1" else None
+
+
+def weighed(coder: Coder, source: int, part: Fired) -> Tensor:
+    """[A] (or [N, F]) z_f n_f."""
+    norm = row_norm(coder, source)
+    return part.z if norm is None else part.z * spread(norm, part.selection)
+
+
 def _l1(coder: Coder, source: int, part: Fired) -> Tensor:
-    if coder.spec.unit_norm:
+    if coder.spec.unit_norm and coder.spec.penalty_norm == "l2":
         return part.z.sum()
-    return (part.z * spread(coder.decoder_norm(source), part.selection)).sum()
+    return weighed(coder, source, part).sum()
 
 
 def _l0(coder: Coder, source: int, part: Fired) -> Tensor:
@@ -56,8 +75,7 @@ def _l0(coder: Coder, source: int, part: Fired) -> Tensor:
 
 
 def _tanh(coder: Coder, source: int, part: Fired) -> Tensor:
-    norm = spread(coder.decoder_norm(source), part.selection)
-    return torch.tanh(coder.spec.tanh_scale * norm * part.z).sum()
+    return torch.tanh(coder.spec.tanh_scale * weighed(coder, source, part)).sum()
 
 
 def _target_l0(coder: Coder, part: Fired, tokens: int, mean: Tensor | None) -> Tensor:
@@ -76,10 +94,16 @@ PENALTIES = {"l1": _l1, "l0": _l0, "tanh": _tanh}
 
 
 def preactivation_loss(coder: Coder, source: int, x_ND: Tensor) -> Tensor:
-    """Σ n_f relu(θ_f − a_f) over tokens and dead latents, or all: a dense pass on their rows, by plain autograd."""
-    encoder = coder.encoder(source)
-    assert isinstance(encoder.rule, JumpReLU)
-    rows: tuple[Tensor, ...] = encoder.W_enc, coder.bias(source), encoder.rule.theta(), coder.decoder_norm(source)
+    """Σ n_f relu(θ_f − a_f), or Σ relu(−a_f), over tokens and dead latents, or all; by plain autograd.
+
+    A dense pass on the rows of those latents.
+    """
+    encoder, norm = coder.encoder(source), None
+    rows: tuple[Tensor, ...] = encoder.W_enc, coder.bias(source)
+    if coder.spec.preact_form == "threshold":
+        assert isinstance(encoder.rule, JumpReLU)
+        norm = row_norm(coder, source)
+        rows += (encoder.rule.theta(), *(() if norm is None else (norm,)))
     real: Tensor | float = 1.0
     if coder.spec.preact_on == "dead":
         dead = encoder.asleep(x_ND.shape[0])
@@ -87,6 +111,7 @@ def preactivation_loss(coder: Coder, source: int, x_ND: Tensor) -> Tensor:
             return x_ND.new_zeros(())
         dead = dead or Dead(torch.empty(0, dtype=torch.int64))
         rows, real = tuple(tensor.index_select(0, dead.latents) for tensor in rows), dead.real()
-    weight, bias, theta, norm = rows
-    below = torch.relu(theta - F.linear(x_ND, weight, bias)).sum(0)
-    return (below * norm * real).sum()
+    weight, bias, *others = rows
+    theta = others[0] if others else 0.0
+    below = torch.relu(theta - F.linear(x_ND, weight, bias)).sum(0) * real
+    return (below if norm is None else below * others[1]).sum()

@@ -79,16 +79,20 @@ def auxk_term(coder: Coder, xs: list[Tensor], ys: list[Tensor], done: Pass | Non
 def reference(coder: Coder, xs: list[Tensor], ys: list[Tensor], variances: list[float]) -> Tensor:
     """The whole objective, densely, from the formulas alone."""
     spec = coder.spec
-    zs, total = [], torch.zeros((), dtype=torch.float64)
+    zs, wide, total = [], [], torch.zeros((), dtype=torch.float64)
     for source, x in enumerate(xs):
         encoder = coder.encoder(source)
         shifted = x - coder.b_dec[source] if spec.pre_bias else x
         a = shifted @ encoder.W_enc.T + encoder.b_enc
-        norm = coder.W_dec[source].flatten(1).norm(dim=1)
+        rows = coder.W_dec[source].flatten(1)
+        norm = {"l2": rows.norm(dim=1), "l1": rows.abs().sum(1), "none": torch.ones(())}[spec.penalty_norm]
         term = torch.zeros((), dtype=torch.float64)
         if spec.firing == "relu":
             z = a.clamp_min(0)
             term = spec.sparsity * (z * norm).sum(1).mean()
+            if spec.penalty == "lp":
+                p, factor, delta = coder.anneal.p, coder.anneal.factor, spec.p_offset
+                term = spec.sparsity * factor * ((z * norm + delta) ** p - delta**p).sum(1).mean()
         elif spec.firing == "topk":
             z = a.clamp_min(0) * torch.zeros_like(a).scatter(1, a.topk(int(spec.k or 0), dim=1).indices, 1.0)
         elif spec.firing == "batchtopk":
@@ -107,26 +111,44 @@ def reference(coder: Coder, xs: list[Tensor], ys: list[Tensor], variances: list[
             else:
                 term = spec.sparsity * torch.tanh(spec.tanh_scale * norm * z).sum(1).mean()
             on = torch.ones(LATENTS) if spec.preact_on == "all" else encoder.dead(spec.dead_after).double()
-            term = term + spec.preact * (on * norm * (theta - a).clamp_min(0)).sum(1).mean()
+            below = norm * (theta - a).clamp_min(0) if spec.preact_form == "threshold" else (-a).clamp_min(0)
+            term = term + spec.preact * (on * below).sum(1).mean()
         zs.append(z)
+        if spec.multi_topk:
+            best = a.topk(min(4 * int(spec.k or 0), LATENTS), dim=1).indices
+            wide.append(a.clamp_min(0) * torch.zeros_like(a).scatter(1, best, 1.0))
         total = total + term / len(xs)
     for target, y in enumerate(ys):
-        guess = coder.b_dec[target].expand(N, D)
-        for source in coder.sources(target):
-            guess = guess + zs[source] @ coder.W_dec[source][:, target - coder.written(source).start]
-        residual = (y - guess).detach()
-        total = total + ((y - guess) ** 2).sum(1).mean() / variances[target] / len(ys)
+        unit = {"fvu": variances[target], "mse": D, "sum": 1.0}[spec.loss]
+        residual = (y - decoded(coder, zs, target)).detach()
+        ends = spec.prefix_ends or (LATENTS,)
+        for end, weight in zip(ends, spec.prefix_weights or [1 / len(ends)] * len(ends), strict=True):
+            error = ((y - decoded(coder, zs, target, end)) ** 2).sum(1).mean()
+            total = total + weight * error / unit / len(ys)
+        if wide:
+            total = total + spec.multi_topk * ((y - decoded(coder, wide, target)) ** 2).sum(1).mean() / unit / len(ys)
         encoder = coder.encoder(target)
         dead = encoder.dead(spec.dead_after)
         shifted = xs[target] - coder.b_dec[target].detach() if spec.pre_bias else xs[target]
         a = (shifted @ encoder.W_enc.T + encoder.b_enc).masked_fill(~dead, -torch.inf)
-        picked = a.topk(4, dim=1).indices
+        picked = a.topk(spec.resolved_aux_k, dim=1).indices
         z = a.clamp_min(0) * torch.zeros_like(a).scatter(1, picked, 1.0).masked_fill(~dead, 0)
         z = torch.where(dead, z, 0.0)
-        spread = ((residual - residual.mean(0)) ** 2).sum(1).mean()
+        around = ((residual - residual.mean(0)) ** 2).sum(1).mean()
+        spread = {"residual": around, "target": variances[target], "none": unit}[spec.aux_divisor]
         error = ((z @ coder.W_dec[target][:, 0] - residual) ** 2).sum(1).mean()
-        total = total + spec.aux * error / spread / len(ys)
+        scale = min(int(dead.sum()) / spec.resolved_aux_k, 1.0) if spec.aux_scale else 1.0
+        total = total + spec.aux * scale * error / spread / len(ys)
     return total
+
+
+def decoded(coder: Coder, codes: list[Tensor], target: int, end: int = LATENTS) -> Tensor:
+    """What the first `end` latents of every source write to a destination, and its bias."""
+    out = coder.b_dec[target].expand(N, D)
+    for source in coder.sources(target):
+        place = target - coder.written(source).start
+        out = out + codes[source][:, :end] @ coder.W_dec[source][:end, place]
+    return out
 
 
 @pytest.mark.parametrize("dense_share", [0.0, 1.0])

@@ -12,16 +12,17 @@ from statistics import NormalDist
 from typing import Literal
 
 from thresher.cache.errors import UserError
+from thresher.train.dictionary.objective import Objective, check_objective, check_prefix_ends, prefix_ends
 
 Kind = Literal["sae", "transcoder", "clt"]
 FiringName = Literal["relu", "topk", "batchtopk", "jumprelu"]
-Penalty = Literal["l1", "l0", "target_l0", "tanh"]
+Penalty = Literal["l1", "l0", "target_l0", "tanh", "lp"]
 
 _SPARSE_BY_COUNT = ("topk", "batchtopk")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class _Settings(Objective):
     """Settings that a recipe and a concrete dictionary share."""
 
     firing: FiringName = "batchtopk"
@@ -37,15 +38,16 @@ class _Settings:
     """Training space, from the cache's statistics: raw activations; one factor per site that makes the mean norm √d;
     or every dimension centred and divided by its standard deviation. Saved weights act on raw activations anyway."""
     penalty: Penalty | None = None
-    """Sparsity penalty: l1 for relu (its default); l0 (default), target_l0 or tanh for jumprelu."""
+    """Sparsity penalty: l1 (default) or lp for relu; l0 (default), target_l0 or tanh for jumprelu."""
     sparsity: float = 0.0
-    """Coefficient of the sparsity penalty, beside a reconstruction loss in FVU units."""
+    """Coefficient of the sparsity penalty, beside a reconstruction loss in the unit of `loss`."""
     tanh_scale: float = 1.0
     """Factor c in the tanh penalty Σ tanh(c · n_f · z_f), n_f the decoder row's norm."""
-    penalty_warmup: int = 0
-    """Optimiser steps over which penalties rise linearly from 0."""
+    penalty_warmup: int | Literal["run"] = 0
+    """Optimiser steps over which the sparsity penalty rises linearly from 0; run: all of them."""
     preact: float = 0.0
-    """jumprelu: coefficient of Σ n_f · relu(θ_f − a_f), which pulls silent latents up to their thresholds."""
+    """jumprelu: coefficient of the pre-activation loss, which pulls silent latents up to their thresholds. It has no
+    warm-up."""
     preact_on: Literal["dead", "all"] = "dead"
     """Latents the pre-activation loss acts on; `all` costs a dense pass per step."""
     theta: float | None = None
@@ -129,6 +131,12 @@ class DictionarySpec(_Settings):
                 f"dictionary.k is {self.k:g} but the dictionary has only {self.n_latents} latents; lower k or raise "
                 "n_latents."
             )
+        check_prefix_ends(self, self.n_latents)
+
+    @property
+    def prefix_ends(self) -> tuple[int, ...]:
+        """Ends of Matryoshka's prefixes, the last F; () without."""
+        return prefix_ends(self.prefixes, self.n_latents)
 
     @property
     def sparsity_label(self) -> str:
@@ -171,13 +179,14 @@ def check_settings(settings: _Settings, kind: str) -> None:
     """Raise UserError for values out of range and for combinations that make no sense."""
     _check_k(settings)
     _check_penalty(settings)
+    check_objective(settings)
     if settings.pre_bias and kind != "sae":
         raise UserError(
             f"dictionary.pre_bias is true for kind = {kind!r}, but subtracting the decoder's bias from the input only "
             "means something when input and output are the same site. Remove pre_bias or set kind = 'sae'."
         )
     for name in ("sparsity", "preact", "aux", "penalty_warmup"):
-        if getattr(settings, name) < 0:
+        if getattr(settings, name) != "run" and getattr(settings, name) < 0:
             raise UserError(f"dictionary.{name} is {getattr(settings, name)}; expected 0 or more.")
     for name in ("theta", "bandwidth", "dead_after", "tanh_scale"):
         value = getattr(settings, name)
@@ -208,7 +217,7 @@ def _check_k(settings: _Settings) -> None:
 
 
 def _check_penalty(settings: _Settings) -> None:
-    allowed: dict[str, tuple[str, ...]] = {"relu": ("l1",), "jumprelu": ("l0", "target_l0", "tanh")}
+    allowed: dict[str, tuple[str, ...]] = {"relu": ("l1", "lp"), "jumprelu": ("l0", "target_l0", "tanh")}
     known = allowed.get(settings.firing, ())
     if settings.penalty is not None and settings.penalty not in known:
         wants = f"one of {', '.join(known)}" if known else "no penalty, since k fixes the sparsity"

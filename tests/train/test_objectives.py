@@ -1,0 +1,149 @@
+"""What a dictionary may minimise, against the dense reference in float64.
+
+Conventions, AuxK's options, norms and forms of penalties; and that the three conventions are one objective in three
+units.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.train.test_losses import RULES, D, auxk_term, batch, make, reference
+from thresher.cache.errors import UserError
+from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.spec import DictionaryConfig
+from thresher.train.kernels.choice import Kernels
+from thresher.train.losses import losses
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "mse": {"loss": "mse"},
+    "sum": {"loss": "sum"},
+    "aux over target": {"aux_divisor": "target"},
+    "aux over nothing": {"loss": "mse", "aux_divisor": "none"},
+    "aux unscaled": {"aux_k": 16, "aux_scale": False},
+}
+PENALTIES: dict[str, dict[str, Any]] = {
+    "relu l1 norm": {"firing": "relu", "sparsity": 0.03, "penalty_norm": "l1"},
+    "relu no norm": {"firing": "relu", "sparsity": 0.03, "penalty_norm": "none"},
+    "tanh l1 norm": {"firing": "jumprelu", "penalty": "tanh", "sparsity": 0.05, "penalty_norm": "l1"},
+    "tanh no norm": {"firing": "jumprelu", "penalty": "tanh", "sparsity": 0.05, "penalty_norm": "none"},
+    "below zero, all": {
+        "firing": "jumprelu",
+        "sparsity": 0.02,
+        "preact": 0.1,
+        "preact_on": "all",
+        "preact_form": "zero",
+    },
+    "below zero, dead": {"firing": "jumprelu", "sparsity": 0.02, "preact": 0.1, "preact_form": "zero"},
+    "below θ, no norm": {"firing": "jumprelu", "sparsity": 0.02, "preact": 0.1, "penalty_norm": "none"},
+}
+
+
+def gradients(out: Tensor, coder: Coder) -> dict[str, Tensor]:
+    named = dict(coder.named_parameters())
+    found = torch.autograd.grad(out, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, found, strict=True))
+
+
+def assert_equals_reference(coder: Coder, kernels: Any = "auto") -> None:
+    """Value and all gradients of the objective are those of the formulas."""
+    coder.use(Kernels(kernels))
+    xs, ys = batch(coder)
+    variances = [2.0 + i for i in range(len(ys))]
+    got = losses(coder, coder(xs), xs, ys, variances, 1.0)
+    expected = reference(coder, xs, ys, variances)
+    torch.testing.assert_close(got.total, expected)
+    right = gradients(expected, coder)
+    for name, fast in gradients(got.total, coder).items():
+        torch.testing.assert_close(fast, right[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("rule", ["relu", "topk", "batchtopk", "jumprelu target"])
+@pytest.mark.parametrize(("kind", "choice"), itertools.product(["sae", "clt"], CHOICES))
+def test_every_choice_of_losses_equals_the_dense_reference(kind: str, choice: str, rule: str) -> None:
+    assert_equals_reference(make(kind, **(RULES[rule] | CHOICES[choice])))
+
+
+@pytest.mark.parametrize(("kind", "penalty"), itertools.product(["transcoder", "clt"], PENALTIES))
+def test_every_form_of_penalty_equals_the_dense_reference(kind: str, penalty: str) -> None:
+    assert_equals_reference(make(kind, **PENALTIES[penalty]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_three_conventions_with_equivalent_coefficients_have_proportional_gradients(rule: str) -> None:
+    variance, found = 3.7, {}
+    for loss, unit in (("sum", 1.0), ("mse", float(D)), ("fvu", variance)):
+        settings = {key: RULES[rule][key] / unit for key in ("sparsity", "preact") if key in RULES[rule]}
+        coder = make("clt", **(RULES[rule] | settings | {"loss": loss, "aux_divisor": "none"}))
+        xs, ys = batch(coder)
+        terms = losses(coder, coder(xs), xs, ys, [variance] * 3, 1.0)
+        found[loss] = {name: grad * unit for name, grad in gradients(terms.total, coder).items()}, terms.fvu
+    for loss in ("mse", "fvu"):
+        for name, grad in found["sum"][0].items():
+            torch.testing.assert_close(found[loss][0][name], grad)
+        torch.testing.assert_close(found[loss][1], found["sum"][1])  # what is logged is the FVU in any case
+
+
+def test_only_the_sparsity_penalty_warms_up() -> None:
+    coder = make("sae", firing="jumprelu", sparsity=0.02, preact=0.1)
+    xs, ys = batch(coder)
+    none, half, full = (losses(coder, coder(xs), xs, ys, [1.0], ramp).penalty for ramp in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half - none, full - half)
+    sparse = make("sae", firing="jumprelu", sparsity=0.02)
+    torch.testing.assert_close(full - none, losses(sparse, sparse(xs), xs, ys, [1.0], 1.0).penalty)
+
+
+def test_the_tanh_penalty_teaches_codes_thresholds_and_norms() -> None:
+    coder = make("transcoder", firing="jumprelu", penalty="tanh", sparsity=1.0, aux=0.0)
+    xs, ys = batch(coder)
+    done = coder(xs)
+    penalty = losses(coder, done, xs, [done.y.detach()[:, 0] for _ in ys], [1.0], 1.0).total  # nothing left to explain
+    for name, grad in gradients(penalty, coder).items():
+        assert bool((grad != 0).any()) == (name != "b_dec"), name
+
+
+def test_auxk_ignores_dead_latents_that_are_not_positive() -> None:
+    coder = make("transcoder", **RULES["topk"])
+    encoder = coder.encoder(0)
+    with torch.no_grad():
+        encoder.b_enc[0] = -100.0  # dead, and below zero on every token
+    xs, ys = batch(coder)
+    auxk_term(coder, xs, ys).backward()
+    for weight in (encoder.W_enc, encoder.b_enc, coder.W_dec[0]):
+        assert weight.grad is not None
+        assert not bool(weight.grad[0].any())
+        assert bool(weight.grad[3].any())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefixes": (8, 4, 16)}, "prefixes is .8, 4, 16.; expected ascending"),
+        ({"prefixes": (0.5, 8.5)}, "shares of F end with 1"),
+        ({"prefixes": (4, 8)}, "expected different ends from 1 on, the last one 16"),
+        ({"prefixes": (0.01, 1.0)}, "ends prefixes at .0, 16. of 16"),
+        ({"prefixes": (4, 16), "prefix_weights": (1.0,)}, "prefix_weights is .1.0. for 2 prefixes"),
+        ({"prefix_weights": (1.0,)}, "without prefixes"),
+        ({"multi_topk": 0.125, "firing": "batchtopk"}, "only 'topk' counts"),
+        ({"resample": 1}, "expected 0 .never. or 2"),
+        ({"resample": 100}, "with firing = 'topk'"),
+        ({"p_end": 0.0}, "at 0 nothing is penalised"),
+        ({"penalty": "lp"}, "no penalty, since k fixes"),
+    ],
+)
+def test_losses_that_make_no_sense_are_refused_with_the_reason(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make("sae", **({"firing": "topk", "k": 3, "n_latents": 16} | settings))
+
+
+def test_prefixes_may_be_numbers_or_shares() -> None:
+    numbers = make("sae", firing="topk", k=3, prefixes=(6, 12, 24)).spec
+    assert (
+        numbers.prefix_ends == make("sae", firing="topk", k=3, prefixes=(0.25, 0.5, 1)).spec.prefix_ends == (6, 12, 24)
+    )
+    assert DictionaryConfig(n_latents=8, k=2, prefixes=(0.5, 1)).prefixes == (0.5, 1)
