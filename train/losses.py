@@ -7,6 +7,8 @@ the residual's variance) is then known beforehand and comes in as a `Whole`.
 - Reconstruction is ⟨‖y − ŷ‖²⟩ in the unit of the convention `spec.loss`: over V from the cache's statistics (FVU), over
   d_out (mse) or as it is (sum); a CLT's is the mean over its layers. λ beside sum is λ/d_out beside mse and λ/V beside
   fvu (dictionary/objective.py). What is reported is the FVU whatever the convention.
+- Matryoshka: Σ_m w_m of that for each prefix of the latents, the last prefix being all of them. Multi-TopK: beside it
+  the same for the second code, weighted by `spec.multi_topk`.
 - AuxK is in train/auxk.py; it is divided by the residual's own variance, which does depend on the batch, or by V, or by
   the convention's unit.
 - Penalties are in train/penalties.py.
@@ -88,14 +90,18 @@ def losses(
     `whole`: these rows are a part of a larger batch, and the terms are their shares of it; None: they are all.
     """
     lefts = residuals(coder, done, ys)
-    main = reconstruction(coder, done, lefts, variances, whole)
+    main = reconstruction(coder, done, ys, lefts, variances, whole)
     rest = regularisation(coder, done, xs, lefts, variances, ramp, whole)
     return Losses(main.total + rest.total, main.fvu, rest.aux.detach(), rest.penalty.detach())
 
 
 def residuals(coder: Coder, done: Pass, ys: Sequence[Tensor]) -> list[Left]:
     """What a pass left of every destination [N, E], without gradient."""
-    return [left(y, done.y[:, destination], coder.kernels) for destination, y in enumerate(ys)]
+    return _lefts(coder, done.y, ys)
+
+
+def _lefts(coder: Coder, y_NSE: Tensor, ys: Sequence[Tensor]) -> list[Left]:
+    return [left(y, y_NSE[:, destination], coder.kernels) for destination, y in enumerate(ys)]
 
 
 def units(spec: DictionarySpec, variances: Sequence[float]) -> list[float]:
@@ -106,17 +112,39 @@ def units(spec: DictionarySpec, variances: Sequence[float]) -> list[float]:
 
 
 def reconstruction(
-    coder: Coder, done: Pass, lefts: Sequence[Left], variances: Sequence[float], whole: Whole | None = None
+    coder: Coder,
+    done: Pass,
+    ys: Sequence[Tensor],
+    lefts: Sequence[Left],
+    variances: Sequence[float],
+    whole: Whole | None = None,
 ) -> Reconstruction:
-    """The reconstruction's term alone. `lefts`: `residuals` of the pass; `variances`: V by destination."""
-    tokens = done.y.shape[0] if whole is None else whole.tokens
-    outputs = [done.y.flatten(1)] if len(lefts) == 1 else done.y.unbind(1)
-    errors = [squared_error(*pair) for pair in zip(outputs, lefts, strict=True)]
-    total = torch.stack([error / (tokens * u) for error, u in zip(errors, units(coder.spec, variances), strict=True)])
-    if coder.spec.loss == "fvu":
-        return Reconstruction(total.mean(), total.detach())
-    fvu = [error.detach() / (tokens * v) for error, v in zip(errors, variances, strict=True)]
-    return Reconstruction(total.mean(), torch.stack(fvu))
+    """The reconstruction's terms alone, those of Matryoshka's prefixes and of Multi-TopK's second code among them.
+
+    ys: [N, E] by destination; `lefts`: `residuals` of the pass; `variances`: V by destination.
+    """
+    spec, tokens = coder.spec, done.y.shape[0] if whole is None else whole.tokens
+    divisors = [tokens * unit for unit in units(spec, variances)]
+    main = _errors(done.y, lefts)
+    ends = spec.prefix_ends or (spec.n_latents,)
+    weights = spec.prefix_weights or [1 / len(ends)] * len(ends)
+    total = weights[-1] * _mean(main, divisors)
+    for y_NSE, weight in zip(done.prefixes, weights, strict=False):
+        total = total + weight * _mean(_errors(y_NSE, _lefts(coder, y_NSE, ys)), divisors)
+    if done.wide is not None:
+        total = total + spec.multi_topk * _mean(_errors(done.wide, _lefts(coder, done.wide, ys)), divisors)
+    fvu = [error.detach() / (tokens * v) for error, v in zip(main, variances, strict=True)]
+    return Reconstruction(total, torch.stack(fvu))
+
+
+def _mean(errors: Sequence[Tensor], divisors: Sequence[float]) -> Tensor:
+    return torch.stack([error / divisor for error, divisor in zip(errors, divisors, strict=True)]).mean()
+
+
+def _errors(y_NSE: Tensor, lefts: Sequence[Left]) -> list[Tensor]:
+    """Σ‖e‖² by destination, with gradient to the reconstruction."""
+    outputs = [y_NSE.flatten(1)] if len(lefts) == 1 else y_NSE.unbind(1)
+    return [squared_error(*pair) for pair in zip(outputs, lefts, strict=True)]
 
 
 def regularisation(

@@ -1,7 +1,6 @@
 """Faults found in other implementations of sparse dictionaries; each test fails where the fault is.
 
-Their order is that of the list in the methods reference. Multi-TopK and averaged weights, which two of them concern, do
-not exist here; what they would break is asserted of AuxK and of the weights that are saved.
+Their order is that of the list in the methods reference; behind it come faults of losses that stand beside its tables.
 """
 
 from typing import Any
@@ -21,6 +20,7 @@ from thresher.train.dictionary.initial import initialise
 from thresher.train.fit import Fit, Inputs, Views
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses
+from thresher.train.penalties import penalties
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -88,7 +88,49 @@ def test_a_pick_that_is_not_positive_teaches_nothing(rule: str) -> None:
         assert taught.nonzero().view(-1).tolist() == [5]
 
 
+def test_a_pick_of_the_second_code_that_is_not_positive_teaches_nothing() -> None:
+    coder = make("transcoder", firing="topk", k=2, multi_topk=1.0, aux=0.0)
+    with torch.no_grad():
+        coder.encoder(0).b_enc.sub_(100.0)
+        coder.encoder(0).b_enc[[5, 6, 7]] += 200.0  # the third of them is in the second code alone
+    xs, ys = batch(coder)
+    losses(coder, coder(xs), xs, ys, [1.0], 1.0).total.backward()
+    for weight in (coder.encoder(0).W_enc, coder.encoder(0).b_enc, coder.W_dec[0]):
+        assert weight.grad is not None
+        taught = weight.grad.abs().reshape(LATENTS, -1).sum(1) > 0
+        assert taught.nonzero().view(-1).tolist() == [5, 6, 7]
+
+
 # 3. An auxiliary code taking the place of the main one.
+
+
+@pytest.mark.parametrize("forced", ["auto", "plain"])
+def test_multi_topk_changes_neither_codes_nor_reconstruction_nor_counts(forced: Any) -> None:
+    multi, single = (make("clt", firing="topk", k=3, multi_topk=factor) for factor in (1 / 8, 0.0))
+    xs, _ = batch(multi)
+    for coder in (multi, single):
+        coder.use(Kernels(forced))
+    left, right = multi(xs), single(xs)
+    assert torch.equal(left.y, right.y)
+    for source, (a, b) in enumerate(zip(left.fired, right.fired, strict=True)):
+        assert a.selection is not None
+        assert b.selection is not None
+        assert a.wide is not None
+        assert a.wide.selection.latents.shape[0] == 4 * a.selection.latents.shape[0]
+        assert torch.equal(a.selection.latents, b.selection.latents)
+        assert torch.equal(a.z, b.z)
+        assert multi.encoder(source).observe(a) == single.encoder(source).observe(b) <= 3 * N
+        counts = (coder.encoder(source).tokens_since_fired for coder in (multi, single))
+        assert torch.equal(*counts)
+        assert torch.equal(multi.encode(source, xs[source]).latents, single.encode(source, xs[source]).latents)
+
+
+def test_multi_topk_patches_with_k_latents(cache: CacheReader) -> None:
+    made = fit(cache, "transcoder", multi_topk=1 / 8)
+    given = rows(cache, made)
+    made.step(given, 256)
+    assert made.metrics()["l0"] <= 3
+    assert int(made.deployed().encode(0, given.xs[0]).offsets.diff().max()) <= 3
 
 
 def test_auxk_changes_neither_codes_nor_reconstruction_nor_counts() -> None:
@@ -239,3 +281,61 @@ def test_saved_unit_rows_have_norm_one_after_any_step(cache: CacheReader, kind: 
         for weight in made.deployed().W_dec:
             norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
             torch.testing.assert_close(norms, torch.ones(64))
+
+
+# AuxK fed with raw pre-activations, through which negative dead latents learn too.
+
+
+@pytest.mark.parametrize("forced", ["auto", "plain"])
+def test_auxk_ignores_dead_latents_that_are_not_positive(forced: Any) -> None:
+    coder = make("transcoder", **RULES["topk"])
+    coder.use(Kernels(forced))
+    encoder = coder.encoder(0)
+    with torch.no_grad():
+        encoder.b_enc[0] = -100.0  # dead, and below zero on every token
+    xs, ys = batch(coder)
+    auxk_term(coder, xs, ys).backward()
+    for weight in (encoder.W_enc, encoder.b_enc, coder.W_dec[0]):
+        assert weight.grad is not None
+        assert not bool(weight.grad[0].any())
+        assert bool(weight.grad[3].any())
+
+
+# JumpReLU: gradient to pre-activations below the threshold; a step penalty that sees codes; τ without its chain factor.
+
+
+@pytest.mark.parametrize("forced", ["auto", "plain"])
+def test_pre_activations_between_zero_and_the_threshold_get_no_gradient(forced: Any) -> None:
+    coder = make("transcoder", firing="jumprelu", sparsity=0.02, penalty="tanh", aux=0.0)
+    coder.use(Kernels(forced))
+    xs, ys = batch(coder)
+    done = coder(xs)
+    fired = done.fired[0]
+    fired.a.retain_grad()
+    losses(coder, done, xs, ys, [1.0], 1.0).total.backward()
+    latents = slice(None) if fired.selection is None else fired.selection.latents
+    below = (fired.a > 0) & (fired.a <= coder.encoder(0).rule.theta()[latents])
+    assert fired.a.grad is not None
+    assert bool(below.any())
+    assert not bool(fired.a.grad[below].any())
+    assert bool(fired.a.grad[fired.a > coder.encoder(0).rule.theta()[latents]].any())
+
+
+@pytest.mark.parametrize("forced", ["auto", "plain"])
+def test_the_step_penalty_pulls_log_thresholds_by_the_density_there(forced: Any) -> None:
+    coder = make("transcoder", firing="jumprelu", sparsity=1.0, aux=0.0)
+    coder.use(Kernels(forced))
+    encoder, spread = coder.encoder(0), 0.5
+    with torch.no_grad():
+        encoder.W_enc.zero_()[:, 0] = 1.0  # every latent sees one normal variable
+        encoder.b_enc.zero_()
+        encoder.rule.log_theta.copy_(torch.linspace(-2.0, 0.5, LATENTS))
+        encoder.rule.window.fill_(spread)
+    x_ND = torch.zeros(4001, 6, dtype=torch.float64)
+    x_ND[:, 0] = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(4001, dtype=torch.float64) + 0.5) / 4001)
+    penalties(coder, coder([x_ND]).fired, [x_ND]).backward()
+    theta = encoder.rule.theta().detach()
+    normal = torch.distributions.Normal(0.0, 1.0)
+    density = (normal.cdf(theta + spread / 2) - normal.cdf(theta - spread / 2)) / spread  # both halves of the window
+    assert encoder.rule.log_theta.grad is not None
+    torch.testing.assert_close(encoder.rule.log_theta.grad, -theta * density, rtol=0.02, atol=1e-3)

@@ -4,6 +4,7 @@ Conventions, AuxK's options, norms and forms of penalties; and that the three co
 units.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.train.test_losses import RULES, D, auxk_term, batch, make, reference
+from tests.train.test_losses import LATENTS, RULES, D, batch, make, reference
 from thresher.cache.errors import UserError
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.spec import DictionaryConfig
+from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses
 
@@ -107,19 +109,6 @@ def test_the_tanh_penalty_teaches_codes_thresholds_and_norms() -> None:
         assert bool((grad != 0).any()) == (name != "b_dec"), name
 
 
-def test_auxk_ignores_dead_latents_that_are_not_positive() -> None:
-    coder = make("transcoder", **RULES["topk"])
-    encoder = coder.encoder(0)
-    with torch.no_grad():
-        encoder.b_enc[0] = -100.0  # dead, and below zero on every token
-    xs, ys = batch(coder)
-    auxk_term(coder, xs, ys).backward()
-    for weight in (encoder.W_enc, encoder.b_enc, coder.W_dec[0]):
-        assert weight.grad is not None
-        assert not bool(weight.grad[0].any())
-        assert bool(weight.grad[3].any())
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -147,3 +136,59 @@ def test_prefixes_may_be_numbers_or_shares() -> None:
         numbers.prefix_ends == make("sae", firing="topk", k=3, prefixes=(0.25, 0.5, 1)).spec.prefix_ends == (6, 12, 24)
     )
     assert DictionaryConfig(n_latents=8, k=2, prefixes=(0.5, 1)).prefixes == (0.5, 1)
+
+
+PREFIXED = {name: RULES[name] for name in ("relu", "topk", "batchtopk", "jumprelu l0", "jumprelu tanh")}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+@pytest.mark.parametrize(("kind", "rule"), itertools.product(["sae", "transcoder", "clt"], PREFIXED))
+def test_prefixes_over_any_rule_equal_the_dense_reference(kind: str, rule: str, kernels: str) -> None:
+    ends = (
+        {"prefixes": (3, 10, LATENTS), "prefix_weights": (1.0, 0.25, 2.0)} if kind == "clt" else {"prefixes": (0.5, 1)}
+    )
+    assert_equals_reference(make(kind, pre_bias=kind == "sae", **(PREFIXED[rule] | ends)), kernels)
+
+
+@pytest.mark.parametrize("dense_share", [0.0, 1.0])
+@pytest.mark.parametrize("rule", ["relu", "jumprelu l0"])
+def test_prefixes_of_dense_and_of_sparse_codes_are_the_same(
+    rule: str, dense_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(firing, "select_above", functools.partial(firing.select_above, dense_share=dense_share))
+    assert_equals_reference(make("clt", prefixes=(3, 10, LATENTS), **RULES[rule]))
+
+
+@pytest.mark.parametrize("rule", ["topk", "batchtopk"])
+def test_prefixes_of_selections_of_fixed_capacity_are_the_same(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(firing, "fixed_capacity", lambda a, kernels: padded)  # as on a device
+    assert_equals_reference(make("clt", prefixes=(3, 10, LATENTS), **RULES[rule]))
+
+
+def test_every_prefix_has_the_decoders_bias_and_the_last_is_the_reconstruction() -> None:
+    coder = make("clt", firing="topk", k=3, prefixes=(1, 10, LATENTS))
+    plain = make("clt", firing="topk", k=3)
+    xs, _ = batch(coder)
+    with torch.no_grad():
+        for encoder in (coder.encoder(source) for source in range(3)):
+            encoder.b_enc[:10] = -100.0  # nothing in the first two prefixes ever fires
+        plain.load_state_dict(coder.state_dict())
+    done = coder(xs)
+    assert len(done.prefixes) == 2
+    for y_NSE in done.prefixes:
+        assert torch.equal(y_NSE, coder.b_dec.expand_as(y_NSE))
+    torch.testing.assert_close(done.y, plain(xs).y)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+@pytest.mark.parametrize(("kind", "k"), itertools.product(["sae", "transcoder", "clt"], [3, 8]))
+def test_multi_topk_equals_the_dense_reference(kind: str, k: int, kernels: str) -> None:
+    coder = make(kind, pre_bias=kind == "sae", firing="topk", k=k, multi_topk=1 / 8)  # 4 · 8 is more than there are
+    assert_equals_reference(coder, kernels)
+
+
+def test_multi_topk_goes_with_prefixes_and_selections_of_fixed_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"firing": "topk", "k": 3, "multi_topk": 1 / 8}
+    assert_equals_reference(make("clt", **settings, prefixes=(5, LATENTS)))
+    monkeypatch.setattr(firing, "fixed_capacity", lambda a, kernels: padded)
+    assert_equals_reference(make("clt", **settings))

@@ -8,6 +8,7 @@ The same class trains (`forward`, in the training space of train/normalise.py) a
 activations, once dictionary/fold.py made the weights so); it implements cache.contracts.Dictionary.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink, Sinks
-from thresher.train.kernels.sparse import add_decoded, bags
+from thresher.train.kernels.prefixes import add_segments
+from thresher.train.kernels.sparse import Selection, add_decoded, bags
 from thresher.train.kernels.weights import folded_bias, row_norms
 from thresher.train.stages import stage
 
@@ -31,6 +33,10 @@ class Pass(NamedTuple):
     """Per source."""
     y: Tensor
     """[N, S, E] reconstructions of all destinations, with gradient."""
+    prefixes: tuple[Tensor, ...] = ()
+    """[N, S, E] those by Matryoshka's prefixes, without the last, which is `y`; with gradient."""
+    wide: Tensor | None = None
+    """[N, S, E] that by Multi-TopK's second code, with gradient; None: there is none."""
 
 
 class Coder(nn.Module):
@@ -153,11 +159,32 @@ class Coder(nn.Module):
         before = chosen or [None] * len(xs)
         fired = tuple(self.encoder(source)(x_ND, self.bias(source), before[source]) for source, x_ND in enumerate(xs))
         with stage("decode"):
-            y_NSE = self.b_dec.expand(xs[0].shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
-            for source, part in enumerate(fired):
-                W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
-                y_NSE = add_decoded(y_NSE, part.z, W_dec, part.selection, first, self.kernels, sink)
-        return Pass(fired, y_NSE)
+            base_NSE = self.b_dec.expand(xs[0].shape[0], -1, -1)
+            wides = [part.wide for part in fired if part.wide is not None]
+            wide = self._written(base_NSE, [(part.selection, part.z) for part in wides])[-1] if wides else None
+            *prefixes, y_NSE = self._written(
+                base_NSE, [(part.selection, part.z) for part in fired], self.spec.prefix_ends
+            )
+        return Pass(fired, y_NSE, tuple(prefixes), wide)
+
+    def _written(
+        self, base_NSE: Tensor, codes: Sequence[tuple[Selection | None, Tensor]], ends: Sequence[int] = ()
+    ) -> list[Tensor]:
+        """[N, S, E] what codes write, by source, on top of a base: by the first latents up to each end, then by all.
+
+        A selection's codes are [A], those without one [N, F]; `ends` are those of Matryoshka's prefixes, the last F.
+        """
+        sums = [
+            base_NSE.clone(memory_format=torch.contiguous_format),
+            *(base_NSE.new_zeros(base_NSE.shape) for _ in ends[1:]),
+        ]
+        for source, (selection, z) in enumerate(codes):
+            W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
+            if ends:
+                sums = list(add_segments(sums, z, W_dec, selection, ends, first, self.kernels, sink))
+            else:
+                sums = [add_decoded(sums[0], z, W_dec, selection, first, self.kernels, sink)]
+        return list(itertools.accumulate(sums))
 
     def decoder_sink(self, source: int) -> Sink | None:
         """Where the gradient of a source's decoder goes; None: to autograd."""

@@ -17,16 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from thresher.cache.contracts import Codes
-from thresher.train.dictionary.rules import BatchTopK, rule
+from thresher.train.dictionary.objective import MULTI
+from thresher.train.dictionary.rules import BatchTopK, TopK, rule
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink
+from thresher.train.kernels.narrow import narrowed
 from thresher.train.kernels.padded import Forecast
 from thresher.train.kernels.silent import Dead, Silent, SilentBlock, choose_silent, dead_first
 from thresher.train.kernels.sparse import Selection, gathered_linear
 from thresher.train.kernels.tiles import joined, joined_silent, served_rows, tile_rows
 from thresher.train.stages import stage
+
+
+class Wide(NamedTuple):
+    """Multi-TopK's second code, from the same pre-activations as the main one."""
+
+    selection: Selection
+    """Entries of more latents per token."""
+    z: Tensor
+    """[A] codes, with gradient."""
 
 
 class Fired(NamedTuple):
@@ -44,6 +55,8 @@ class Fired(NamedTuple):
     """N."""
     silent: Silent | SilentBlock | None = None
     """Codes of dead latents for AuxK; None: none is dead, or AuxK is off, or it goes the plain way."""
+    wide: Wide | None = None
+    """Multi-TopK's second code, which nothing but its own loss may look at; None: there is none."""
 
 
 class Tally(NamedTuple):
@@ -105,6 +118,7 @@ class Encoder(nn.Module):
         self.dead_after = spec.dead_after
         self.aux_k = spec.resolved_aux_k if spec.aux > 0 and not deployed else 0
         self.aux_width = spec.d_out
+        self.multi = spec.multi_topk > 0 and not deployed
         self.forecast = None if deployed else Forecast(spec.dead_after)
         self.register_load_state_dict_post_hook(_look_once)
         self.matmul_dtype: torch.dtype | None = None
@@ -175,6 +189,8 @@ class Encoder(nn.Module):
             if isinstance(self.rule, BatchTopK) and x_nD.shape[0] < tokens:
                 count = min(int(self.rule.k * tokens), a_nF.numel())
                 selection: Selection | None = firing.select_batch_topk(a_nF, count, self.kernels)
+            elif self.multi:
+                selection = firing.select_topk(a_nF, min(MULTI * self._count(), a_nF.shape[1]), self.kernels)
             else:
                 selection = self.rule.select(a_nF)
             if selection is None:
@@ -201,6 +217,11 @@ class Encoder(nn.Module):
             every = dead._replace(latents=torch.arange(latents.shape[0], device=latents.device))
             return choose_silent(a_Nn, every, self.aux_k, self.kernels, self.aux_width)._replace(latents=latents)
 
+    def _count(self) -> int:
+        """k of a rule that counts per token."""
+        assert isinstance(self.rule, TopK)
+        return self.rule.k
+
     def _wanted(self, tokens: int) -> Dead | None:
         """Dead latents whose codes AuxK's fast form takes from here; None: none."""
         return self.asleep(tokens) if self.aux_k and self.kernels.forced != "plain" else None
@@ -216,7 +237,12 @@ class Encoder(nn.Module):
             chosen = chosen._replace(silent=self._wake(x_ND, bias_F))
         selection, values, silent = chosen
         a = gathered_linear(x_ND, self.W_enc, bias_F, values, selection, self.kernels, self.sink)
-        return Fired(selection, a, *self.rule.fire(a, selection), x_ND.shape[0], silent)
+        wide = None
+        if self.multi and selection is not None:
+            wide = Wide(selection, self.rule.fire(a, selection)[0])
+            selection, entries = narrowed(selection, values, self._count())
+            a = a.index_select(0, entries)
+        return Fired(selection, a, *self.rule.fire(a, selection), x_ND.shape[0], silent, wide)
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor, bias_F: Tensor) -> Codes:
