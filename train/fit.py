@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.source import Source
-from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.encoder import Tally, Workspace
 from thresher.train.dictionary.fold import deploy
@@ -18,7 +18,9 @@ from thresher.train.losses import Losses, losses
 from thresher.train.normalise import Affine, affine
 from thresher.train.optim import Optimiser, base_rate, rate_factor
 from thresher.train.parts import split, survey
+from thresher.train.penalties import weighed
 from thresher.train.plan import RunPlan
+from thresher.train.resample import resample
 from thresher.train.stages import stage
 from thresher.train.state import Checkpoint
 
@@ -95,6 +97,8 @@ class Fit:
         self.coder.use(Kernels(plan.train.kernels))
         self.optimiser = Optimiser(self.coder, plan.train)
         self.total = plan.train.total_steps(reader.rows("train"))
+        if self.coder.anneal is not None:
+            self.coder.anneal.steps(self.total)  # or it is too short, which is said before the first step
         self.done = 0
         self.position = 0
         self._window = _Window(len(spec.reads), device)
@@ -143,7 +147,10 @@ class Fit:
             return norm
         active = [self.coder.encoder(source).advance(parts, overflowed) for source, parts in enumerate(tallies)]
         self._window.add(terms, torch.stack(active), norm, inputs.xs[0].shape[0])
+        if self.coder.anneal is not None:
+            self.coder.anneal.advance(self.done, self.total, overflowed)
         self._rate = rate
+        self._resample(inputs)
         self.done += 1
         self.position += consumed
         return norm
@@ -166,12 +173,29 @@ class Fit:
                 found = losses(self.coder, out, part_xs, part_ys, variances, ramp, known and known.whole)
             with stage("backward"):
                 found.total.backward()
+            self._hear(out, inputs.xs[0].shape[0])
             tallies.append([self.coder.encoder(source).tally(part) for source, part in enumerate(out.fired)])
             terms.append(found._replace(total=found.total.detach()))  # else the part's graph stays
             selections = [part.selection for part in out.fired if isinstance(part.selection, Padded)]
             short += [s.overflowed for s in selections if s.overflowed is not None]
         by_source = [list(column) for column in zip(*tallies, strict=True)]
         return by_source, terms, torch.stack(short).any() if short else None
+
+    def _resample(self, inputs: Inputs) -> None:
+        """Let silent latents start anew, where it is time; not after the last step, which nothing follows."""
+        every, step = self.plan.spec.resample, self.done + 1
+        if every and step % every == 0 and step < self.total:
+            rows = self.plan.train.micro_rows
+            parts = list(zip(split(inputs.xs, rows), split(inputs.ys, rows), strict=True))
+            silent_tokens = every // 2 * self.plan.train.batch_rows
+            resample(self.coder, self.optimiser, parts, silent_tokens, self.plan.seed, step)
+
+    def _hear(self, out: Pass, tokens: int) -> None:
+        """Let an annealed penalty measure a part of a step's batch of `tokens`, where it is to."""
+        anneal = self.coder.anneal
+        if anneal is not None and anneal.listens(self.done, self.total):
+            with torch.no_grad():
+                anneal.hear([weighed(self.coder, i, part) for i, part in enumerate(out.fired)], tokens)
 
     def forget_gradients(self) -> None:
         """Give back what a step that failed has left."""

@@ -173,6 +173,12 @@ class Optimiser:
         adam.state = self.adam.state
         return plain_step(self.parameters, self._unit, adam, self.clip)
 
+    def restart(self, parameter: nn.Parameter, rows: Tensor) -> None:
+        """Forget what was gathered of some rows [n] of a parameter, which were set anew from outside."""
+        for key in ("exp_avg", "exp_avg_sq"):
+            if parameter in self.adam.state:
+                self.adam.state[parameter][key].index_fill_(0, rows, 0.0)
+
     def moments(self) -> dict[str, Tensor]:
         """Adam's state by parameter position, for a checkpoint."""
         state = self.adam.state

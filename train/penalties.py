@@ -89,7 +89,12 @@ def _target_l0(coder: Coder, part: Fired, tokens: int, mean: Tensor | None) -> T
     return miss.square() * (part.tokens / tokens) + 2 * miss / coder.spec.k * (l0 - l0.detach())
 
 
-PENALTIES = {"l1": _l1, "l0": _l0, "tanh": _tanh}
+def _lp(coder: Coder, source: int, part: Fired) -> Tensor:
+    assert coder.anneal is not None
+    return coder.anneal.penalty(weighed(coder, source, part))
+
+
+PENALTIES = {"l1": _l1, "l0": _l0, "tanh": _tanh, "lp": _lp}
 """Those that are sums over tokens, before the division by N."""
 
 

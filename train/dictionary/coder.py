@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thresher.cache.contracts import Codes
+from thresher.train.anneal import Anneal
 from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
@@ -55,6 +56,7 @@ class Coder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(len(spec.writes), spec.d_out))
         self.register_buffer("mean", torch.zeros(len(spec.writes), spec.d_out))
         self.mean: Tensor
+        self.anneal = Anneal(spec) if spec.resolved_penalty == "lp" and not deployed else None
         self.sinks: Sinks | None = None
         self.use(Kernels())
 
