@@ -7,7 +7,8 @@ largest pre-activations a. With z' = relu(a) and e = y − ŷ, detached,
 
 (`spec.aux_divisor` names another divisor, `spec.aux_scale` leaves the factor out), so only dead rows of encoder and
 decoder learn, and b_dec does not. In a CLT every layer's dead latents take their own layer's residual through their
-rows for that layer, and the term is the mean over the layers that have dead latents.
+rows for that layer, and the term is the mean over the layers that have dead latents; with `spec.aux_scope = "all"` they
+explain all layers together (train/auxk_joint.py).
 
 `plain_error` is the specification, by ordinary autograd. The fast form takes the pre-activations from the block that
 the encoder has made anyway (kernels/silent.py), and then costs O(codes): everything is linear in ê − e, so its backward
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from thresher.train.auxk_joint import joint
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Encoder
 from thresher.train.kernels import low, padded, slabs
@@ -55,6 +57,8 @@ def auxiliary(
     `lefts`: what `done` left of every destination. `divisor_S`: what Σ‖ê − e‖² is divided by, per destination; None: by
     Σ‖e − ē‖², these rows being the whole batch.
     """
+    if coder.spec.aux_scope == "all":
+        return joint(coder, done, xs, lefts, [dead_latents(coder, i, done) for i in range(len(xs))], divisor_S)
     terms, counts = [], []
     for source, (x_ND, left) in enumerate(zip(xs, lefts, strict=True)):
         dead = dead_latents(coder, source, done)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.train.test_losses import LATENTS, RULES, D, batch, make, reference
+from tests.train.test_losses import LATENTS, RULES, D, N, batch, make, reference
 from thresher.cache.errors import UserError
-from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.spec import DictionaryConfig
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
-from thresher.train.losses import losses
+from thresher.train.losses import losses, regularisation, residuals
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -44,6 +44,11 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "below zero, dead": {"firing": "jumprelu", "sparsity": 0.02, "preact": 0.1, "preact_form": "zero"},
     "below θ, no norm": {"firing": "jumprelu", "sparsity": 0.02, "preact": 0.1, "penalty_norm": "none"},
 }
+
+
+def auxk_term(coder: Coder, xs: list[Tensor], ys: list[Tensor], done: Pass, variances: list[float]) -> Tensor:
+    """AuxK with gradient."""
+    return regularisation(coder, done, xs, residuals(coder, done, ys), variances, 1.0).aux
 
 
 def gradients(out: Tensor, coder: Coder) -> dict[str, Tensor]:
@@ -119,6 +124,7 @@ def test_the_tanh_penalty_teaches_codes_thresholds_and_norms() -> None:
         ({"prefixes": (4, 16), "prefix_weights": (1.0,)}, "prefix_weights is .1.0. for 2 prefixes"),
         ({"prefix_weights": (1.0,)}, "without prefixes"),
         ({"multi_topk": 0.125, "firing": "batchtopk"}, "only 'topk' counts"),
+        ({"aux_scope": "all"}, "aux_scope is 'all' with kind = 'sae'"),
         ({"resample": 1}, "expected 0 .never. or 2"),
         ({"resample": 100}, "with firing = 'topk'"),
         ({"p_end": 0.0}, "at 0 nothing is penalised"),
@@ -136,6 +142,45 @@ def test_prefixes_may_be_numbers_or_shares() -> None:
         numbers.prefix_ends == make("sae", firing="topk", k=3, prefixes=(0.25, 0.5, 1)).spec.prefix_ends == (6, 12, 24)
     )
     assert DictionaryConfig(n_latents=8, k=2, prefixes=(0.5, 1)).prefixes == (0.5, 1)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain", "as on a device"])
+@pytest.mark.parametrize("settings", [{}, {"aux_k": 16}, {"aux_scale": False, "aux_k": 16, "aux_divisor": "target"}])
+def test_auxk_of_all_layers_together_equals_its_formula(
+    settings: dict[str, Any], kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coder = make("clt", firing="topk", k=3, aux_scope="all", **settings)
+    xs, ys = batch(coder)
+    if kernels == "as on a device":
+        monkeypatch.setattr(padded, "must_not_ask", lambda tensor: True)
+        for source in range(3):
+            coder.encoder(source).forecast.recount(coder.encoder(source).tokens_since_fired)
+    else:
+        coder.use(Kernels(kernels))
+    done = coder(xs)
+    variances = [2.0, 3.0, 4.0]
+    got = losses(coder, done, xs, ys, variances, 1.0).aux
+    guess, k = torch.zeros(3, N, D, dtype=torch.float64), coder.spec.resolved_aux_k
+    for source, x_ND in enumerate(xs):
+        encoder = coder.encoder(source)
+        a_NF = (x_ND @ encoder.W_enc.T + encoder.b_enc).masked_fill(~encoder.dead(100), -1.0)
+        best = a_NF.topk(k, dim=1)
+        z_NF = torch.zeros_like(a_NF).scatter(1, best.indices, best.values.clamp_min(0))
+        for j in coder.written(source):
+            guess[j] = guess[j] + z_NF @ coder.W_dec[source][:, j - source]
+    terms = []
+    for y, fit, told, variance in zip(ys, done.y.detach().unbind(1), guess, variances, strict=True):
+        e = y - fit
+        divisor = variance if coder.spec.aux_divisor == "target" else (e - e.mean(0)).square().sum(1).mean()
+        terms.append((told - e).square().sum(1).mean() / divisor)
+    scale = min(24 / (3 * k), 1.0) if coder.spec.aux_scale else 1.0
+    expected = scale * torch.stack(terms).mean()
+    torch.testing.assert_close(got, expected.detach())
+    right = gradients(expected, coder)
+    for name, fast in gradients(auxk_term(coder, xs, ys, done, variances), coder).items():
+        torch.testing.assert_close(fast, right[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert not right["b_dec"].any()
+    assert right["W_dec.0"][:, 2].any()  # a dead latent learns what all layers lack
 
 
 PREFIXED = {name: RULES[name] for name in ("relu", "topk", "batchtopk", "jumprelu l0", "jumprelu tanh")}

@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         self.tokens_since_fired: Tensor
         self.dead_after = spec.dead_after
         self.aux_k = spec.resolved_aux_k if spec.aux > 0 and not deployed else 0
-        self.aux_width = spec.d_out
+        self.aux_width = spec.d_out if spec.aux_scope == "own" else 0  # 0: a list of codes, and no block
         self.multi = spec.multi_topk > 0 and not deployed
         self.forecast = None if deployed else Forecast(spec.dead_after)
         self.register_load_state_dict_post_hook(_look_once)

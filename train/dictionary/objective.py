@@ -59,6 +59,9 @@ class Objective:
     target; none: what the reconstruction loss is divided by under `loss`."""
     aux_scale: bool = True
     """Whether AuxK shrinks by n / aux_k when there are n < aux_k dead latents."""
+    aux_scope: Literal["own", "all"] = "own"
+    """clt: what dead latents explain in AuxK. own: each layer's the residual of their own layer; all: those of all
+    layers together the residuals of all layers."""
     resample: int = 0
     """relu: every so many steps, latents silent for the latter half of them start anew from inputs that are badly
     reconstructed; 0: never."""
@@ -71,7 +74,7 @@ def prefix_ends(prefixes: tuple[float, ...] | None, n_latents: int) -> tuple[int
     return tuple(round(end * n_latents) if prefixes[-1] == 1 else int(end) for end in prefixes)
 
 
-def check_objective(settings: "_Settings") -> None:
+def check_objective(settings: "_Settings", kind: str) -> None:
     """Raise UserError for values out of range and for losses that a firing rule cannot have."""
     _check_prefixes(settings)
     _check_power(settings)
@@ -81,6 +84,11 @@ def check_objective(settings: "_Settings") -> None:
         raise UserError(
             f"dictionary.multi_topk is {settings.multi_topk:g} with firing = {settings.firing!r}; the second code is "
             "one of more entries per token, which only 'topk' counts. Remove multi_topk or set firing = 'topk'."
+        )
+    if settings.aux_scope == "all" and kind != "clt":
+        raise UserError(
+            f"dictionary.aux_scope is 'all' with kind = {kind!r}, where dead latents have one residual to explain. "
+            "Remove it or set kind = 'clt'."
         )
     if settings.resample < 0 or settings.resample == 1:
         raise UserError(f"dictionary.resample is {settings.resample}; expected 0 (never) or 2 steps or more.")

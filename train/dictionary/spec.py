@@ -179,7 +179,7 @@ def check_settings(settings: _Settings, kind: str) -> None:
     """Raise UserError for values out of range and for combinations that make no sense."""
     _check_k(settings)
     _check_penalty(settings)
-    check_objective(settings)
+    check_objective(settings, kind)
     if settings.pre_bias and kind != "sae":
         raise UserError(
             f"dictionary.pre_bias is true for kind = {kind!r}, but subtracting the decoder's bias from the input only "
