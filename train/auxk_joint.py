@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder, Pass
+from thresher.train.kernels.padded import Padded
 from thresher.train.kernels.residual import Left
 from thresher.train.kernels.silent import Dead, Silent, plain_silent
 from thresher.train.kernels.sparse import Selection, add_decoded, gathered_linear
@@ -57,12 +58,23 @@ def _codes(coder: Coder, source: int, dead: Dead, silent: object, x_ND: Tensor) 
     """Codes of a source's dead latents, as entries among all latents; without a selection [N, F]."""
     encoder, bias_F = coder.encoder(source), coder.bias(source)
     if isinstance(silent, Silent):
-        chosen = silent.selection
-        selection = Selection(silent.latents.index_select(0, chosen.latents), chosen.offsets, coder.n_latents)
-        a = gathered_linear(x_ND, encoder.W_enc, bias_F, silent.values, selection, coder.kernels, encoder.sink)
+        selection, values = _among_all(silent, coder.n_latents)
+        a = gathered_linear(x_ND, encoder.W_enc, bias_F, values, selection, coder.kernels, encoder.sink)
         return torch.relu(a), selection
     assert silent is None, "the encoder of a joint AuxK lists its dead latents' codes"
     a_Nn = F.linear(x_ND, encoder.W_enc[dead.latents], bias_F[dead.latents])
     every = torch.arange(dead.latents.shape[0], device=a_Nn.device)
     kept_Nn = plain_silent(a_Nn.detach(), every, coder.spec.resolved_aux_k)
     return torch.zeros_like(x_ND[:, :1]).expand(-1, coder.n_latents).index_add(1, dead.latents, a_Nn * kept_Nn), None
+
+
+def _among_all(silent: Silent, width: int) -> tuple[Selection, Tensor]:
+    """The entries and values of dead latents' codes, with latents counted among all."""
+    chosen, values = silent.selection, silent.values
+    latents = silent.latents.index_select(0, chosen.latents)
+    if silent.number is None:
+        return Selection(latents, chosen.offsets, width), values
+    ordered = latents.view(chosen.tokens, -1).sort(dim=1)  # as many for every token; those without a code have value 0
+    starts = torch.arange(0, chosen.tokens * width, width, device=latents.device)
+    positions = (ordered.values + starts[:, None]).view(-1)
+    return Padded(positions, chosen.tokens, width), values.view(chosen.tokens, -1).gather(1, ordered.indices).view(-1)

@@ -1,8 +1,9 @@
 """Checkpoints: everything that a run's future depends on, and nothing else.
 
 Weights in training space, Adam's moments, running thresholds, dead counters, the number of steps done and the position
-in the stream of rows. There is no generator state: after the initial weights nothing is drawn, and the order of rows is
-a function of seed and position. A run that goes on from a checkpoint therefore ends bit for bit where it would have.
+in the stream of rows. There is no generator state: initial weights and resampling draw from generators that are
+functions of seed and step, and the order of rows is one of seed and position. A run that goes on from a checkpoint
+therefore ends bit for bit where it would have.
 
 `checkpoints/step-<8 digits>.safetensors` is written first, `.json` beside it makes it valid; the last two are kept.
 Before anything of a checkpoint is written, the disk must have room for it beside those two.

@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.train.test_device import as_on_device
 from tests.train.test_losses import LATENTS, RULES, D, N, batch, make, reference
+from tests.train.test_padded import ReadingBack
 from thresher.cache.errors import UserError
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.spec import DictionaryConfig
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses, regularisation, residuals
+from thresher.train.penalties import weighed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -237,3 +240,29 @@ def test_multi_topk_goes_with_prefixes_and_selections_of_fixed_capacity(monkeypa
     assert_equals_reference(make("clt", **settings, prefixes=(5, LATENTS)))
     monkeypatch.setattr(firing, "fixed_capacity", lambda a, kernels: padded)
     assert_equals_reference(make("clt", **settings))
+
+
+ON_DEVICE: dict[str, dict[str, Any]] = {
+    "prefixes of topk": {"firing": "topk", "k": 3, "prefixes": (5, LATENTS), "loss": "mse", "aux_divisor": "target"},
+    "prefixes of batchtopk": {"firing": "batchtopk", "k": 2.5, "prefixes": (5, LATENTS)},
+    "prefixes of jumprelu": {"firing": "jumprelu", "sparsity": 0.1, "prefixes": (5, LATENTS), "penalty_norm": "l1"},
+    "multi": {"firing": "topk", "k": 3, "multi_topk": 1 / 8, "aux_scope": "all"},
+    "lp": {"firing": "relu", "sparsity": 0.1, "penalty": "lp"},
+}
+
+
+@pytest.mark.parametrize("objective", ON_DEVICE)
+def test_no_objective_reads_back_from_a_device(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padded, "must_not_ask", lambda tensor: True)
+    monkeypatch.setattr(firing, "fixed_capacity", lambda a_NF, kernels: padded)
+    coder = as_on_device(make("clt", **ON_DEVICE[objective]))
+    coder.gather()
+    xs, ys = batch(coder)
+    with ReadingBack():
+        done = coder(xs)
+        losses(coder, done, xs, ys, [2.0, 3.0, 4.0], 1.0).total.backward()
+        if coder.anneal is not None:
+            coder.anneal.hear([weighed(coder, source, part) for source, part in enumerate(done.fired)], N)
+            coder.anneal.advance(14_999, 20_000, torch.zeros((), dtype=torch.bool))
+    if coder.anneal is not None:
+        assert coder.anneal.p.item() == pytest.approx(0.92)
