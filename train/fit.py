@@ -150,9 +150,9 @@ class Fit:
         if self.coder.anneal is not None:
             self.coder.anneal.advance(self.done, self.total, overflowed)
         self._rate = rate
-        self._resample(inputs)
         self.done += 1
         self.position += consumed
+        self._resample(inputs)
         return norm
 
     def _gradients(self, inputs: Inputs) -> tuple[list[list[Tally]], list[Losses], Tensor | None]:
@@ -183,12 +183,12 @@ class Fit:
 
     def _resample(self, inputs: Inputs) -> None:
         """Let silent latents start anew, where it is time; not after the last step, which nothing follows."""
-        every, step = self.plan.spec.resample, self.done + 1
-        if every and step % every == 0 and step < self.total:
+        every = self.plan.spec.resample
+        if every and self.done % every == 0 and self.done < self.total:
             rows = self.plan.train.micro_rows
             parts = list(zip(split(inputs.xs, rows), split(inputs.ys, rows), strict=True))
             silent_tokens = every // 2 * self.plan.train.batch_rows
-            resample(self.coder, self.optimiser, parts, silent_tokens, self.plan.seed, step)
+            resample(self.coder, self.optimiser, parts, silent_tokens, self.plan.seed, self.done)
 
     def _hear(self, out: Pass, tokens: int) -> None:
         """Let an annealed penalty measure a part of a step's batch of `tokens`, where it is to."""

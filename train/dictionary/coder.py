@@ -22,7 +22,7 @@ from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink, Sinks
 from thresher.train.kernels.prefixes import add_segments
-from thresher.train.kernels.sparse import Selection, add_decoded, bags
+from thresher.train.kernels.sparse import add_decoded, bags
 from thresher.train.kernels.weights import folded_bias, row_norms
 from thresher.train.stages import stage
 
@@ -161,32 +161,40 @@ class Coder(nn.Module):
         before = chosen or [None] * len(xs)
         fired = tuple(self.encoder(source)(x_ND, self.bias(source), before[source]) for source, x_ND in enumerate(xs))
         with stage("decode"):
-            base_NSE = self.b_dec.expand(xs[0].shape[0], -1, -1)
-            wides = [part.wide for part in fired if part.wide is not None]
-            wide = self._written(base_NSE, [(part.selection, part.z) for part in wides])[-1] if wides else None
-            *prefixes, y_NSE = self._written(
-                base_NSE, [(part.selection, part.z) for part in fired], self.spec.prefix_ends
-            )
-        return Pass(fired, y_NSE, tuple(prefixes), wide)
+            *prefixes, y_NSE = self._reconstructed(xs, fired, self.spec.prefix_ends)
+            wide = [part._replace(selection=part.wide.selection, z=part.wide.z) for part in fired if part.wide]
+            second = self._reconstructed(xs, wide)[0] if wide else None
+        return Pass(fired, y_NSE, tuple(prefixes), second)
 
-    def _written(
-        self, base_NSE: Tensor, codes: Sequence[tuple[Selection | None, Tensor]], ends: Sequence[int] = ()
-    ) -> list[Tensor]:
-        """[N, S, E] what codes write, by source, on top of a base: by the first latents up to each end, then by all.
+    def _reconstructed(self, xs: Sequence[Tensor], codes: Sequence[Fired], ends: Sequence[int] = ()) -> list[Tensor]:
+        """[N, S, E] reconstructions by the first latents of every source up to each end, the last F; or by all.
 
-        A selection's codes are [A], those without one [N, F]; `ends` are those of Matryoshka's prefixes, the last F.
+        `codes`: by source, of which the selection and z count.
         """
-        sums = [
-            base_NSE.clone(memory_format=torch.contiguous_format),
-            *(base_NSE.new_zeros(base_NSE.shape) for _ in ends[1:]),
-        ]
-        for source, (selection, z) in enumerate(codes):
-            W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
+        sums = [self.without_codes(xs)]
+        sums += [torch.zeros_like(sums[0]) for _ in ends[1:]]
+        for source, (part, x_ND) in enumerate(zip(codes, xs, strict=True)):
             if ends:
-                sums = list(add_segments(sums, z, W_dec, selection, ends, first, self.kernels, sink))
+                sums = self.add_segments(sums, source, part, x_ND, ends)
             else:
-                sums = [add_decoded(sums[0], z, W_dec, selection, first, self.kernels, sink)]
+                sums = [self.add(sums[0], source, part, x_ND)]
         return list(itertools.accumulate(sums))
+
+    def without_codes(self, xs: Sequence[Tensor]) -> Tensor:
+        """[N, S, E] what is reconstructed when nothing fires."""
+        return self.b_dec.expand(xs[0].shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
+
+    def add(self, y_NSE: Tensor, source: int, part: Fired, x_ND: Tensor) -> Tensor:
+        """The reconstructions with what one source's codes write; `y_NSE` may be changed in place."""
+        W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
+        return add_decoded(y_NSE, part.z, W_dec, part.selection, first, self.kernels, sink)
+
+    def add_segments(
+        self, sums: Sequence[Tensor], source: int, part: Fired, x_ND: Tensor, ends: Sequence[int]
+    ) -> list[Tensor]:
+        """`add` to each of several what a segment of latents writes; they end at `ends` (kernels/prefixes.py)."""
+        W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
+        return list(add_segments(sums, part.z, W_dec, part.selection, ends, first, self.kernels, sink))
 
     def decoder_sink(self, source: int) -> Sink | None:
         """Where the gradient of a source's decoder goes; None: to autograd."""
