@@ -1,7 +1,8 @@
 """What judging one more run costs, in plain forward passes of the same model.
 
 The yardstick is `target.logits` of one batch with nothing patched. Against it stand, for random dictionaries of F = 8 d
-latents of which 32 fire per token on all MLPs: a cascade pass (encode, decode, patch), the same pass scored against the
+latents of which 32 fire per token on all MLPs: a cascade pass (encode, decode, patch; codes before its first write are
+those of the clean inputs, which every run encodes for its reconstruction metrics), the same pass scored against the
 clean model, and everything a run needs for its first two protocols (clean-input encode, reconstruction and code
 statistics, cascade and clean_input, both scored). Yardstick and candidate alternate; medians of the ratios of
 neighbours are reported, with the spread, so that other load on the machine falls on both.
@@ -156,18 +157,18 @@ def main() -> None:
             def plain() -> None:
                 target.logits(batch.token)
 
-            def edits(parts: tuple[Dictionary, ...] = replacement.dictionaries) -> dict[str, splice.Edit]:
-                return splice.cascade_edits(parts, batch.patch)
+            _, known = runner.measure(ledger, replacement, clean)  # which every run needs, whatever its protocols
 
-            def cascade(edits: Callable[[], dict[str, splice.Edit]] = edits) -> None:
-                target.logits(batch.token, edits())
+            def cascade(one: Replacement = replacement, known: splice.Settled = known) -> None:
+                target.logits(batch.token, splice.cascade_edits(one.dictionaries, batch.patch, known=known))
 
             def judged(
                 runner: BatchRunner = runner,
                 ledger: Ledger = ledger,
-                edits: Callable[[], dict[str, splice.Edit]] = edits,
+                one: Replacement = replacement,
+                known: splice.Settled = known,
             ) -> None:
-                runner.run(ledger, "x", edits(), "benchmark")
+                runner.cascade(ledger, one, known)
 
             def whole(
                 runner: BatchRunner = runner,

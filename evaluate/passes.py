@@ -3,7 +3,8 @@
 Per batch the clean pass runs once and leaves behind the patched positions of every site, the clean next-token
 distribution and the argmax; all replacements share them, and so they share the zero and mean ablations of the sites
 they write. Clean inputs are encoded once per replacement, for the reconstruction metrics, for `clean_input` and for
-`single_site`. Logits live for one pass; nothing of the size tokens × latents or tokens × vocabulary outlives a batch.
+`single_site`, and for what a cascade does before its first write. Logits live for one pass; nothing of the size tokens
+× latents or tokens × vocabulary outlives a batch.
 
 `single_site` needs a pass per written site, so it is run on an evenly spaced part of the rows, its share recorded.
 """
@@ -34,8 +35,8 @@ from thresher.evaluate.metrics import (
 )
 from thresher.evaluate.tally import Tally, single_rows
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
-"""Logits scored at a time: on a CPU, as many as stay in its cache."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Logits scored at a time."""
 
 
 class Batch(NamedTuple):
@@ -64,7 +65,7 @@ class Batch(NamedTuple):
 
 
 class Clean(NamedTuple):
-    """What the clean pass leaves behind, by site."""
+    """What the clean pass leaves behind, by site in forward order."""
 
     patched: dict[str, Tensor]
     """[N, D] at P."""
@@ -208,8 +209,11 @@ class BatchRunner:
             y_NE = clean.outside[site] if group in BESIDE else clean.patched[site]
             ledger.truth.setdefault((site, group), TargetSums()).add(y_NE if which is None else y_NE[which])
 
-    def measure(self, ledger: Ledger, replacement: Replacement, clean: Clean) -> dict[str, Tensor]:
-        """Encode and decode the clean values, sum their statistics; returns reconstructions [N, E] by written site."""
+    def measure(
+        self, ledger: Ledger, replacement: Replacement, clean: Clean
+    ) -> tuple[dict[str, Tensor], splice.Settled]:
+        """Encode and decode the clean values, sum their statistics; returns reconstructions [N, E] by written site, and
+        what of it a cascade need not compute again."""
         codes = splice.encode_clean(replacement.dictionaries, clean.patched)
         yhats = splice.decode_all(replacement.dictionaries, codes)
         beside: dict[str, Tensor] = {}
@@ -224,7 +228,7 @@ class BatchRunner:
                 self._add_errors(ledger, site, clean, yhat_NE, beside.get(site))
         if not replacement.baseline:
             self._add_codes(ledger, codes)
-        return yhats
+        return yhats, splice.settled(replacement.dictionaries, list(clean.patched), codes, yhats)
 
     def _add_errors(
         self, ledger: Ledger, site: str, clean: Clean, yhat_NE: Tensor, beside_ME: Tensor | None = None
@@ -272,12 +276,12 @@ class BatchRunner:
         """All protocols of one replacement on this batch."""
         name, dictionaries, patch_BT = replacement.name, replacement.dictionaries, self.batch.patch
         plan, who = self.tally.plan, f"The replacement {name!r}"
-        yhats = self.measure(ledger, replacement, clean)
+        yhats, known = self.measure(ledger, replacement, clean)
         if "cascade" in plan.protocols:
-            self._cascade(ledger, replacement)
+            self.cascade(ledger, replacement, known)
         if "error_added" in plan.arms and not replacement.baseline:
             errors = {site: clean.patched[site] - yhat_NE for site, yhat_NE in yhats.items()}
-            edits = splice.cascade_edits(dictionaries, patch_BT, errors=errors)
+            edits = splice.cascade_edits(dictionaries, patch_BT, errors=errors, known=known)
             self.run(ledger, error_label(name), edits, f"{who} with its errors added")
         places = list(zip(means_of(replacement), yhats.items(), strict=True))
         single = "single_site" in plan.protocols and self.batch.single
@@ -296,14 +300,15 @@ class BatchRunner:
                 edits = splice.constant_edits({written: yhat_NE}, patch_BT)
                 self.run(ledger, patched_label("single_site", name, site), edits, f"{who} at {site!r} alone")
 
-    def _cascade(self, ledger: Ledger, replacement: Replacement) -> None:
+    def cascade(self, ledger: Ledger, replacement: Replacement, known: splice.Settled) -> None:
+        """The pass of the cascade."""
         active = torch.zeros((), dtype=torch.int64, device=self.tally.device)
 
         def observe(dictionary: int, source: int, codes: Codes) -> None:
             active.add_((codes.values > 0).sum())
 
         watched = None if replacement.baseline else observe
-        edits = splice.cascade_edits(replacement.dictionaries, self.batch.patch, observe=watched)
+        edits = splice.cascade_edits(replacement.dictionaries, self.batch.patch, observe=watched, known=known)
         label = patched_label("cascade", replacement.name)
         self.run(ledger, label, edits, f"The replacement {replacement.name!r} under cascade")
         if watched is not None:

@@ -13,7 +13,7 @@ what it is about to overwrite); any other reader sees what was written, as the r
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,20 +101,60 @@ def decode_all(dictionaries: Sequence[Dictionary], codes: Sequence[Sequence[Code
     return out
 
 
+class Settled(NamedTuple):
+    """What a cascade has in common with the clean pass: all that comes before its first write."""
+
+    codes: dict[tuple[int, int], Codes]
+    """By dictionary and source."""
+    values: dict[str, Tensor]
+    """[N, E] reconstructions by written site."""
+
+
+NOTHING = Settled({}, {})
+
+
+def settled(
+    dictionaries: Sequence[Dictionary],
+    order: Sequence[str],
+    codes: Sequence[Sequence[Codes]],
+    yhats: Mapping[str, Tensor],
+) -> Settled:
+    """Of codes and reconstructions of the clean pass, those that a cascade would find again; `order`: of the sites."""
+    rank = {site: at for at, site in enumerate(order)}
+    first = min(rank[site] for site in writes(dictionaries))
+    known = {
+        (i, s): codes[i][s]
+        for i, d in enumerate(dictionaries)
+        for s, site in enumerate(d.reads)
+        if rank[site] < first or (rank[site] == first and site in d.writes)
+    }
+    values = {
+        site: yhats[site]
+        for i, d in enumerate(dictionaries)
+        for j, site in enumerate(d.writes)
+        if all((i, s) in known for s in d.sources(j))
+    }
+    return Settled(known, values)
+
+
 def cascade_edits(
     dictionaries: Sequence[Dictionary],
     patch_BT: Tensor,
     *,
     errors: Mapping[str, Tensor] | None = None,
     observe: Observer | None = None,
+    known: Settled = NOTHING,
 ) -> dict[str, Edit]:
     """Edits for one pass of the cascade; good for one call of `Target.logits`.
 
     `errors` [N, E] by written site, the clean value minus its reconstruction, is added to what is written: with every
-    error in place the patched model is the clean one.
+    error in place the patched model is the clean one. What is `known` is not computed again.
     """
-    codes: dict[tuple[int, int], Codes] = {}
+    codes: dict[tuple[int, int], Codes] = dict(known.codes)
     places_N = places(patch_BT)
+    if observe is not None:
+        for (i, source), found in known.codes.items():
+            observe(i, source, found)
 
     def encode(i: int, source: int, x_ND: Tensor) -> None:
         codes[i, source] = dictionaries[i].encode(source, x_ND)
@@ -122,12 +162,18 @@ def cascade_edits(
             observe(i, source, codes[i, source])
 
     def decode(i: int, destination: int, site: str) -> Tensor:
-        d = dictionaries[i]
-        yhat_NE = d.decode(destination, [codes[i, s] for s in d.sources(destination)])
+        d, yhat_NE = dictionaries[i], known.values.get(site)
+        if yhat_NE is None:
+            yhat_NE = d.decode(destination, [codes[i, s] for s in d.sources(destination)])
         return yhat_NE if errors is None else yhat_NE + errors[site]
 
     def edit_of(site: str) -> Edit:
-        readers = [(i, s) for i, d in enumerate(dictionaries) for s, name in enumerate(d.reads) if name == site]
+        readers = [
+            (i, s)
+            for i, d in enumerate(dictionaries)
+            for s, name in enumerate(d.reads)
+            if name == site and (i, s) not in known.codes
+        ]
         writer = next(((i, j) for i, d in enumerate(dictionaries) for j, w in enumerate(d.writes) if w == site), None)
 
         def edit(x_BTD: Tensor) -> Tensor | None:

@@ -8,7 +8,15 @@ from thresher.cache.layout import Contexts
 from thresher.evaluate.arms import zero_label
 from thresher.evaluate.metrics import clean_scores, score_tokens
 from thresher.evaluate.run import Replacement
-from thresher.evaluate.splice import PROTOCOLS, cascade_edits, constant_edits
+from thresher.evaluate.splice import (
+    PROTOCOLS,
+    cascade_edits,
+    constant_edits,
+    decode_all,
+    encode_clean,
+    recording_edits,
+    settled,
+)
 
 INS = ("L00.mlp_in", "L01.mlp_in", "L02.mlp_in")
 OUTS = ("L00.mlp_out", "L01.mlp_out", "L02.mlp_out")
@@ -230,3 +238,36 @@ def test_runs_of_other_caches_get_their_own_mean_ablation(kit, scan):
     assert means[0].metrics["delta"] != means[1].metrics["delta"]
     a, b = (results.find(name, "cascade").metrics["ce_mean"] for name in "ab")
     assert [row.metrics["ce"] for row in means] == [a, b]
+
+
+@pytest.mark.parametrize("kind", ["transcoders", "saes", "clt"])
+def test_what_a_cascade_shares_with_the_clean_pass_changes_nothing(kit, kind):
+    """All before the first write: the first transcoder, SAE or CLT source; no encoder of theirs runs again."""
+    dictionaries = {
+        "transcoders": [
+            kit.Random([read], [write], seed=i) for i, (read, write) in enumerate(zip(INS, OUTS, strict=True))
+        ],
+        "saes": [kit.Random([site], [site], seed=i) for i, site in enumerate(OUTS)],
+        "clt": [kit.Random(INS, OUTS)],
+    }[kind]
+    target, contexts = kit.TinyTarget(), kit.contexts(rows=3)
+    tokens_BT, patch_BT = torch.from_numpy(contexts.token_id).long(), torch.from_numpy(contexts.keep == 1)
+    clean: dict[str, torch.Tensor] = {}
+    sites = dict.fromkeys(site for d in dictionaries for site in (*d.reads, *d.writes))
+    target.logits(tokens_BT, recording_edits(list(sites), patch_BT, clean))
+    codes = encode_clean(dictionaries, clean)
+    known = settled(dictionaries, list(clean), codes, decode_all(dictionaries, codes))
+    assert list(known.codes) == [(0, 0)]
+    assert list(known.values) == [OUTS[0]]
+    seen: dict[bool, list[tuple[int, int, torch.Tensor]]] = {True: [], False: []}
+
+    def logits(shared):
+        def watch(i, s, found):
+            seen[shared].append((i, s, found.l0()))
+
+        edits = cascade_edits(dictionaries, patch_BT, observe=watch, **({"known": known} if shared else {}))
+        return target.logits(tokens_BT, edits)
+
+    torch.testing.assert_close(logits(True), logits(False), rtol=0, atol=1e-13)
+    assert [(i, s) for i, s, _ in seen[True]] == [(i, s) for i, s, _ in seen[False]]
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(seen[True], seen[False], strict=True))

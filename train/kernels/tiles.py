@@ -28,7 +28,7 @@ def served_rows(width: int, itemsize: int, device: torch.device) -> int:
     """Rows of a tile where only a selection is wanted of it: on a CPU few enough to stay in its caches until then, and
     enough for a product at full speed."""
     rows = tile_rows(width, itemsize, device)
-    return min(rows, max(256, (1 << 22) // (width * itemsize))) if device.type == "cpu" else rows
+    return min(rows, max(256, (1 << 23) // (width * itemsize))) if device.type == "cpu" else rows
 
 
 def joined(parts: Sequence[tuple[Selection, Tensor]], count: int | None = None) -> tuple[Selection, Tensor]:
