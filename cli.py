@@ -3,6 +3,7 @@
 Heavy imports sit inside the commands, so `thresher --help` is quick.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -65,7 +66,7 @@ Wandb = Annotated[WandbMode, typer.Option("--wandb", help="Log to Weights & Bias
 def main() -> None:
     """Entry point: UserError ends with its text and 2, an interrupt with 130, anything else with a hint and 1."""
     debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    sys.argv = _plugins_first([argument for argument in sys.argv if argument != "--debug"])
     signal.signal(signal.SIGTERM, _terminate)
     prepare_process()
     try:
@@ -79,6 +80,19 @@ def main() -> None:
             raise
         unexpected = f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
         _fail("error", Exception(unexpected), 1, False)
+
+
+def _plugins_first(line: Sequence[str]) -> list[str]:
+    """A command line with every `--plugin FILE.py` right behind the program's name."""
+    front: list[str] = []
+    rest: list[str] = []
+    words = iter(line[1:])
+    for word in words:
+        if word == "--plugin":
+            front += [word, *itertools.islice(words, 1)]
+        else:
+            (front if word.startswith("--plugin=") else rest).append(word)
+    return [line[0], *front, *rest]
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -96,8 +110,22 @@ def _fail(word: str, error: Exception, code: int, debug: bool) -> NoReturn:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")] = False,
+    plugins: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plugin",
+            metavar="FILE.py",
+            help="Import this module first, so that recipes can name the firing rules and topologies it registers; may "
+            "be repeated and stand anywhere on the line.",
+        ),
+    ] = None,
 ) -> None:
-    """`--debug` itself is read by `main`, which sees the whole line."""
+    """Global options; `main` sees the whole line, reads `--debug` and brings `--plugin` to its front."""
+    if plugins:
+        from thresher.train.plugins import import_plugin
+
+        for path in plugins:
+            import_plugin(path)
 
 
 @app.command()

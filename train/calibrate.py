@@ -24,7 +24,7 @@ from thresher.cache.interrupts import StopFlag
 from thresher.cache.source import Source
 from thresher.train.crew import Crew, Task
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.rules import Deployed
+from thresher.train.dictionary.rules import Deployed, facts
 
 _BATCH_ROWS = 4096
 _BINS = 1 << 15  # upper halves of the bit patterns of positive float32 values
@@ -125,14 +125,14 @@ def _value(bits: int) -> float:
 def calibrate(
     coders: Sequence[Coder], reader: Source, rows: int, device: torch.device, crew: Crew, stop: StopFlag
 ) -> None:
-    """Set the thresholds of all BatchTopK dictionaries, sharing each read of the training rows.
+    """Set the thresholds of all dictionaries whose rule asks for it, sharing each read of the training rows.
 
     Returns early, with thresholds unset, when a stop is requested.
     """
     searches = {
         (index, source): RankSearch(float(coder.spec.k or 0))
         for index, coder in enumerate(coders)
-        if coder.spec.firing == "batchtopk"
+        if facts(coder.spec.firing).calibrated
         for source in range(len(coder.reads))
     }
     while searches and not stop.requested:

@@ -35,7 +35,7 @@ from thresher.cache.publish import explained, flush_directory, publish
 from thresher.cache.records import from_dict
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
-from thresher.train.dictionary.rules import Deployed
+from thresher.train.dictionary.rules import Deployed, names
 from thresher.train.dictionary.spec import DictionarySpec
 
 FORMAT = "thresher-run"
@@ -165,6 +165,11 @@ def deployed_tensors(coder: Coder) -> dict[str, Tensor]:
 
 
 def _fill(coder: Coder, stored: Mapping[str, Tensor], path: Path) -> None:
+    if coder.spec.firing not in names() and "threshold.0" not in stored:
+        raise UserError(
+            f"Run {path} was trained under the firing rule {coder.spec.firing!r}, which is not known here and has no "
+            "form as a constant threshold. Give the file that defines it with --plugin FILE.py."
+        )
     expected = deployed_tensors(coder)
     wrong = sorted(expected.keys() ^ stored.keys())
     wrong += [

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.encoder import Chosen
-from thresher.train.dictionary.rules import BatchTopK
 from thresher.train.kernels import padded
 from thresher.train.kernels.sparse import Selection
 from thresher.train.losses import Whole
@@ -50,7 +49,7 @@ def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[T
     tokens = sum(part[0].shape[0] for part in xs)
     wants_l0 = penalised and spec.resolved_penalty == "target_l0" and spec.sparsity > 0
     wants_residual = spec.aux > 0 and spec.aux_divisor == "residual" and _may_be_dead(coder, tokens)
-    wants_cut = spec.firing == "batchtopk"
+    wants_cut = coder.encoder(0).rule.budget(tokens) is not None
     if not (wants_l0 or wants_residual or wants_cut):
         return Survey([[None] * len(xs[0]) for _ in xs], Whole(tokens))
     columns = [_chosen(coder, source, [part[source] for part in xs], tokens) for source in range(len(xs[0]))]
@@ -71,7 +70,8 @@ def _chosen(coder: Coder, source: int, xs: Sequence[Tensor], tokens: int) -> lis
     """One source's selections in all parts."""
     encoder, bias_F = coder.encoder(source), coder.bias(source)
     found = [encoder.choose(x_nD, bias_F, tokens) for x_nD in xs]
-    return cut(found, int(encoder.rule.k * tokens)) if isinstance(encoder.rule, BatchTopK) else found
+    budget = encoder.rule.budget(tokens)
+    return found if budget is None else cut(found, budget)
 
 
 def cut(parts: Sequence[Chosen], count: int) -> list[Chosen]:

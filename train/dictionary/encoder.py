@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from thresher.cache.contracts import Codes
 from thresher.train.dictionary.objective import MULTI
-from thresher.train.dictionary.rules import BatchTopK, TopK, rule
+from thresher.train.dictionary.rules import TopK, rule
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
@@ -159,7 +159,8 @@ class Encoder(nn.Module):
     def choose(self, x_ND: Tensor, bias_F: Tensor, whole: int | None = None) -> Chosen:
         """The product and the selection of a batch; a block that would be large is made and forgotten in tiles.
 
-        `whole`: these rows are some of a batch of so many; of BatchTopK's entries, as many come as it may keep in all.
+        `whole`: these rows are some of a batch of so many; where its tokens compete, as many entries come as it may
+        keep in all.
         """
         tokens = x_ND.shape[0] if whole is None else whole
         rows = tile_rows(self.W_enc.shape[0], self._block_dtype().itemsize, x_ND.device)
@@ -172,8 +173,7 @@ class Encoder(nn.Module):
         pairs = [(part.selection, part.values) for part in parts if part.selection is not None]
         if len(pairs) < len(parts):  # one tile wants all entries: then all do
             return Chosen(None, self.preactivations(x_ND, bias_F), merged)
-        count = int(self.rule.k * tokens) if isinstance(self.rule, BatchTopK) else None
-        return Chosen(*joined(pairs, count), merged)
+        return Chosen(*joined(pairs, self.rule.budget(tokens)), merged)
 
     def _block_dtype(self) -> torch.dtype:
         """A CPU's own loops know no bf16, and its block fits the caches or is large anyway."""
@@ -181,18 +181,18 @@ class Encoder(nn.Module):
         return low or self.W_enc.dtype
 
     def _chosen(self, x_nD: Tensor, bias_F: Tensor, tokens: int, dead: Dead | None) -> Chosen:
-        """What is chosen of some rows of a batch of `tokens`; of BatchTopK's entries, as many as it may be in all."""
+        """What is chosen of some rows of a batch of `tokens`; where those compete, as many as it may be in all."""
         with stage("encode"):
             block = self.workspace.block(x_nD.shape[0], self.W_enc, self._block_dtype())
             a_nF = self.preactivations(x_nD, bias_F, block)
         with stage("select"):
-            if isinstance(self.rule, BatchTopK) and x_nD.shape[0] < tokens:
-                count = min(int(self.rule.k * tokens), a_nF.numel())
-                selection: Selection | None = firing.select_batch_topk(a_nF, count, self.kernels)
-            elif self.multi:
+            budget, selection = self.rule.budget(tokens), None
+            if self.multi:
                 selection = firing.select_topk(a_nF, min(MULTI * self._count(), a_nF.shape[1]), self.kernels)
-            else:
+            elif budget is None:
                 selection = self.rule.select(a_nF)
+            else:
+                selection = firing.select_batch_topk(a_nF, min(budget, a_nF.numel()), self.kernels)
             if selection is None:
                 values = a_nF.to(bias_F.dtype, copy=True)
             else:
@@ -263,7 +263,7 @@ class Encoder(nn.Module):
             count_F = active.sum(0)
         else:
             count_F = torch.zeros_like(self.b_enc).index_add_(0, fired.selection.latents, active)
-        return Tally(count_F, fired.z.detach() if isinstance(self.rule, BatchTopK) else None, fired.tokens)
+        return Tally(count_F, fired.z.detach() if self.rule.follows else None, fired.tokens)
 
     @torch.no_grad()
     def advance(self, parts: Sequence[Tally], left_out: Tensor | None = None) -> Tensor:

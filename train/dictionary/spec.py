@@ -9,26 +9,24 @@ A combination that would silently mean something else than it says is refused he
 import dataclasses
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, cast
 
 from thresher.cache.errors import UserError
+from thresher.train.dictionary import rules
 from thresher.train.dictionary.objective import Objective, check_objective, check_prefix_ends, prefix_ends
 
 Kind = Literal["sae", "transcoder", "clt"]
-FiringName = Literal["relu", "topk", "batchtopk", "jumprelu"]
 Penalty = Literal["l1", "l0", "target_l0", "tanh", "lp"]
-
-_SPARSE_BY_COUNT = ("topk", "batchtopk")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings(Objective):
     """Settings that a recipe and a concrete dictionary share."""
 
-    firing: FiringName = "batchtopk"
-    """Firing rule. topk: the k largest per token; batchtopk: k per token on average over the batch, and a frozen
-    threshold afterwards; relu: every positive pre-activation, kept few by an L1 penalty; jumprelu: every
-    pre-activation above a learned threshold."""
+    firing: str = "batchtopk"
+    """Firing rule, of those below or of a --plugin. topk: the k largest per token; batchtopk: k per token on average
+    over the batch, and a frozen threshold afterwards; relu: every positive pre-activation, kept few by an L1 penalty;
+    jumprelu: every pre-activation above a learned threshold."""
     k: float | None = None
     """Active latents per token for topk (integer) and batchtopk (may be fractional), per layer for a CLT; the target
     of the target_l0 penalty."""
@@ -100,6 +98,7 @@ class DictionaryConfig(_Settings):
                 f"dictionary.kind is 'sae', which reconstructs what it reads, but reads = {self.reads!r} and writes = "
                 f"{self.writes!r}. Give one of them, or set kind = 'transcoder'."
             )
+        rules.known(self.firing)
         check_settings(self, self.kind)
 
 
@@ -126,7 +125,7 @@ class DictionarySpec(_Settings):
 
     def __post_init__(self) -> None:
         check_settings(self, self.kind)
-        if self.k is not None and self.firing in _SPARSE_BY_COUNT and self.k > self.n_latents:
+        if self.k is not None and rules.facts(self.firing).by_count and self.k > self.n_latents:
             raise UserError(
                 f"dictionary.k is {self.k:g} but the dictionary has only {self.n_latents} latents; lower k or raise "
                 "n_latents."
@@ -141,18 +140,16 @@ class DictionarySpec(_Settings):
     @property
     def sparsity_label(self) -> str:
         """What sets the sparsity, for tables: `k=32` or `l0 0.002`."""
-        if self.firing in _SPARSE_BY_COUNT:
-            return f"k={self.k:g}"
-        if self.resolved_penalty == "target_l0":
-            return f"L0*={self.k:g}"
-        return f"{self.resolved_penalty} {self.sparsity:g}"
+        penalty = self.resolved_penalty
+        if self.k is not None:
+            return f"L0*={self.k:g}" if penalty == "target_l0" else f"k={self.k:g}"
+        return f"{penalty or self.firing} {self.sparsity:g}"
 
     @property
     def resolved_penalty(self) -> Penalty | None:
         """The penalty in force; None for rules that fix their sparsity by count."""
-        if self.firing in _SPARSE_BY_COUNT:
-            return None
-        return self.penalty or ("l1" if self.firing == "relu" else "l0")
+        default = next(iter(rules.facts(self.firing).penalties), None)
+        return self.penalty or cast("Penalty | None", default)
 
     @property
     def resolved_theta(self) -> float:
@@ -177,8 +174,10 @@ def concrete(config: DictionaryConfig, **resolved: object) -> DictionarySpec:
 
 def check_settings(settings: _Settings, kind: str) -> None:
     """Raise UserError for values out of range and for combinations that make no sense."""
-    _check_k(settings)
-    _check_penalty(settings)
+    if settings.firing in rules.names():  # else a saved dictionary of a rule that is not here, checked when trained
+        _check_k(settings)
+        _check_penalty(settings)
+        rules.known(settings.firing).check(settings)
     check_objective(settings, kind)
     if settings.pre_bias and kind != "sae":
         raise UserError(
@@ -199,17 +198,17 @@ def check_settings(settings: _Settings, kind: str) -> None:
 
 
 def _check_k(settings: _Settings) -> None:
-    by_count = settings.firing in _SPARSE_BY_COUNT
-    if by_count and settings.k is None:
+    rule = rules.known(settings.firing)
+    if rule.by_count and settings.k is None:
         raise UserError(f"dictionary.k is missing: firing = {settings.firing!r} needs the active latents per token.")
     if settings.k is not None and settings.k <= 0:
         raise UserError(f"dictionary.k is {settings.k:g}; expected more than 0.")
-    if settings.firing == "topk" and settings.k is not None and settings.k != int(settings.k):
+    if rule.whole_k and settings.k is not None and settings.k != int(settings.k):
         raise UserError(
-            f"dictionary.k is {settings.k:g} with firing = 'topk', which takes a whole number per token. Round it, or "
-            "use firing = 'batchtopk', where k is a mean."
+            f"dictionary.k is {settings.k:g} with firing = {settings.firing!r}, which takes a whole number per token. "
+            "Round it, or use firing = 'batchtopk', where k is a mean."
         )
-    if not by_count and settings.k is not None and settings.penalty != "target_l0":
+    if not rule.by_count and settings.k is not None and settings.penalty != "target_l0":
         raise UserError(
             f"dictionary.k is {settings.k:g}, but firing = {settings.firing!r} sets its sparsity by a penalty. Remove "
             "k and set sparsity, or use penalty = 'target_l0' (jumprelu)."
@@ -217,24 +216,21 @@ def _check_k(settings: _Settings) -> None:
 
 
 def _check_penalty(settings: _Settings) -> None:
-    allowed: dict[str, tuple[str, ...]] = {"relu": ("l1", "lp"), "jumprelu": ("l0", "target_l0", "tanh")}
-    known = allowed.get(settings.firing, ())
-    if settings.penalty is not None and settings.penalty not in known:
-        wants = f"one of {', '.join(known)}" if known else "no penalty, since k fixes the sparsity"
+    admitted = rules.known(settings.firing).penalties
+    if settings.penalty is not None and settings.penalty not in admitted:
+        wants = f"one of {', '.join(admitted)}" if admitted else "no penalty, since k fixes the sparsity"
         raise UserError(
             f"dictionary.penalty is {settings.penalty!r} with firing = {settings.firing!r}; expected {wants}."
         )
     if settings.penalty == "target_l0" and settings.k is None:
         raise UserError("dictionary.k is missing: penalty = 'target_l0' needs the L0 to aim at.")
-    if known and settings.sparsity == 0:
+    if admitted and settings.sparsity == 0:
         raise UserError(
             f"dictionary.sparsity is 0 with firing = {settings.firing!r}: nothing would make its codes sparse. Set it "
             "above 0, for example 1e-3."
         )
-    if not known and settings.sparsity > 0:
+    if not admitted and settings.sparsity > 0:
         raise UserError(
             f"dictionary.sparsity is {settings.sparsity:g} with firing = {settings.firing!r}, whose sparsity k fixes. "
             "Remove sparsity."
         )
-    if settings.preact > 0 and settings.firing != "jumprelu":
-        raise UserError(f"dictionary.preact is for firing = 'jumprelu'; got firing = {settings.firing!r}. Remove it.")

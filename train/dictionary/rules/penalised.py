@@ -1,0 +1,66 @@
+"""Rules whose sparsity a penalty sets: ReLU, and JumpReLU with its learned thresholds."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from thresher.train.dictionary.rules.base import Rule
+from thresher.train.dictionary.rules.registry import register
+from thresher.train.kernels import firing
+from thresher.train.kernels.padded import wide
+from thresher.train.kernels.sparse import Selection
+
+if TYPE_CHECKING:
+    from thresher.train.dictionary.spec import DictionarySpec
+
+
+@register
+class ReLU(Rule):
+    """Every positive pre-activation."""
+
+    name = "relu"
+    penalties = ("l1", "lp")
+
+
+@register
+class JumpReLU(Rule):
+    """Every entry above the latent's learned threshold θ = exp(log_theta)."""
+
+    name = "jumprelu"
+    penalties = ("l0", "target_l0", "tanh")
+
+    def __init__(self, spec: "DictionarySpec") -> None:
+        super().__init__(spec)
+        self.relative = (spec.resolved_theta, spec.bandwidth)
+        self.log_theta = nn.Parameter(torch.zeros(spec.n_latents))
+        self.register_buffer("window", torch.tensor(1.0))
+        self.window: Tensor
+
+    @classmethod
+    def check(cls, settings: Any) -> None:
+        """Nothing beyond the ranges that every rule's settings have."""
+
+    def start(self, deviation: float) -> None:
+        """Threshold and window in units of the pre-activations' standard deviation."""
+        theta, width = self.relative
+        with torch.no_grad():
+            self.log_theta.fill_(torch.tensor(theta * deviation).log())
+            self.window.fill_(width * deviation)
+
+    def theta(self) -> Tensor:
+        """[F] thresholds, with gradient to log_theta."""
+        return self.log_theta.exp()
+
+    def select(self, a_NF: Tensor) -> Selection | None:
+        """Entries above θ − ε/2: those that fire and those close enough to pull the threshold down."""
+        floor = (self.theta().detach() - self.window / 2).to(wide(a_NF.dtype))
+        return firing.select_above(a_NF, floor, self.room, kernels=self.kernels)
+
+    def fire(self, a: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
+        """a · 1[a > θ] and 1[a > θ], with window gradients."""
+        return firing.jump_relu(a, self.theta(), self.window, selection)
+
+    def thresholds(self) -> Tensor:
+        """θ."""
+        return self.theta().detach().float()
