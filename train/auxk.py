@@ -79,6 +79,8 @@ def dead_latents(coder: Coder, source: int, done: Pass) -> Dead | None:
     if silent is not None:
         return Dead(silent.latents, silent.number if isinstance(silent, Silent) else None)
     encoder = coder.encoder(source)
+    if encoder.rule.aux_floor() is not None:
+        return encoder.asleep(done.fired[source].tokens)
     if padded.must_not_ask(encoder.W_enc) and coder.kernels.forced != "plain":
         return None
     latents = encoder.dead_latents()
@@ -102,7 +104,7 @@ def _share(
     factor = weight / total.where(total > 0, torch.inf)  # nothing to explain: 0
     if silent is None:
         coder.kernels.pick("auxk", x_ND.device, x_ND.dtype, 0)
-        return factor * plain_error(coder, source, dead.latents, x_ND, residual_NE)
+        return factor * plain_error(coder, source, dead, x_ND, residual_NE)
     encoder, b_dec_D = coder.encoder(source), coder.b_dec[source].detach() if coder.spec.pre_bias else None
     weights = (encoder.W_enc, encoder.b_enc, coder.W_dec[source])
     sinks = (encoder.sink, coder.decoder_sink(source))
@@ -112,12 +114,16 @@ def _share(
     return factor * out
 
 
-def plain_error(coder: Coder, source: int, latents: Tensor, x_ND: Tensor, residual_NE: Tensor) -> Tensor:
-    """Σ‖ê − e‖² by ordinary autograd: the specification."""
-    encoder = coder.encoder(source)
+def plain_error(coder: Coder, source: int, dead: Dead, x_ND: Tensor, residual_NE: Tensor) -> Tensor:
+    """Σ‖ê − e‖² by ordinary autograd: the specification; and the only form for a rule with a floor of its own."""
+    encoder, latents = coder.encoder(source), dead.latents
     shifted_ND = x_ND - coder.b_dec[source].detach() if coder.spec.pre_bias else x_ND
     a_Nn = F.linear(shifted_ND, encoder.W_enc[latents], encoder.b_enc[latents])
-    kept_Nn = plain_silent(a_Nn.detach(), torch.arange(len(latents), device=a_Nn.device), coder.spec.resolved_aux_k)
+    floor = encoder.rule.aux_floor()
+    if floor is None:
+        kept_Nn = plain_silent(a_Nn.detach(), torch.arange(len(latents), device=a_Nn.device), coder.spec.resolved_aux_k)
+    else:
+        kept_Nn = (a_Nn.detach() > floor) & dead.real()
     guess_NE = (a_Nn * kept_Nn) @ coder.W_dec[source][latents, 0]
     return (guess_NE - residual_NE).square().sum()
 

@@ -1,10 +1,11 @@
 """The last acts of training: BatchTopK's frozen threshold, and a held-out check of what was frozen.
 
-BatchTopK's threshold is the ⌊k·N⌋-th largest positive pre-activation over N training rows, per source, measured on the
-folded dictionary as it will be saved. It is exact, mostly in one pass and never in more than three, from counts of
-bounded size: the first batch says about where the threshold lies, values in a narrow window there are counted by their
-bit patterns, those above by coarse bins. If the rank turns out to lie outside, the counts say where the window belongs,
-and the rows are read again.
+The threshold of a rule that counts over a batch (BatchTopK, global) is the ⌊k·N⌋-th largest positive score over N
+training rows, per source, or of a joint pool the ⌊k·N·L⌋-th over its L sources, measured on the folded dictionary as it
+will be saved. Scores are pre-activations, times the decoder norm where that ranks latents. The threshold is exact,
+mostly in one pass and never in more than three, from counts of bounded size: the first batch says about where it lies,
+values in a narrow window there are counted by their bit patterns, those above by coarse bins. If the rank turns out to
+lie outside, the counts say where the window belongs, and the rows are read again.
 
 The check encodes held-out rows under the frozen rule and sums squared errors in float64.
 """
@@ -24,6 +25,7 @@ from thresher.cache.interrupts import StopFlag
 from thresher.cache.source import Source
 from thresher.train.crew import Crew, Task
 from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.fold import ranked
 from thresher.train.dictionary.rules import Deployed, facts
 
 _BATCH_ROWS = 4096
@@ -130,33 +132,50 @@ def calibrate(
     Returns early, with thresholds unset, when a stop is requested.
     """
     searches = {
-        (index, source): RankSearch(float(coder.spec.k or 0))
+        pool: RankSearch(float(coders[pool.coder].spec.k or 0))
         for index, coder in enumerate(coders)
         if facts(coder.spec.firing).calibrated
-        for source in range(len(coder.reads))
+        for pool in _pools(index, coder)
     }
     while searches and not stop.requested:
-        sites = [coders[index].reads[source] for index, source in searches]
+        sites = [coders[pool.coder].reads[source] for pool in searches for source in pool.sources]
         for acts in passes(reader, "train", sites, rows, device, stop):
             crew.run(
                 [
-                    Task(coders[index].spec, _BATCH_ROWS, functools.partial(_show, search, coders[index], source, acts))
-                    for (index, source), search in searches.items()
+                    Task(coders[p.coder].spec, _BATCH_ROWS, functools.partial(_show, search, coders[p.coder], p, acts))
+                    for p, search in searches.items()
                 ]
             )
-        for (index, source), search in list(searches.items()):
+        for pool, search in list(searches.items()):
             threshold = search.result()
             if threshold is not None:
-                rule = coders[index].encoder(source).rule
-                assert isinstance(rule, Deployed)
-                rule.threshold.fill_(threshold)
-                del searches[index, source]
+                for source in pool.sources:
+                    encoder = coders[pool.coder].encoder(source)
+                    assert isinstance(encoder.rule, Deployed)
+                    score = torch.full_like(encoder.rule.threshold, threshold)
+                    encoder.rule.threshold.copy_(ranked(score, encoder.norms))
+                del searches[pool]
 
 
-def _show(search: RankSearch, coder: Coder, source: int, acts: Mapping[str, Tensor]) -> None:
-    encoder = coder.encoder(source)
-    x_ND = acts[coder.reads[source]]
-    search.add(encoder.preactivations(x_ND, coder.bias(source), encoder.workspace.block(x_ND.shape[0], encoder.W_enc)))
+class _Pool(NamedTuple):
+    """Sources whose latents compete, and so have one threshold."""
+
+    coder: int
+    sources: tuple[int, ...]
+
+
+def _pools(index: int, coder: Coder) -> list[_Pool]:
+    sources = tuple(range(len(coder.reads)))
+    return [_Pool(index, sources)] if coder.spec.pool == "joint" else [_Pool(index, (source,)) for source in sources]
+
+
+def _show(search: RankSearch, coder: Coder, pool: _Pool, acts: Mapping[str, Tensor]) -> None:
+    """Rows of all sources of a pool, one after the other: k of ⌊k·N·L⌋ rows is k per layer."""
+    for source in pool.sources:
+        encoder, x_ND = coder.encoder(source), acts[coder.reads[source]]
+        block = encoder.workspace.block(x_ND.shape[0], encoder.W_enc)
+        a_NF = encoder.preactivations(x_ND, coder.bias(source), block)
+        search.add(a_NF if encoder.norms is None else a_NF.mul_(encoder.norms))
 
 
 class HeldOut(NamedTuple):

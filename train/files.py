@@ -8,8 +8,9 @@
 
 Tensors of weights.safetensors, i counting sources and destinations: `W_enc.i` [F, D], `b_enc.i` [F], `W_dec.i`
 [F, T, E] (T destinations written by source i, from its own on), `b_dec.i` [E], `mean.i` [E], `threshold.i` [F] (not
-for topk), `tokens_since_fired.i` [F] int64. A code is pre · 1[pre > threshold], for topk the k largest of relu(pre),
-with pre = W_enc x + b_enc.
+for topk and groupmax, which for `rank_by = "norm"` have `norm.i` [F]), `tokens_since_fired.i` [F] int64. A code is
+pre · 1[pre > threshold], for topk the k largest of relu(pre), for groupmax the largest of each of k groups of
+neighbours, chosen by pre · norm where there is a norm, with pre = W_enc x + b_enc.
 
 config.json says `finished: true` last, after the weights are on the disk: an unfinished directory is never loaded as
 a dictionary. Only safetensors and JSON are read, so loading runs no foreign code.
@@ -158,6 +159,8 @@ def deployed_tensors(coder: Coder) -> dict[str, Tensor]:
         tensors[f"tokens_since_fired.{source}"] = encoder.tokens_since_fired
         if isinstance(encoder.rule, Deployed):
             tensors[f"threshold.{source}"] = encoder.rule.threshold
+        elif encoder.norms is not None:
+            tensors[f"norm.{source}"] = encoder.norms
     for destination in range(len(coder.writes)):
         tensors[f"b_dec.{destination}"] = coder.b_dec.data[destination]
         tensors[f"mean.{destination}"] = coder.mean[destination]

@@ -12,6 +12,7 @@ from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.encoder import Tally, Workspace
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
+from thresher.train.dictionary.pools import shared
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Padded
 from thresher.train.losses import Losses, losses
@@ -135,6 +136,7 @@ class Fit:
             return self._step(inputs, consumed)
 
     def _step(self, inputs: Inputs, consumed: int) -> Tensor:
+        self.coder.at(self.done)
         rate = base_rate(self.plan.train, self.plan.spec) * rate_factor(self.plan.train, self.done, self.total)
         tallies, terms, overflowed = self._gradients(inputs)
         with stage("update"):
@@ -179,6 +181,7 @@ class Fit:
             selections = [part.selection for part in out.fired if isinstance(part.selection, Padded)]
             short += [s.overflowed for s in selections if s.overflowed is not None]
         by_source = [list(column) for column in zip(*tallies, strict=True)]
+        by_source = shared(by_source) if spec.pool == "joint" else by_source
         return by_source, terms, torch.stack(short).any() if short else None
 
     def _resample(self, inputs: Inputs) -> None:

@@ -52,7 +52,7 @@ class Losses(NamedTuple):
     aux: Tensor
     """AuxK, unweighted; 0 without dead latents."""
     penalty: Tensor
-    """Sparsity and pre-activation terms, as weighted in the total."""
+    """Sparsity and pre-activation terms and the rule's own, as weighted in the total."""
 
 
 class Reconstruction(NamedTuple):
@@ -68,11 +68,11 @@ class Regularisation(NamedTuple):
     """What is minimised beside the reconstruction, whichever that is; scalars with gradient."""
 
     total: Tensor
-    """α · AuxK and the penalties."""
+    """α · AuxK, the penalties and the rule's own terms."""
     aux: Tensor
     """AuxK, unweighted; 0 without dead latents."""
     penalty: Tensor
-    """Sparsity and pre-activation terms, as weighted in the total."""
+    """Sparsity and pre-activation terms and the rule's own, as weighted in the total."""
 
 
 def losses(
@@ -158,19 +158,23 @@ def regularisation(
 ) -> Regularisation:
     """AuxK and penalties of a pass, whatever it is trained to reconstruct: end-to-end training takes these alone.
 
-    `lefts`: `residuals` of the pass, which AuxK explains; not looked at when `spec.aux` is 0, and may then be empty.
+    `lefts`: `residuals` of the pass, which AuxK explains; not looked at when `spec.aux` is 0 and the firing rule has no
+    terms of its own (gated has), and may then be empty.
     xs: [N, D] by source; `variances`: V by destination; `ramp`: factor of the sparsity penalty.
     """
     spec = coder.spec
     total = aux = penalty = done.y.new_zeros(())
+    tokens = done.y.shape[0] if whole is None else whole.tokens
+    own = coder.encoder(0).rule.terms(coder, done, lefts, [tokens * unit for unit in units(spec, variances)])
+    if own is not None:
+        total, penalty = total + own, penalty + own
     if spec.aux > 0:
         with stage("auxk"):
             aux = auxiliary(coder, done, xs, lefts, _aux_divisor(spec, done.y, variances, whole))
         total = total + spec.aux * aux
     if spec.sparsity > 0 or spec.preact > 0:
-        tokens, l0 = (None, None) if whole is None else (whole.tokens, whole.l0)
-        penalty = penalties(coder, done.fired, xs, ramp, tokens, l0)
-        total = total + penalty
+        weighted = penalties(coder, done.fired, xs, ramp, tokens, None if whole is None else whole.l0)
+        total, penalty = total + weighted, penalty + weighted
     return Regularisation(total, aux, penalty)
 
 

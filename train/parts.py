@@ -3,8 +3,7 @@
 Gradients of sums over tokens add up by themselves. What couples the tokens of a batch does not, so a first pass without
 gradient, the survey, finds it over all parts:
 
-- BatchTopK's cut. Every part keeps its own ⌊kN⌋ largest entries at most, N the whole batch; the cut is made among
-  those of all parts, so the selection is the whole batch's, entry for entry;
+- BatchTopK's cut (dictionary/pools.py);
 - the mean L0 of the target_l0 penalty;
 - the variance of the residual where AuxK divides by it, merged from the parts' means and sums of squares.
 
@@ -21,8 +20,7 @@ from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.encoder import Chosen
-from thresher.train.kernels import padded
-from thresher.train.kernels.sparse import Selection
+from thresher.train.dictionary.pools import choose
 from thresher.train.losses import Whole
 
 
@@ -52,8 +50,7 @@ def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[T
     wants_cut = coder.encoder(0).rule.budget(tokens) is not None
     if not (wants_l0 or wants_residual or wants_cut):
         return Survey([[None] * len(xs[0]) for _ in xs], Whole(tokens))
-    columns = [_chosen(coder, source, [part[source] for part in xs], tokens) for source in range(len(xs[0]))]
-    chosen = [list(row) for row in zip(*columns, strict=True)]
+    chosen = choose(coder, xs)
     l0 = residual = None
     if wants_l0 or wants_residual:
         l0, residual = _sums(coder, xs, ys, chosen, wants_l0, wants_residual)
@@ -64,36 +61,6 @@ def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[T
 def _may_be_dead(coder: Coder, tokens: int) -> bool:
     """Whether AuxK has to be reckoned with; where asking would wait for a device, as far as is known."""
     return any(coder.encoder(source).asleep(tokens) is not None for source in range(len(coder.reads)))
-
-
-def _chosen(coder: Coder, source: int, xs: Sequence[Tensor], tokens: int) -> list[Chosen]:
-    """One source's selections in all parts."""
-    encoder, bias_F = coder.encoder(source), coder.bias(source)
-    found = [encoder.choose(x_nD, bias_F, tokens) for x_nD in xs]
-    budget = encoder.rule.budget(tokens)
-    return found if budget is None else cut(found, budget)
-
-
-def cut(parts: Sequence[Chosen], count: int) -> list[Chosen]:
-    """Keep the `count` largest entries of all parts; equal ones in order of part and position."""
-    selections = [part.selection for part in parts if part.selection is not None]
-    values = [part.values for part in parts]
-    if any(isinstance(selection, padded.Padded) for selection in selections):
-        made = padded.cut(list(zip(selections, values, strict=True)), count)
-        return [part._replace(selection=s, values=v) for part, (s, v) in zip(parts, made, strict=True)]
-    flat = torch.cat(values)
-    if flat.shape[0] <= count:
-        return list(parts)
-    pieces = padded.best(flat, count).split([part.values.shape[0] for part in parts])
-    return [_only(part, mask) for part, mask in zip(parts, pieces, strict=True)]
-
-
-def _only(part: Chosen, keep: Tensor) -> Chosen:
-    assert part.selection is not None
-    old = part.selection
-    counts = torch.zeros(old.tokens, dtype=torch.int64, device=keep.device).index_add_(0, old.rows, keep.long())
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return part._replace(selection=Selection(old.latents[keep], offsets, old.width), values=part.values[keep])
 
 
 def _sums(

@@ -58,14 +58,14 @@ def row_norm(coder: Coder, source: int) -> Tensor | None:
 
 
 def weighed(coder: Coder, source: int, part: Fired) -> Tensor:
-    """[A] (or [N, F]) z_f n_f."""
-    norm = row_norm(coder, source)
-    return part.z if norm is None else part.z * spread(norm, part.selection)
+    """[A] (or [N, F]) z_f n_f, or what the rule has penalised in the place of z."""
+    norm, z = row_norm(coder, source), coder.encoder(source).rule.penalised(part.a, part.z)
+    return z if norm is None else z * spread(norm, part.selection)
 
 
 def _l1(coder: Coder, source: int, part: Fired) -> Tensor:
     if coder.spec.unit_norm and coder.spec.penalty_norm == "l2":
-        return part.z.sum()
+        return coder.encoder(source).rule.penalised(part.a, part.z).sum()
     return weighed(coder, source, part).sum()
 
 

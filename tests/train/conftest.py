@@ -30,6 +30,13 @@ RULES: dict[str, dict[str, Any]] = {
     "batchtopk": {"firing": "batchtopk", "k": 2.5},
     "jumprelu": {"firing": "jumprelu", "sparsity": 3e-3, "preact": 1e-4},
 }
+FURTHER: dict[str, dict[str, Any]] = {
+    "groupmax": {"kind": "transcoder", "firing": "groupmax", "k": 4, "k_anneal": 20, "k_start": 16},
+    "gated": {"kind": "sae", "firing": "gated", "sparsity": 3e-3, "pre_bias": True},
+    "global": {"kind": "sae", "firing": "global", "k": 3},
+    "joint": {"kind": "clt", "firing": "batchtopk", "k": 2.5, "pool": "joint", "rank_by": "norm", "k_anneal": 20},
+}
+"""Rules that one topology each is enough for where runs take long."""
 KINDS = ("sae", "transcoder", "clt")
 
 

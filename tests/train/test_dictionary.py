@@ -67,7 +67,7 @@ def trained(settings: DictionarySpec) -> tuple[Coder, list[Tensor], list[Affine]
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
         for source in range(len(reads)):
             rule = coder.encoder(source).rule
-            if settings.firing == "batchtopk":
+            if settings.firing in ("batchtopk", "global"):
                 rule.threshold.fill_(0.7)
     return coder, [x[:N] for x, _ in raw], reads, writes
 
@@ -77,12 +77,17 @@ RULES: list[dict[str, Any]] = [
     {"firing": "topk"},
     {"firing": "batchtopk"},
     {"firing": "jumprelu", "k": None, "sparsity": 1.0},
+    {"firing": "groupmax", "k": 4, "rank_by": "norm"},
+    {"firing": "topk", "rank_by": "norm"},
+    {"firing": "batchtopk", "rank_by": "norm"},
+    {"firing": "gated", "k": None, "sparsity": 1.0},
+    {"firing": "global"},
 ]
 
 
 @pytest.mark.parametrize("kind", ["sae", "transcoder", "clt"])
 @pytest.mark.parametrize("mode", ["none", "scale", "per_dim"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["firing"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule['firing']} {rule.get('rank_by', '')}".strip())
 def test_folded_weights_on_raw_rows_equal_training_weights_on_normalised_rows(
     kind: str, mode: str, rule: dict[str, Any]
 ) -> None:

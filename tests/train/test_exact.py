@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
-from tests.train.conftest import KINDS, RULES, plans_for, stop_at
+from tests.train.conftest import FURTHER, KINDS, RULES, plans_for, stop_at
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
@@ -25,7 +25,14 @@ from thresher.train.run import train
 def everything(cache: CacheReader, **train_settings: Any) -> list[RunPlan]:
     """Every kind with every rule, and with BatchTopK in parts too; AuxK and schedules at work after a few steps."""
     ways: dict[str, dict[str, Any]] = {name: {} for name in RULES} | {"batchtopk-parts": {"micro_rows": 100}}
-    return [
+    further = [
+        plan
+        for name, settings in FURTHER.items()
+        for plan in plans_for(
+            cache, name, train_settings, layers=None if settings["kind"] == "clt" else (1,), **settings
+        )
+    ]
+    return further + [
         plan
         for kind in KINDS
         for name, way in ways.items()

@@ -74,7 +74,7 @@ def test_auxk_teaches_dead_encoder_rows(forced: Any) -> None:
 # 2. A fused backward without the mask of the ReLU.
 
 
-@pytest.mark.parametrize("rule", ["topk", "batchtopk"])
+@pytest.mark.parametrize("rule", ["topk", "batchtopk", "groupmax"])
 def test_a_pick_that_is_not_positive_teaches_nothing(rule: str) -> None:
     coder = make("transcoder", firing=rule, k=LATENTS, aux=0.0)
     with torch.no_grad():
@@ -249,7 +249,9 @@ def test_rates_steps_and_means_do_not_see_that_a_batch_came_in_parts(cache: Cach
 # 9. Selection that couples tokens when serving; dropped positions that compete in it.
 
 
-@pytest.mark.parametrize("rule", ["topk", "batchtopk", "jumprelu l0", "relu"])
+@pytest.mark.parametrize(
+    "rule", ["topk", "batchtopk", "jumprelu l0", "relu", "groupmax", "topk norm", "batchtopk norm", "gated", "global"]
+)
 def test_a_served_token_has_the_codes_it_has_alone(rule: str) -> None:
     coder = make("transcoder", **RULES[rule])
     xs, _ = batch(coder)

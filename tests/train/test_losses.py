@@ -32,6 +32,12 @@ RULES: dict[str, dict[str, Any]] = {
     "jumprelu tanh": {"firing": "jumprelu", "penalty": "tanh", "sparsity": 0.05, "tanh_scale": 2.0},
     "jumprelu preact": {"firing": "jumprelu", "sparsity": 0.02, "preact": 0.1},
     "jumprelu preact all": {"firing": "jumprelu", "sparsity": 0.02, "preact": 0.1, "preact_on": "all"},
+    "groupmax": {"firing": "groupmax", "k": 4},
+    "topk norm": {"firing": "topk", "k": 3, "rank_by": "norm"},
+    "batchtopk norm": {"firing": "batchtopk", "k": 2.5, "rank_by": "norm"},
+    "batchtopk joint": {"firing": "batchtopk", "k": 2.5, "pool": "joint", "rank_by": "norm"},
+    "gated": {"firing": "gated", "sparsity": 0.03},
+    "global": {"firing": "global", "k": 2.5},
 }
 
 
@@ -50,6 +56,8 @@ def make(kind: str, **settings: Any) -> Coder:
         "aux_k": 4,
         "dead_after": 100,
     }
+    if kind != "clt":
+        settings = {key: value for key, value in settings.items() if key != "pool"}
     coder = build(DictionarySpec(**(base | settings))).double()
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -61,6 +69,10 @@ def make(kind: str, **settings: Any) -> Coder:
             if settings["firing"] == "jumprelu":
                 encoder.rule.log_theta.add_(0.4)
                 encoder.rule.window.fill_(0.8)
+            if settings["firing"] == "global":
+                encoder.rule.threshold.fill_(1.3)
+                encoder.rule.aux_threshold.fill_(0.6)
+                encoder.rule.at(1)
     return coder
 
 
@@ -79,7 +91,7 @@ def auxk_term(coder: Coder, xs: list[Tensor], ys: list[Tensor], done: Pass | Non
 def reference(coder: Coder, xs: list[Tensor], ys: list[Tensor], variances: list[float]) -> Tensor:
     """The whole objective, densely, from the formulas alone."""
     spec = coder.spec
-    zs, wide, total = [], [], torch.zeros((), dtype=torch.float64)
+    zs, wide, gates, total = [], [], [], torch.zeros((), dtype=torch.float64)
     for source, x in enumerate(xs):
         encoder = coder.encoder(source)
         shifted = x - coder.b_dec[source] if spec.pre_bias else x
@@ -87,17 +99,21 @@ def reference(coder: Coder, xs: list[Tensor], ys: list[Tensor], variances: list[
         rows = coder.W_dec[source].flatten(1)
         norm = {"l2": rows.norm(dim=1), "l1": rows.abs().sum(1), "none": torch.ones(())}[spec.penalty_norm]
         term = torch.zeros((), dtype=torch.float64)
-        if spec.firing == "relu":
+        if spec.firing in ("topk", "batchtopk", "groupmax"):
+            z = a.clamp_min(0) * reference_mask(coder, xs, source)
+        elif spec.firing == "global":
+            z = a * (a > encoder.rule.threshold)
+        elif spec.firing == "gated":
+            slope, gate = encoder.rule.r.exp(), a.clamp_min(0)
+            z = (a > 0) * (slope * (a - encoder.b_enc) + encoder.rule.b_mag).clamp_min(0)
+            term = spec.sparsity * (gate * norm).sum(1).mean()
+            gates.append(gate)
+        elif spec.firing == "relu":
             z = a.clamp_min(0)
             term = spec.sparsity * (z * norm).sum(1).mean()
             if spec.penalty == "lp":
                 p, factor, delta = coder.anneal.p, coder.anneal.factor, spec.p_offset
                 term = spec.sparsity * factor * ((z * norm + delta) ** p - delta**p).sum(1).mean()
-        elif spec.firing == "topk":
-            z = a.clamp_min(0) * torch.zeros_like(a).scatter(1, a.topk(int(spec.k or 0), dim=1).indices, 1.0)
-        elif spec.firing == "batchtopk":
-            cut = a.flatten().sort(descending=True).values[int(N * float(spec.k or 0)) - 1]
-            z = a.clamp_min(0) * (a >= cut)
         else:
             theta, width = encoder.rule.log_theta.exp(), encoder.rule.window
             window = ((a - theta).abs() < width / 2).double().detach()
@@ -127,6 +143,12 @@ def reference(coder: Coder, xs: list[Tensor], ys: list[Tensor], variances: list[
             total = total + weight * error / unit / len(ys)
         if wide:
             total = total + spec.multi_topk * ((y - decoded(coder, wide, target)) ** 2).sum(1).mean() / unit / len(ys)
+        if gates:
+            by_gates = coder.b_dec[target].detach().expand(N, D)
+            for source in coder.sources(target):
+                W = coder.W_dec[source][:, target - coder.written(source).start].detach()
+                by_gates = by_gates + gates[source] @ W
+            total = total + ((y - by_gates) ** 2).sum(1).mean() / unit / len(ys)
         encoder = coder.encoder(target)
         dead = encoder.dead(spec.dead_after)
         shifted = xs[target] - coder.b_dec[target].detach() if spec.pre_bias else xs[target]
@@ -134,6 +156,8 @@ def reference(coder: Coder, xs: list[Tensor], ys: list[Tensor], variances: list[
         picked = a.topk(spec.resolved_aux_k, dim=1).indices
         z = a.clamp_min(0) * torch.zeros_like(a).scatter(1, picked, 1.0).masked_fill(~dead, 0)
         z = torch.where(dead, z, 0.0)
+        if spec.firing == "global":
+            z = torch.where(a > encoder.rule.aux_threshold, a, 0.0)
         around = ((residual - residual.mean(0)) ** 2).sum(1).mean()
         spread = {"residual": around, "target": variances[target], "none": unit}[spec.aux_divisor]
         error = ((z @ coder.W_dec[target][:, 0] - residual) ** 2).sum(1).mean()
@@ -149,6 +173,26 @@ def decoded(coder: Coder, codes: list[Tensor], target: int, end: int = LATENTS) 
         place = target - coder.written(source).start
         out = out + codes[source][:, :end] @ coder.W_dec[source][:end, place]
     return out
+
+
+def reference_mask(coder: Coder, xs: list[Tensor], source: int) -> Tensor:
+    """[N, F] which entries a rule by count keeps of a source."""
+    spec, scores = coder.spec, []
+    for index, x in enumerate(xs):
+        encoder = coder.encoder(index)
+        shifted = x - coder.b_dec[index] if spec.pre_bias else x
+        a = (shifted @ encoder.W_enc.T + encoder.b_enc).detach()
+        norm = coder.W_dec[index].detach().square().sum((1, 2)).sqrt()
+        scores.append(a * norm if spec.rank_by == "norm" else a)
+    own, k = scores[source], float(spec.k or 0)
+    if spec.firing == "topk":
+        return (own >= own.sort(1, descending=True).values[:, int(k) - 1 : int(k)]).double()
+    if spec.firing == "groupmax":
+        groups = own.view(N, int(k), -1)
+        return (groups == groups.max(2, keepdim=True).values).double().view_as(own)
+    pool = torch.stack(scores, 1) if spec.pool == "joint" else own
+    ranked = pool.flatten().sort(descending=True).values
+    return (own >= ranked[int(k * N * (len(scores) if spec.pool == "joint" else 1)) - 1]).double()
 
 
 @pytest.mark.parametrize("dense_share", [0.0, 1.0])

@@ -10,10 +10,11 @@ from torch import Tensor
 from tests.train.conftest import KINDS, plans_for
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.encoder import Chosen
+from thresher.train.dictionary.pools import cut
 from thresher.train.fit import Fit, Inputs, Views
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.firing import plain_batch_topk, select_batch_topk
-from thresher.train.parts import cut, split, survey
+from thresher.train.parts import split, survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -24,14 +25,19 @@ RULES: dict[str, dict[str, Any]] = {
     "jumprelu": {"firing": "jumprelu", "sparsity": 3e-2, "preact": 1e-2},
     "jumprelu target": {"firing": "jumprelu", "penalty": "target_l0", "k": 3, "sparsity": 0.5},
     "jumprelu tanh": {"firing": "jumprelu", "penalty": "tanh", "sparsity": 3e-2},
+    "batchtopk joint": {"firing": "batchtopk", "k": 2.5, "pool": "joint", "rank_by": "norm", "k_anneal": 5},
+    "groupmax": {"firing": "groupmax", "k": 4},
+    "gated": {"firing": "gated", "sparsity": 3e-2},
+    "global": {"firing": "global", "k": 3},
 }
 ROWS = 200
 
 
 def fit(cache: CacheReader, kind: str, rule: str, micro_rows: int | None, kernels: str = "auto") -> Fit:
     """A third of the way into nothing: fresh weights in float64, every fifth latent dead."""
+    settings = {key: value for key, value in RULES[rule].items() if kind == "clt" or key != "pool"}
     (plan, *_) = plans_for(
-        cache, "p", {"micro_rows": micro_rows, "kernels": kernels}, kind=kind, pre_bias=kind == "sae", **RULES[rule]
+        cache, "p", {"micro_rows": micro_rows, "kernels": kernels}, kind=kind, pre_bias=kind == "sae", **settings
     )
     made = Fit(plan, cache, torch.device("cpu"))
     made.start(cache)
@@ -65,13 +71,13 @@ def test_parts_make_the_step_of_the_whole_batch(cache: CacheReader, kind: str, r
         torch.testing.assert_close(right[name], tensor, rtol=1e-9, atol=1e-12, equal_nan=True, msg=name)
     a, b = whole.metrics(), parts.metrics()
     assert a["aux"] > 0
-    assert (a["penalty"] > 0) == ("topk" not in rule)
+    assert (a["penalty"] > 0) == (rule.split()[0] in ("relu", "jumprelu", "gated"))
     assert b == pytest.approx(a, rel=1e-9)
     assert (parts.done, parts.position) == (whole.done, whole.position) == (3, 3 * ROWS)
 
 
 @pytest.mark.parametrize("kernels", ["plain", "fast"])
-@pytest.mark.parametrize("rule", ["topk", "batchtopk"])
+@pytest.mark.parametrize("rule", ["topk", "batchtopk", "batchtopk joint", "groupmax", "global"])
 def test_selections_in_parts_are_those_of_the_whole_batch(cache: CacheReader, rule: str, kernels: str) -> None:
     made = fit(cache, "clt", rule, 64, kernels)
     made.coder.float()
@@ -126,7 +132,7 @@ def test_a_batch_that_is_no_larger_than_a_part_is_taken_whole(cache: CacheReader
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("rule", ["batchtopk", "topk", "jumprelu", "relu"])
+@pytest.mark.parametrize("rule", ["batchtopk", "batchtopk joint", "topk", "jumprelu", "relu", "gated", "global"])
 def test_parts_with_selections_of_fixed_capacity_make_the_same_step(
     cache: CacheReader, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,7 @@ PLUGIN = textwrap.dedent(
         def select(self, a_NF):
             return firing.select_above(a_NF, 0.5, self.room, kernels=self.kernels)
 
-        def fire(self, a, selection):
+        def fire(self, a, selection, b_enc):
             return torch.where(a > 0.5, a, 0.0), None
 
         def thresholds(self):

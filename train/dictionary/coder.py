@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from thresher.cache.contracts import Codes
 from thresher.train.anneal import Anneal
 from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
+from thresher.train.dictionary.pools import choose
+from thresher.train.dictionary.rules import facts
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink, Sinks
@@ -111,7 +113,7 @@ class Coder(nn.Module):
 
     def encode(self, source: int, x_ND: Tensor) -> Codes:
         """Codes of one source under the frozen rule."""
-        return self.encoder(source).encode(x_ND, self.bias(source).detach())
+        return self.encoder(source).encode(x_ND, self.bias(source).detach(), self.rank_norms(source))
 
     @torch.no_grad()
     def decode(self, destination: int, codes: Sequence[Codes]) -> Tensor:
@@ -132,6 +134,11 @@ class Coder(nn.Module):
         for source in range(len(self.spec.reads)):
             encoder = self.encoder(source)
             encoder.kernels = encoder.rule.kernels = kernels
+
+    def at(self, step: int) -> None:
+        """Let rules be as in the training step of that number, counted from 0."""
+        for source in range(len(self.spec.reads)):
+            self.encoder(source).rule.at(step)
 
     def gather(self) -> Sinks:
         """From now on, gradients of encoders and decoders go to sinks (kernels/gradients.py) and not to autograd."""
@@ -158,8 +165,14 @@ class Coder(nn.Module):
 
     def forward(self, xs: Sequence[Tensor], chosen: Sequence[Chosen | None] | None = None) -> Pass:
         """Training codes and reconstructions of one batch; xs: per source [N, D]; `chosen`: selections made before."""
+        if chosen is None and self.spec.pool == "joint":
+            chosen = choose(self, [xs])[0]
         before = chosen or [None] * len(xs)
-        fired = tuple(self.encoder(source)(x_ND, self.bias(source), before[source]) for source, x_ND in enumerate(xs))
+        norms = [self.rank_norms(source) if one is None else one.norms for source, one in enumerate(before)]
+        fired = tuple(
+            self.encoder(source)(x_ND, self.bias(source), before[source], norms[source])
+            for source, x_ND in enumerate(xs)
+        )
         with stage("decode"):
             *prefixes, y_NSE = self._reconstructed(xs, fired, self.spec.prefix_ends)
             wide = [part._replace(selection=part.wide.selection, z=part.wide.z) for part in fired if part.wide]
@@ -199,6 +212,17 @@ class Coder(nn.Module):
     def decoder_sink(self, source: int) -> Sink | None:
         """Where the gradient of a source's decoder goes; None: to autograd."""
         return None if self.sinks is None else self.sinks.of(self.W_dec[source])
+
+    def rank_norms(self, source: int) -> Tensor | None:
+        """[F] what pre-activations are multiplied with to rank latents, without gradient; None: nothing.
+
+        A deployed dictionary has it in its thresholds, or carries it for a rule that has none.
+        """
+        if self.spec.rank_by != "norm":
+            return None
+        if self.deployed:
+            return None if facts(self.spec.firing).thresholded else self.encoder(source).norms
+        return self.decoder_norm(source).detach()
 
     def decoder_norm(self, source: int) -> Tensor:
         """[F] norm of each latent's row over all its destinations together, with gradient."""

@@ -57,6 +57,10 @@ class Fired(NamedTuple):
     """Codes of dead latents for AuxK; None: none is dead, or AuxK is off, or it goes the plain way."""
     wide: Wide | None = None
     """Multi-TopK's second code, which nothing but its own loss may look at; None: there is none."""
+    norms: Tensor | None = None
+    """[F] decoder norms that latents were ranked with; None: by a alone."""
+    woken: Tensor | None = None
+    """Entries of dead latents above the rule's floor for AuxK, where it has one."""
 
 
 class Tally(NamedTuple):
@@ -64,10 +68,12 @@ class Tally(NamedTuple):
 
     counts: Tensor
     """[F] tokens on which each latent fired."""
-    z: Tensor | None
-    """[A] codes, where a running threshold follows them."""
+    scores: Tensor | None
+    """[A] codes, times norms where latents are ranked by norm, if the rule follows them."""
     tokens: int
     """N of the part."""
+    woken: Tensor | None = None
+    """As in `Fired`."""
 
 
 class Chosen(NamedTuple):
@@ -79,6 +85,17 @@ class Chosen(NamedTuple):
     """[A] (or [N, F]) pre-activations there."""
     silent: Silent | SilentBlock | None = None
     """Codes of dead latents, where they were looked at."""
+    woken: Tensor | None = None
+    """As in `Fired`."""
+    norms: Tensor | None = None
+    """As in `Fired`."""
+
+    def scores(self) -> Tensor:
+        """[A] what the entries of a selection compete by."""
+        if self.norms is None:
+            return self.values
+        assert self.selection is not None
+        return self.values * self.norms.index_select(0, self.selection.latents)
 
 
 class Workspace:
@@ -127,6 +144,8 @@ class Encoder(nn.Module):
         self._low_of: tuple[int, int] | None = None
         self.workspace = _WORKSPACE
         self.kernels = Kernels()
+        self.register_buffer("norms", torch.ones(spec.n_latents) if deployed and spec.rank_by == "norm" else None)
+        self.norms: Tensor | None  # what a deployed dictionary ranks with: decoder norms in training space
         self.sink: Sink | None = None  # where W_enc's gradient goes; None: to autograd
 
     def preactivations(self, x_ND: Tensor, bias_F: Tensor, out: Tensor | None = None) -> Tensor:
@@ -156,54 +175,66 @@ class Encoder(nn.Module):
         self._low_of = None
 
     @torch.no_grad()
-    def choose(self, x_ND: Tensor, bias_F: Tensor, whole: int | None = None) -> Chosen:
+    def choose(self, x_ND: Tensor, bias_F: Tensor, whole: int | None = None, norms_F: Tensor | None = None) -> Chosen:
         """The product and the selection of a batch; a block that would be large is made and forgotten in tiles.
 
         `whole`: these rows are some of a batch of so many; where its tokens compete, as many entries come as it may
-        keep in all.
+        keep in all. `norms_F`: rank latents by a times these.
         """
         tokens = x_ND.shape[0] if whole is None else whole
         rows = tile_rows(self.W_enc.shape[0], self._block_dtype().itemsize, x_ND.device)
         dead = self._wanted(tokens)
         if x_ND.shape[0] <= rows:
-            return self._chosen(x_ND, bias_F, tokens, dead)
-        parts = [self._chosen(x_nD, bias_F, tokens, dead) for x_nD in x_ND.split(rows)]
+            return self._chosen(x_ND, bias_F, tokens, dead, norms_F)
+        parts = [self._chosen(x_nD, bias_F, tokens, dead, norms_F) for x_nD in x_ND.split(rows)]
         silent = [part.silent for part in parts if part.silent is not None]
         merged = joined_silent(silent) if silent else None
+        counts = [part.woken for part in parts if part.woken is not None]
+        woken = torch.stack(counts).sum() if counts else None
         pairs = [(part.selection, part.values) for part in parts if part.selection is not None]
         if len(pairs) < len(parts):  # one tile wants all entries: then all do
-            return Chosen(None, self.preactivations(x_ND, bias_F), merged)
-        return Chosen(*joined(pairs, self.rule.budget(tokens)), merged)
+            return Chosen(None, self.preactivations(x_ND, bias_F), merged, woken, norms_F)
+        return Chosen(*joined(pairs, self.rule.budget(tokens), norms_F), merged, woken, norms_F)
 
     def _block_dtype(self) -> torch.dtype:
         """A CPU's own loops know no bf16, and its block fits the caches or is large anyway."""
         low = self.matmul_dtype if padded.must_not_ask(self.W_enc) else None
         return low or self.W_enc.dtype
 
-    def _chosen(self, x_nD: Tensor, bias_F: Tensor, tokens: int, dead: Dead | None) -> Chosen:
+    def _chosen(self, x_nD: Tensor, bias_F: Tensor, tokens: int, dead: Dead | None, norms_F: Tensor | None) -> Chosen:
         """What is chosen of some rows of a batch of `tokens`; where those compete, as many as it may be in all."""
         with stage("encode"):
             block = self.workspace.block(x_nD.shape[0], self.W_enc, self._block_dtype())
             a_nF = self.preactivations(x_nD, bias_F, block)
         with stage("select"):
-            budget, selection = self.rule.budget(tokens), None
+            budget, scores_nF = self.rule.budget(tokens), a_nF if norms_F is None else a_nF * norms_F
+            selection = None
             if self.multi:
-                selection = firing.select_topk(a_nF, min(MULTI * self._count(), a_nF.shape[1]), self.kernels)
+                selection = firing.select_topk(scores_nF, min(MULTI * self._count(), a_nF.shape[1]), self.kernels)
             elif budget is None:
-                selection = self.rule.select(a_nF)
+                selection = self.rule.select(scores_nF)
             else:
-                selection = firing.select_batch_topk(a_nF, min(budget, a_nF.numel()), self.kernels)
+                selection = firing.select_batch_topk(scores_nF, min(budget, scores_nF.numel()), self.kernels)
             if selection is None:
                 values = a_nF.to(bias_F.dtype, copy=True)
             else:
                 values = selection.take(a_nF).to(bias_F.dtype)
+        woken = self._woken(a_nF, tokens)
         if dead is None:
-            return Chosen(selection, values)
+            return Chosen(selection, values, None, woken, norms_F)
         with stage("auxk"):
             silent = choose_silent(a_nF, dead, self.aux_k, self.kernels, self.aux_width)
             if isinstance(silent, Silent):
                 silent = silent._replace(values=silent.values.to(bias_F.dtype))
-            return Chosen(selection, values, silent)
+            return Chosen(selection, values, silent, woken, norms_F)
+
+    def _woken(self, a_nF: Tensor, tokens: int) -> Tensor | None:
+        """Entries of dead latents above the rule's own floor for AuxK; None: it has none, or none is dead."""
+        floor = self.rule.aux_floor() if self.aux_k else None
+        dead = None if floor is None else self.asleep(tokens)
+        if dead is None or floor is None:
+            return None
+        return ((a_nF.index_select(1, dead.latents) > floor) & dead.real()).sum()
 
     @torch.no_grad()
     def _wake(self, x_ND: Tensor, bias_F: Tensor) -> Silent | SilentBlock | None:
@@ -224,34 +255,44 @@ class Encoder(nn.Module):
 
     def _wanted(self, tokens: int) -> Dead | None:
         """Dead latents whose codes AuxK's fast form takes from here; None: none."""
-        return self.asleep(tokens) if self.aux_k and self.kernels.forced != "plain" else None
+        fast = self.aux_k and self.kernels.forced != "plain" and self.rule.aux_floor() is None
+        return self.asleep(tokens) if fast else None
 
-    def forward(self, x_ND: Tensor, bias_F: Tensor, chosen: Chosen | None = None) -> Fired:
-        """Training codes; `bias_F` is b_enc with any pre-bias folded in, with gradient.
+    def forward(
+        self, x_ND: Tensor, bias_F: Tensor, chosen: Chosen | None = None, norms_F: Tensor | None = None
+    ) -> Fired:
+        """Training codes; `bias_F` is b_enc with any pre-bias folded in, with gradient; `norms_F` as in `choose`.
 
         `chosen`: what was chosen of these rows before with the same weights, so that no product is done twice.
         """
         if chosen is None:
-            chosen = self.choose(x_ND, bias_F)
+            chosen = self.choose(x_ND, bias_F, norms_F=norms_F)
         elif chosen.silent is None:
             chosen = chosen._replace(silent=self._wake(x_ND, bias_F))
-        selection, values, silent = chosen
+        selection, values, silent, woken, norms_F = chosen
         a = gathered_linear(x_ND, self.W_enc, bias_F, values, selection, self.kernels, self.sink)
         wide = None
         if self.multi and selection is not None:
-            wide = Wide(selection, self.rule.fire(a, selection)[0])
-            selection, entries = narrowed(selection, values, self._count())
+            wide = Wide(selection, self.rule.fire(a, selection, self.b_enc)[0])
+            selection, entries = narrowed(selection, chosen.scores(), self._count())
             a = a.index_select(0, entries)
-        return Fired(selection, a, *self.rule.fire(a, selection), x_ND.shape[0], silent, wide)
+        fired = self.rule.fire(a, selection, self.b_enc)
+        return Fired(selection, a, *fired, x_ND.shape[0], silent, wide, norms_F, woken)
 
     @torch.no_grad()
-    def encode(self, x_ND: Tensor, bias_F: Tensor) -> Codes:
-        """Codes under the frozen rule: each token alone decides."""
+    def encode(self, x_ND: Tensor, bias_F: Tensor, norms_F: Tensor | None = None) -> Codes:
+        """Codes under the frozen rule: each token alone decides; `norms_F` as in `choose`."""
+        line = self.rule.line(self.b_enc)
         rows = served_rows(self.W_enc.shape[0], bias_F.itemsize, x_ND.device)
         parts = []
         for x_nD in x_ND.split(max(1, min(rows, x_ND.shape[0]))):
-            block = self.workspace.block(x_nD.shape[0], self.W_enc)
-            parts.append(self.rule.fire_frozen(self.preactivations(x_nD, bias_F, block)))
+            a_nF = self.preactivations(x_nD, bias_F, self.workspace.block(x_nD.shape[0], self.W_enc))
+            selection, values = self.rule.fire_frozen(a_nF if norms_F is None else a_nF * norms_F)
+            if norms_F is not None:
+                values = selection.take(a_nF).relu_()
+            if line is not None:
+                values = torch.relu(line.slope[selection.latents] * values + line.lift[selection.latents])
+            parts.append((selection, values))
         selection, values = parts[0] if len(parts) == 1 else joined(parts)
         return Codes(values, selection.latents, selection.offsets, selection.width)
 
@@ -263,7 +304,10 @@ class Encoder(nn.Module):
             count_F = active.sum(0)
         else:
             count_F = torch.zeros_like(self.b_enc).index_add_(0, fired.selection.latents, active)
-        return Tally(count_F, fired.z.detach() if self.rule.follows else None, fired.tokens)
+        scores = fired.z.detach() if self.rule.follows else None
+        if scores is not None and fired.norms is not None and fired.selection is not None:
+            scores = scores * fired.norms.index_select(0, fired.selection.latents)
+        return Tally(count_F, scores, fired.tokens, fired.woken)
 
     @torch.no_grad()
     def advance(self, parts: Sequence[Tally], left_out: Tensor | None = None) -> Tensor:
@@ -272,11 +316,13 @@ class Encoder(nn.Module):
         `left_out`: bool scalar, whether its update was; the counters then stay, for they count tokens trained on, and
         codes that were cut off say nothing of who fired. Returns the number of active entries, a scalar on the device.
         """
-        values = [part.z for part in parts if part.z is not None]
-        if values:
-            self.rule.observe(values[0] if len(values) == 1 else torch.cat(values))
+        tokens, scores = sum(part.tokens for part in parts), [p.scores for p in parts if p.scores is not None]
+        if scores:
+            counts = [part.woken for part in parts if part.woken is not None]
+            woken = torch.stack(counts).sum() if counts else None
+            self.rule.observe(torch.cat([score.reshape(-1) for score in scores]), tokens, woken)
         count_F = torch.stack([part.counts for part in parts]).sum(0) if len(parts) > 1 else parts[0].counts
-        tokens, fired_F = sum(part.tokens for part in parts), count_F > 0
+        fired_F = count_F > 0
         if left_out is None:
             self.tokens_since_fired.add_(tokens).masked_fill_(fired_F, 0)
         else:

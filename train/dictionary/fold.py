@@ -6,8 +6,10 @@ With x̃ = (x − μ)/σ read and ỹ = (y − ν)/τ written:
     W_dec ← W_dec diag(τ)        b_dec ← b_dec ⊙ τ + ν
 
 Codes and thresholds stay what they were. An SAE under one factor c for its site is folded the other way, codes in raw
-units: weights stay (and with them unit rows), biases and thresholds are multiplied by c. All sums are float64, cast
-to fp32 last. The trained module is left as it is.
+units: weights stay (and with them unit rows), biases and thresholds are multiplied by c. A rule whose codes are a line
+in its pre-activations (gated) has the line folded in first. Where latents are ranked by a · n, their thresholds are
+divided by the norm n of their row in training space. All sums are float64, cast to fp32 last. The trained module is
+left as it is.
 """
 
 from collections.abc import Sequence
@@ -36,17 +38,31 @@ def deploy(
     for source, site in enumerate(reads):
         factor = float(site.scale[0]) if raw_codes else 1.0  # code in raw units / code in training units
         trained, folded = coder.encoder(source), out.encoder(source)
-        W_enc = trained.W_enc.double() * (factor / site.scale.to(device))
-        b_enc = _bias(coder, source) * factor - W_enc @ site.shift.to(device)
+        line, thresholds = trained.rule.line(trained.b_enc.double()), trained.rule.thresholds()
+        W_enc, bias = trained.W_enc.double() * (factor / site.scale.to(device)), _bias(coder, source)
+        if line is not None:  # codes are slope · a + lift, cut off below 0: let that be the pre-activation
+            W_enc, bias = W_enc * line.slope.double()[:, None], bias * line.slope + line.lift
+            thresholds = None if thresholds is None else (thresholds * line.slope + line.lift).clamp_min(0.0)
+        b_enc = bias * factor - W_enc @ site.shift.to(device)
         folded.W_enc.copy_(W_enc)
         folded.b_enc.copy_(b_enc)
         folded.tokens_since_fired.copy_(trained.tokens_since_fired)
-        thresholds = trained.rule.thresholds()
+        norms_F = coder.rank_norms(source)
+        if norms_F is not None:
+            assert folded.norms is not None
+            folded.norms.copy_(norms_F)
         if thresholds is not None and isinstance(folded.rule, Deployed):
-            folded.rule.threshold.copy_(thresholds.double() * factor)
+            folded.rule.threshold.copy_(ranked(thresholds.double() * factor, norms_F))
         scales_TE = torch.stack([writes[destination].scale for destination in coder.written(source)]).to(device)
         out.W_dec[source].copy_(coder.W_dec[source].double() * scales_TE / factor)
     return out.requires_grad_(False)
+
+
+def ranked(thresholds: Tensor, norms_F: Tensor | None) -> Tensor:
+    """[F] thresholds on pre-activations from those on scores a · n; a latent that writes nothing never fires."""
+    if norms_F is None:
+        return thresholds
+    return torch.where(norms_F > 0, thresholds / norms_F, torch.inf)
 
 
 def _bias(coder: Coder, source: int) -> Tensor:

@@ -45,14 +45,14 @@ def initialise(
             encoder.W_enc.copy_(rows)
         else:
             encoder.W_enc.copy_(_uniform(encoder.W_enc.shape, _encoder_bound(coder), rng))
-            if spec.kind == "clt" or spec.unit_norm:
+            if spec.kind == "clt" or spec.unit_norm or spec.rank_by == "norm":  # rows of 0 would never be chosen
                 W_dec.copy_(_uniform(W_dec.shape, (len(spec.writes) * spec.d_out) ** -0.5, rng))
         if spec.unit_norm:
             W_dec.div_(coder.decoder_norm(source)[:, None, None])
         if not spec.pre_bias:
             encoder.b_enc.copy_(-(encoder.W_enc @ reads[source].mean.to(encoder.W_enc)))
         a_NF = encoder.preactivations(samples[source], coder.bias(source))
-        encoder.rule.start(float(a_NF.var(0).mean().sqrt()))
+        encoder.rule.start(float(a_NF.var(0).mean().sqrt()), encoder.b_enc)
 
 
 def _encoder_bound(coder: Coder) -> float:

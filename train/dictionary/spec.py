@@ -24,12 +24,24 @@ class _Settings(Objective):
     """Settings that a recipe and a concrete dictionary share."""
 
     firing: str = "batchtopk"
-    """Firing rule, of those below or of a --plugin. topk: the k largest per token; batchtopk: k per token on average
-    over the batch, and a frozen threshold afterwards; relu: every positive pre-activation, kept few by an L1 penalty;
-    jumprelu: every pre-activation above a learned threshold."""
+    """Firing rule, of those below or of a --plugin. topk: the k largest per token; groupmax: the largest of each of k
+    groups of neighbours; batchtopk: k per token on average over the batch, and a frozen threshold afterwards; global:
+    all above one threshold, driven to k per token; relu: every positive pre-activation, kept few by an L1 penalty;
+    gated: a gate under an L1 penalty and a magnitude of its own; jumprelu: every pre-activation above a learned
+    threshold."""
     k: float | None = None
-    """Active latents per token for topk (integer) and batchtopk (may be fractional), per layer for a CLT; the target
-    of the target_l0 penalty."""
+    """Active latents per token for topk and groupmax (integer), batchtopk and global (may be fractional), per layer for
+    a CLT; the target of the target_l0 penalty."""
+    k_anneal: int = 0
+    """Optimiser steps over which k comes down from k_start to k in a straight line; 0: it is k from the beginning."""
+    k_start: float | Literal["auto"] = "auto"
+    """k of the first step under k_anneal; auto: min(F, 10 · width of the site read)."""
+    pool: Literal["layer", "joint"] = "layer"
+    """batchtopk of a CLT: whether every layer keeps k per token of its own, or all layers k per token and layer
+    together, as they need."""
+    rank_by: Literal["activation", "norm"] = "activation"
+    """topk, groupmax, batchtopk: whether latents compete by pre-activation a or by a · n, n the norm of their decoder
+    row over all its targets. Codes are a either way."""
     pre_bias: bool = False
     """SAE only: subtract the decoder's bias from the input before encoding."""
     normalise: Literal["none", "scale", "per_dim"] = "scale"
@@ -53,6 +65,9 @@ class _Settings(Objective):
     one that k of F normal variables exceed, else 1.5."""
     bandwidth: float = 0.25
     """jumprelu: width ε of the gradient window, in the same unit."""
+    theta_unit: Literal["spread", "raw"] = "spread"
+    """jumprelu: unit of theta and bandwidth: standard deviations of the initial pre-activations, or what a itself is
+    measured in, as published recipes have it."""
     aux: float = 1 / 32
     """Coefficient of AuxK, which lets dead latents explain what is left of the target; 0 turns it off."""
     aux_k: int | None = None
@@ -131,11 +146,26 @@ class DictionarySpec(_Settings):
                 "n_latents."
             )
         check_prefix_ends(self, self.n_latents)
+        rules.facts(self.firing).check_size(self)
+        if self.k_anneal and self.k is not None and not self.k <= self.resolved_k_start <= self.n_latents:
+            raise UserError(
+                f"dictionary.k_start is {self.resolved_k_start:g}; expected a number from k = {self.k:g} to n_latents "
+                f"= {self.n_latents}, since k comes down from there."
+            )
 
     @property
     def prefix_ends(self) -> tuple[int, ...]:
         """Ends of Matryoshka's prefixes, the last F; () without."""
         return prefix_ends(self.prefixes, self.n_latents)
+
+    @property
+    def resolved_k_start(self) -> float:
+        """k of the first step."""
+        if not self.k_anneal and self.k is not None:
+            return self.k
+        if self.k_start == "auto":
+            return float(max(self.k or 0, min(self.n_latents, 10 * self.d_in)))
+        return float(self.k_start)
 
     @property
     def sparsity_label(self) -> str:
@@ -184,7 +214,7 @@ def check_settings(settings: _Settings, kind: str) -> None:
             f"dictionary.pre_bias is true for kind = {kind!r}, but subtracting the decoder's bias from the input only "
             "means something when input and output are the same site. Remove pre_bias or set kind = 'sae'."
         )
-    for name in ("sparsity", "preact", "aux", "penalty_warmup"):
+    for name in ("sparsity", "preact", "aux", "penalty_warmup", "k_anneal"):
         if getattr(settings, name) != "run" and getattr(settings, name) < 0:
             raise UserError(f"dictionary.{name} is {getattr(settings, name)}; expected 0 or more.")
     for name in ("theta", "bandwidth", "dead_after", "tanh_scale"):

@@ -6,6 +6,7 @@ Rajamanoharan et al. 2024 (arXiv:2407.14435): a rectangle of width ε around the
 
 - TopK takes the k largest a of each token; BatchTopK the ⌊k·N⌋ largest positive a of the whole block, exactly, ties
   to the lower position. An entry with a ≤ 0 that was picked gives z = 0 and no gradient.
+- GroupMax takes the largest a of each of k groups of neighbours in every token.
 - ReLU and JumpReLU take everything above a floor. JumpReLU's floor lies half a window below its threshold, so that
   entries there can pull the threshold down.
 
@@ -91,6 +92,28 @@ def _topk_mask(a: np.ndarray, k: int) -> np.ndarray:
         mask[ties] = above | (equal & (np.cumsum(equal, axis=1) <= k - above.sum(axis=1, keepdims=True)))
         mask[lost[:, None], np.argsort(-a[lost], axis=1, kind="stable")[:, :k]] = True  # a cut that is not a number
     return mask
+
+
+def plain_groupmax(a_NF: Tensor, groups: int) -> Tensor:
+    """[N, F] bool: the largest of each of `groups` runs of F / groups neighbours; of equal ones the first."""
+    best_NK1 = a_NF.unflatten(1, (groups, -1)).argmax(2, keepdim=True)
+    return torch.zeros_like(a_NF, dtype=torch.bool).unflatten(1, (groups, -1)).scatter_(2, best_NK1, True).flatten(1)
+
+
+def select_groupmax(a_NF: Tensor, groups: int, kernels: Kernels | None = None) -> Selection:
+    """The largest of each group in every row, latents ascending; equals `plain_groupmax`."""
+    if _plain(a_NF, kernels):
+        return compress(plain_groupmax(a_NF, groups))
+    tokens, width = a_NF.shape
+    size = width // groups
+    starts = torch.arange(0, width, size, device=a_NF.device)
+    if a_NF.device.type == "cpu" and fixed_capacity(a_NF, kernels) is None:
+        a = a_NF.to(wide(a_NF.dtype)).numpy()  # numpy looks for the largest with vector instructions
+        latents = torch.from_numpy(a.reshape(tokens, groups, size).argmax(2)) + starts
+        return Selection(latents.view(-1), torch.arange(0, tokens * groups + 1, groups), width)
+    latents = a_NF.view(tokens, groups, size).argmax(2) + starts
+    rows = torch.arange(0, tokens * width, width, device=a_NF.device)
+    return padded.Padded((latents + rows[:, None]).view(-1), tokens, width)
 
 
 def plain_batch_topk(a_NF: Tensor, count: int) -> Tensor:

@@ -99,16 +99,19 @@ def above(a_NF: Tensor, floor: Tensor | float, capacity: int) -> tuple[Padded, T
     return Padded(_positions(mask, capacity), tokens, width, count > capacity), count
 
 
-def cut(parts: Sequence[tuple[Selection, Tensor]], count: int) -> list[tuple[Selection, Tensor]]:
+def cut(
+    parts: Sequence[tuple[Selection, Tensor]], count: int, scores: Sequence[Tensor] | None = None
+) -> list[tuple[Selection, Tensor]]:
     """Selections of several blocks and their values [C], reduced to the `count` largest positive ones of all blocks.
 
-    Of equal ones the earlier stays. If each part holds the `count` largest of its block, together they are now what
-    `batch_topk` would have chosen from the blocks on top of each other.
+    `scores` [C] of each block: what they compete by, if not the values. Of equal ones the earlier stays. If each part
+    holds the `count` largest of its block, together they are now what `batch_topk` would have chosen from the blocks on
+    top of each other.
     """
-    values = torch.cat([values for _, values in parts])
-    if values.shape[0] <= count:
+    compared = torch.cat([values for _, values in parts] if scores is None else list(scores))
+    if compared.shape[0] <= count:
         return list(parts)
-    keep = best(values, count)
+    keep = best(compared, count)
     out: list[tuple[Selection, Tensor]] = []
     for (old, own), mask in zip(parts, keep.split([own.shape[0] for _, own in parts]), strict=True):
         assert isinstance(old, Padded)

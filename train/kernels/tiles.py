@@ -31,15 +31,20 @@ def served_rows(width: int, itemsize: int, device: torch.device) -> int:
     return min(rows, max(256, (1 << 23) // (width * itemsize))) if device.type == "cpu" else rows
 
 
-def joined(parts: Sequence[tuple[Selection, Tensor]], count: int | None = None) -> tuple[Selection, Tensor]:
-    """One selection and its values [A] from those of consecutive tiles; `count`: only the largest, so many."""
+def joined(
+    parts: Sequence[tuple[Selection, Tensor]], count: int | None = None, norms_F: Tensor | None = None
+) -> tuple[Selection, Tensor]:
+    """One selection and its values [A] from those of consecutive tiles; `count`: only the largest, so many.
+
+    `norms_F`: they compete by their values times these.
+    """
     if any(isinstance(selection, Padded) for selection, _ in parts):
-        return _joined_padded([(s, values) for s, values in parts if isinstance(s, Padded)], count)
+        return _joined_padded([(s, values) for s, values in parts if isinstance(s, Padded)], count, norms_F)
     counts = torch.cat([selection.offsets.diff() for selection, _ in parts])
     latents = torch.cat([selection.latents for selection, _ in parts])
     values = torch.cat([values for _, values in parts])
     if count is not None and values.shape[0] > count:
-        keep = firing._largest(values, count)
+        keep = firing._largest(values if norms_F is None else values * norms_F[latents], count)
         rows = torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts)
         counts = torch.bincount(rows[keep], minlength=counts.shape[0])
         latents, values = latents[keep], values[keep]
@@ -47,8 +52,11 @@ def joined(parts: Sequence[tuple[Selection, Tensor]], count: int | None = None) 
     return Selection(latents, offsets, parts[0][0].width), values
 
 
-def _joined_padded(found: Sequence[tuple[Padded, Tensor]], count: int | None) -> tuple[Selection, Tensor]:
-    parts: Sequence[tuple[Selection, Tensor]] = found if count is None else padded.cut(found, count)
+def _joined_padded(
+    found: Sequence[tuple[Padded, Tensor]], count: int | None, norms_F: Tensor | None
+) -> tuple[Selection, Tensor]:
+    scores = None if norms_F is None else [values * norms_F.index_select(0, s.latents) for s, values in found]
+    parts: Sequence[tuple[Selection, Tensor]] = found if count is None else padded.cut(found, count, scores)
     selections = [selection for selection, _ in parts if isinstance(selection, Padded)]
     width, tokens = selections[0].width, sum(selection.tokens for selection in selections)
     places, start = [], 0

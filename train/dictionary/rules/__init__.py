@@ -17,8 +17,10 @@ and `thresher --plugin FILE.py …` imports it before the recipe is read.
 from typing import TYPE_CHECKING
 
 from thresher.cache.errors import UserError
-from thresher.train.dictionary.rules.base import Deployed, Rule
-from thresher.train.dictionary.rules.counted import BatchTopK, TopK
+from thresher.train.dictionary.rules.base import Deployed, Line, Rule
+from thresher.train.dictionary.rules.controlled import Global
+from thresher.train.dictionary.rules.counted import BatchTopK, GroupMax, TopK
+from thresher.train.dictionary.rules.gated import Gated
 from thresher.train.dictionary.rules.penalised import JumpReLU, ReLU
 from thresher.train.dictionary.rules.registry import facts, known, names, register
 
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchTopK",
     "Deployed",
+    "Gated",
+    "Global",
+    "GroupMax",
     "JumpReLU",
+    "Line",
     "ReLU",
     "Rule",
     "TopK",

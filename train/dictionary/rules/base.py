@@ -8,19 +8,37 @@ over a batch, replaced by the exact one at the end (train/calibrate.py).
 `Deployed` is what a saved dictionary carries: a constant threshold per latent on raw activations.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from thresher.cache.errors import UserError
+from thresher.train.dictionary.rules.registry import users
 from thresher.train.kernels import firing
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Room, wide
 from thresher.train.kernels.sparse import Selection
 
 if TYPE_CHECKING:
+    from thresher.train.dictionary.coder import Coder, Pass
     from thresher.train.dictionary.spec import DictionarySpec
+    from thresher.train.kernels.residual import Left
+
+SPECIAL: dict[str, Any] = {
+    "preact": 0.0, "theta_unit": "spread", "pool": "layer", "rank_by": "activation", "k_anneal": 0, "k_start": "auto",
+}  # fmt: skip
+"""Settings that only some rules have a use for (`Rule.uses`), with the values that stand for not given."""
+
+
+class Line(NamedTuple):
+    """Codes that are not the pre-activations themselves: slope · a + lift, cut off below 0."""
+
+    slope: Tensor
+    """[F], above 0."""
+    lift: Tensor
+    """[F]."""
 
 
 class Rule(nn.Module):
@@ -40,6 +58,8 @@ class Rule(nn.Module):
     """Whether that threshold is set after training, such that k latents per token exceed it."""
     follows: ClassVar[bool] = False
     """Whether `observe` has to see each step's codes."""
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Which of the settings in `SPECIAL` mean something to it."""
     bounded: ClassVar[bool] = False
     """Whether the number of entries is known before they are selected."""
 
@@ -52,8 +72,20 @@ class Rule(nn.Module):
     @classmethod
     def check(cls, settings: Any) -> None:
         """Raise UserError for settings (those of a recipe's [dictionary] table) that make no sense with this rule."""
-        if settings.preact > 0:
-            raise UserError(f"dictionary.preact is for firing = 'jumprelu'; got firing = {cls.name!r}. Remove it.")
+        for name, default in SPECIAL.items():
+            value = getattr(settings, name)
+            if value != default and name not in cls.uses:
+                raise UserError(
+                    f"dictionary.{name} is {value!r} with firing = {cls.name!r}, which has no use for it; expected "
+                    f"{', '.join(users(name))}. Remove it or change firing."
+                )
+
+    @classmethod
+    def check_size(cls, spec: "DictionarySpec") -> None:
+        """Raise UserError where the resolved sizes do not suit the rule."""
+
+    def at(self, step: int) -> None:
+        """Be as in the training step of that number, counted from 0: schedules are functions of it alone."""
 
     def budget(self, tokens: int) -> int | None:
         """Entries that a batch of so many tokens may keep in all, where its tokens compete; None: they do not."""
@@ -63,18 +95,42 @@ class Rule(nn.Module):
         """Entries that training looks at; None for all."""
         return firing.select_above(a_NF, 0.0, self.room, kernels=self.kernels)
 
-    def fire(self, a: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
-        """Codes of the selected pre-activations, and for a learned threshold its 0/1 gate; both with gradients."""
+    def fire(self, a: Tensor, selection: Selection | None, b_enc: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes of the selected pre-activations, and for a learned threshold its 0/1 gate; both with gradients.
+
+        `b_enc` [F] is the encoder's bias, as far as a rule has to know its part in a.
+        """
         return torch.relu(a), None
 
-    def observe(self, z: Tensor) -> None:
-        """Take note of one training step's codes."""
+    def penalised(self, a: Tensor, z: Tensor) -> Tensor:
+        """What an L1 penalty sums at the selected entries, of their pre-activations and codes."""
+        return z
 
-    def start(self, deviation: float) -> None:
+    def terms(self, coder: "Coder", done: "Pass", lefts: Sequence["Left"], divisors: Sequence[float]) -> Tensor | None:
+        """Further terms of the loss; None: it has none.
+
+        `lefts`: what the pass `done` left of every destination; `divisors`: what makes of Σ‖e‖² there a loss in the
+        unit of the reconstruction.
+        """
+        return None
+
+    def observe(self, scores: Tensor, tokens: int = 0, woken: Tensor | None = None) -> None:
+        """Take note of one training step: scores [A] of the entries that fired (their codes, unless ranked by norm;
+        0 for one that did not), number of tokens, and how many entries of dead latents exceeded `aux_floor`."""
+
+    def start(self, deviation: float, b_enc: Tensor | None = None) -> None:
         """Set initial state; `deviation` is the standard deviation of the initial pre-activations."""
 
+    def line(self, b_enc: Tensor) -> Line | None:
+        """How codes follow from pre-activations, where they are not the same."""
+        return None
+
+    def aux_floor(self) -> Tensor | None:
+        """A threshold that AuxK wakes dead latents by; None: it takes the k_aux largest of each token."""
+        return None
+
     def thresholds(self) -> Tensor | None:
-        """[F] frozen thresholds in training space; None for a rule that has no such form."""
+        """[F] thresholds that a training-space score has to exceed; None for a rule that has no such form."""
         return torch.zeros(self.width)
 
     def fire_frozen(self, a_NF: Tensor) -> tuple[Selection, Tensor]:

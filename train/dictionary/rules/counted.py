@@ -1,14 +1,16 @@
-"""Rules whose sparsity is a count: TopK per token, BatchTopK over a batch.
+"""Rules whose sparsity is a count: TopK and GroupMax per token, BatchTopK over a batch, of one layer or of all.
 
-BatchTopK learns its frozen threshold on the way, as a running mean of the smallest value each batch kept, and
-calibration replaces it by the exact one at the end.
+BatchTopK learns its frozen threshold on the way, as a running mean of the smallest score each batch kept, and
+calibration replaces it by the exact one at the end. Scores are pre-activations a_f, or a_f n_f where a recipe ranks by
+the decoder norm n_f; codes are a_f either way. k may start high and come down in a straight line (`Count`).
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from thresher.cache.errors import UserError
 from thresher.train.dictionary.rules.base import Rule
 from thresher.train.dictionary.rules.registry import register
 from thresher.train.kernels import firing, frozen
@@ -18,6 +20,27 @@ if TYPE_CHECKING:
     from thresher.train.dictionary.spec import DictionarySpec
 
 
+class Count(NamedTuple):
+    """k as a function of the optimiser step."""
+
+    last: float
+    first: float
+    steps: int
+    """Steps over which it comes down; 0: it is what it is."""
+
+    def at(self, step: int) -> float:
+        """k in the step of that number, counted from 0."""
+        if step >= self.steps:
+            return self.last
+        return self.first + (self.last - self.first) * step / self.steps
+
+
+def count_of(spec: "DictionarySpec") -> Count:
+    """The schedule that a spec names."""
+    assert spec.k is not None
+    return Count(spec.k, spec.resolved_k_start, spec.k_anneal)
+
+
 @register
 class TopK(Rule):
     """The k largest of each token."""
@@ -25,11 +48,16 @@ class TopK(Rule):
     name = "topk"
     by_count = bounded = whole_k = True
     thresholded = False
+    uses = ("rank_by", "k_anneal", "k_start")
 
     def __init__(self, spec: "DictionarySpec") -> None:
         super().__init__(spec)
-        assert spec.k is not None
-        self.k = int(spec.k)
+        self.count = count_of(spec)
+        self.k = int(self.count.last)
+
+    def at(self, step: int) -> None:
+        """k of the step, rounded."""
+        self.k = round(self.count.at(step))
 
     def select(self, a_NF: Tensor) -> Selection:
         """k entries per token."""
@@ -50,35 +78,95 @@ class TopK(Rule):
 
 
 @register
-class BatchTopK(Rule):
-    """The ⌊kN⌋ largest positive entries of the batch."""
+class GroupMax(Rule):
+    """The largest of each of k groups of neighbouring latents."""
 
-    name = "batchtopk"
-    by_count = bounded = follows = calibrated = True
+    name = "groupmax"
+    by_count = bounded = whole_k = True
+    thresholded = False
+    uses = ("rank_by", "k_anneal", "k_start")
 
     def __init__(self, spec: "DictionarySpec") -> None:
         super().__init__(spec)
-        assert spec.k is not None
-        self.k = float(spec.k)
+        self.count = count_of(spec)
+        self.k = int(self.count.last)
+
+    @classmethod
+    def check_size(cls, spec: "DictionarySpec") -> None:
+        """Groups are of one size."""
+        if spec.k is not None and spec.n_latents % int(spec.k):
+            raise UserError(
+                f"dictionary.k is {spec.k:g} with firing = 'groupmax' and {spec.n_latents} latents, which do not part "
+                f"into {spec.k:g} groups of one size. Choose k so that it divides n_latents."
+            )
+
+    def at(self, step: int) -> None:
+        """k of the step, or the next larger number that divides F."""
+        self.k = next(k for k in range(round(self.count.at(step)), self.width + 1) if self.width % k == 0)
+
+    def select(self, a_NF: Tensor) -> Selection:
+        """k entries per token, one per group."""
+        return firing.select_groupmax(a_NF, self.k, self.kernels)
+
+    def thresholds(self) -> None:
+        """None: the rule is already a matter of one token."""
+
+    def fire_frozen(self, a_NF: Tensor) -> tuple[Selection, Tensor]:
+        """As in training."""
+        selection = firing.select_groupmax(a_NF, self.k)
+        return selection, selection.take(a_NF).relu_()
+
+
+@register
+class BatchTopK(Rule):
+    """The ⌊kN⌋ largest positive entries of the batch; of all L layers together the ⌊kNL⌋ largest."""
+
+    name = "batchtopk"
+    by_count = bounded = follows = calibrated = True
+    uses = ("pool", "rank_by", "k_anneal", "k_start")
+
+    def __init__(self, spec: "DictionarySpec") -> None:
+        super().__init__(spec)
+        self.count = count_of(spec)
+        self.k = self.count.last
+        self.sharing = len(spec.reads) if spec.pool == "joint" else 1
         self.decay = spec.threshold_decay
         self.register_buffer("threshold", torch.tensor(float("nan"), dtype=torch.float64))
         self.threshold: Tensor
 
+    @classmethod
+    def check_size(cls, spec: "DictionarySpec") -> None:
+        """A pool of several layers needs several."""
+        if spec.pool == "joint" and spec.kind != "clt":
+            raise UserError(
+                f"dictionary.pool is 'joint' for kind = {spec.kind!r}, which has a dictionary for each layer: there is "
+                "nothing to share. Remove pool or set kind = 'clt'."
+            )
+
+    def at(self, step: int) -> None:
+        """k of the step."""
+        self.k = self.count.at(step)
+
     def budget(self, tokens: int) -> int:
-        """⌊kN⌋."""
-        return int(self.k * tokens)
+        """⌊kN⌋, or ⌊kNL⌋ of all layers together."""
+        return int(self.k * tokens * self.sharing)
 
     def select(self, a_NF: Tensor) -> Selection:
-        """⌊kN⌋ entries, exactly."""
-        return firing.select_batch_topk(a_NF, self.budget(a_NF.shape[0]), self.kernels)
+        """As many entries as the batch may keep, exactly; of a joint pool, candidates for them."""
+        return firing.select_batch_topk(a_NF, min(self.budget(a_NF.shape[0]), a_NF.numel()), self.kernels)
 
-    def observe(self, z: Tensor) -> None:
-        """Move the running threshold towards the smallest value this batch kept; the first batch sets it."""
-        kept = torch.where(z > 0, z.detach(), torch.inf)
-        smallest = kept.min().double() if kept.numel() else torch.full_like(self.threshold, torch.inf)
+    def observe(self, scores: Tensor, tokens: int = 0, woken: Tensor | None = None) -> None:
+        """Move the running threshold towards the smallest score this batch kept; the first batch sets it."""
+        smallest = smallest_of(scores)
         moved = torch.where(self.threshold.isnan(), smallest, torch.lerp(smallest, self.threshold, self.decay))
         self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
 
     def thresholds(self) -> Tensor:
         """The running threshold for every latent; 0 before the first step."""
         return self.threshold.nan_to_num(nan=0.0).float().expand(self.width)
+
+
+def smallest_of(scores: Tensor) -> Tensor:
+    """Scalar float64: the smallest positive score; infinite when there is none."""
+    kept = torch.where(scores > 0, scores.detach(), torch.inf)
+    return kept.min().double() if kept.numel() else kept.new_full((), torch.inf, dtype=torch.float64)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from thresher.cache.errors import UserError
 from thresher.train.dictionary.rules.base import Rule
 from thresher.train.dictionary.rules.registry import register
 from thresher.train.kernels import firing
@@ -29,24 +30,33 @@ class JumpReLU(Rule):
 
     name = "jumprelu"
     penalties = ("l0", "target_l0", "tanh")
+    uses = ("preact", "theta_unit")
 
     def __init__(self, spec: "DictionarySpec") -> None:
         super().__init__(spec)
-        self.relative = (spec.resolved_theta, spec.bandwidth)
+        self.initial = (spec.resolved_theta, spec.bandwidth)
+        self.raw = spec.theta_unit == "raw"
         self.log_theta = nn.Parameter(torch.zeros(spec.n_latents))
         self.register_buffer("window", torch.tensor(1.0))
         self.window: Tensor
 
     @classmethod
     def check(cls, settings: Any) -> None:
-        """Nothing beyond the ranges that every rule's settings have."""
+        """A threshold in raw units has no default: what suits depends on the scale of a."""
+        super().check(settings)
+        if settings.theta_unit == "raw" and settings.theta is None:
+            raise UserError(
+                "dictionary.theta is missing: theta_unit = 'raw' needs the initial threshold as a number. Give theta "
+                "and bandwidth, or remove theta_unit."
+            )
 
-    def start(self, deviation: float) -> None:
-        """Threshold and window in units of the pre-activations' standard deviation."""
-        theta, width = self.relative
+    def start(self, deviation: float, b_enc: Tensor | None = None) -> None:
+        """Threshold and window, in units of the pre-activations' standard deviation unless given raw."""
+        theta, width = self.initial
+        unit = 1.0 if self.raw else deviation
         with torch.no_grad():
-            self.log_theta.fill_(torch.tensor(theta * deviation).log())
-            self.window.fill_(width * deviation)
+            self.log_theta.fill_(torch.tensor(theta * unit).log())
+            self.window.fill_(width * unit)
 
     def theta(self) -> Tensor:
         """[F] thresholds, with gradient to log_theta."""
@@ -57,7 +67,7 @@ class JumpReLU(Rule):
         floor = (self.theta().detach() - self.window / 2).to(wide(a_NF.dtype))
         return firing.select_above(a_NF, floor, self.room, kernels=self.kernels)
 
-    def fire(self, a: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
+    def fire(self, a: Tensor, selection: Selection | None, b_enc: Tensor) -> tuple[Tensor, Tensor | None]:
         """a · 1[a > θ] and 1[a > θ], with window gradients."""
         return firing.jump_relu(a, self.theta(), self.window, selection)
 

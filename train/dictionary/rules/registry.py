@@ -42,6 +42,11 @@ def known(name: str) -> "type[Rule]":
     return _RULES[name]
 
 
+def users(setting: str) -> list[str]:
+    """Names of the rules that have a use for a setting."""
+    return [name for name, rule in _RULES.items() if setting in rule.uses]
+
+
 def facts(name: str) -> "type[Rule]":
     """The rule of a name; one that is not registered counts as the base class, about which nothing is known.
 

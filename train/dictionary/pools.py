@@ -1,0 +1,67 @@
+"""Selections of tokens that compete with each other: of one layer or of all, of a batch in one piece or in parts.
+
+Every part of every source keeps as many entries as the whole batch may keep in all, at most; the cut is made among
+those, so the selection is the one of the whole block [N, F] of a source, or [N, L, F] of a joint pool, entry for entry.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from thresher.train.dictionary.encoder import Chosen, Tally
+from thresher.train.kernels import padded
+from thresher.train.kernels.sparse import Selection
+
+if TYPE_CHECKING:
+    from thresher.train.dictionary.coder import Coder
+
+
+@torch.no_grad()
+def choose(coder: "Coder", parts: Sequence[Sequence[Tensor]]) -> list[list[Chosen]]:
+    """What is selected, by part and source; parts: rows [n, D] by part and source, of one batch."""
+    tokens = sum(part[0].shape[0] for part in parts)
+    found = []
+    for source in range(len(parts[0])):
+        encoder, bias_F, norms_F = coder.encoder(source), coder.bias(source), coder.rank_norms(source)
+        found.append([encoder.choose(part[source], bias_F, tokens, norms_F) for part in parts])
+    budget = coder.encoder(0).rule.budget(tokens)
+    if budget is not None and coder.spec.pool == "joint":
+        together = iter(cut([one for column in found for one in column], budget))
+        found = [[next(together) for _ in column] for column in found]
+    elif budget is not None:
+        found = [cut(column, budget) for column in found]
+    return [list(row) for row in zip(*found, strict=True)]
+
+
+def cut(parts: Sequence[Chosen], count: int) -> list[Chosen]:
+    """Keep the `count` entries of all parts with the largest scores; equal ones in order of part and position."""
+    scores = [part.scores() for part in parts]
+    selections = [part.selection for part in parts if part.selection is not None]
+    if any(isinstance(selection, padded.Padded) for selection in selections):
+        pairs = [(selection, part.values) for selection, part in zip(selections, parts, strict=True)]
+        made = padded.cut(pairs, count, scores)
+        return [part._replace(selection=s, values=v) for part, (s, v) in zip(parts, made, strict=True)]
+    flat = torch.cat(scores)
+    if flat.shape[0] <= count:
+        return list(parts)
+    pieces = padded.best(flat, count).split([part.values.shape[0] for part in parts])
+    return [_only(part, mask) for part, mask in zip(parts, pieces, strict=True)]
+
+
+def _only(part: Chosen, keep: Tensor) -> Chosen:
+    assert part.selection is not None
+    old = part.selection
+    counts = torch.zeros(old.tokens, dtype=torch.int64, device=keep.device).index_add_(0, old.rows, keep.long())
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return part._replace(selection=Selection(old.latents[keep], offsets, old.width), values=part.values[keep])
+
+
+def shared(tallies: Sequence[Sequence[Tally]]) -> list[list[Tally]]:
+    """Tallies by source and part, each with the scores of all sources: a joint pool has one running threshold."""
+    together = [
+        torch.cat([score for tally in column if (score := tally.scores) is not None])
+        for column in zip(*tallies, strict=True)
+    ]
+    return [[t._replace(scores=all_of) for t, all_of in zip(source, together, strict=True)] for source in tallies]
