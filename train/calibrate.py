@@ -32,6 +32,9 @@ _BATCH_ROWS = 4096
 _BINS = 1 << 15  # upper halves of the bit patterns of positive float32 values
 _PER_BIN = 1 << 16
 _WINDOW = 11  # bins: about 2% to 4% to either side of the middle one
+_L0_TOLERANCE = 0.1
+"""Share by which a frozen rule's L0 may depart from training's before that is said: held-out text alone makes a few
+per cent."""
 _PIECE = 1 << 24  # values looked at together, to bound what is copied
 
 
@@ -215,6 +218,19 @@ def held_out(
         ]
         crew.run(tasks)
     return [HeldOut(split, count, (t["error"] / t["variance"]).tolist(), (t["active"] / count).tolist()) for t in sums]
+
+
+def difference(check: HeldOut, trained_l0: Sequence[float]) -> str | None:
+    """A sentence where L0 under the frozen rule is another than at the end of training, per source; None: it is not."""
+    pairs = list(enumerate(zip(check.l0, trained_l0, strict=True)))
+    apart = [
+        f"{frozen:.4g} where training ended at {trained:.4g}" + (f" (source {source})" if len(pairs) > 1 else "")
+        for source, (frozen, trained) in pairs
+        if abs(frozen - trained) > _L0_TOLERANCE * max(trained, 1.0)
+    ]
+    if not apart:
+        return None
+    return f"Under the frozen rule L0 on held-out rows is {', '.join(apart)}."
 
 
 def _measure(coder: Coder, acts: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> None:

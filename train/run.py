@@ -25,7 +25,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
 from thresher.cache.records import differences, to_dict
 from thresher.cache.source import Source
-from thresher.train.calibrate import HeldOut, calibrate, held_out
+from thresher.train.calibrate import HeldOut, calibrate, difference, held_out
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew
 from thresher.train.dictionary.encoder import Workspace
@@ -225,6 +225,8 @@ def _finish(
             return
         for job, coder, check in zip(ready, coders, checks, strict=True):
             job.config["training"] |= _outcome(job, check)
+            if check is not None and (note := job.config["training"]["held_out"]["note"]):
+                console.print(f"[yellow]{job.plan.name}[/]: {note}", highlight=False)
             save_run(job.path, coder, job.config)
             job.fit.release()  # a sweep of several streams must not keep what is done
     for job in jobs:
@@ -233,14 +235,20 @@ def _finish(
 
 
 def _outcome(job: Job, check: HeldOut | None) -> dict[str, Any]:
-    """What config.json says of a finished run."""
+    """What config.json says of a finished run; of its frozen rule also whether L0 is still what it was trained at."""
+    final = job.last or last_metrics(job.path)
+    compared: dict[str, Any] = {}
+    if check is not None:
+        by_layer = [final.get(f"l0.L{layer:02d}", final["l0"]) for layer in job.plan.spec.layers]
+        trained = by_layer if len(by_layer) == len(check.l0) else [final["l0"]] * len(check.l0)
+        compared = {"trained_l0": trained, "note": difference(check, trained)}
     return {
         "finished": True,
         "steps": job.fit.done,
         "rows": job.fit.position,
-        "final": _finite(job.last or last_metrics(job.path)),
+        "final": _finite(final),
         "kernels": dict(job.fit.coder.kernels.used),
-        "held_out": None if check is None else _finite(check._asdict()),
+        "held_out": None if check is None else _finite(check._asdict() | compared),
     }
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thresher.train.calibrate import RankSearch
+from thresher.train.calibrate import HeldOut, RankSearch, difference
 
 
 def searched(blocks: Sequence[Tensor], k: float) -> tuple[float, int]:
@@ -125,3 +125,13 @@ def test_with_fewer_positive_values_than_the_rank_everything_positive_fires() ->
 
 def test_no_positive_value_means_that_everything_positive_fires() -> None:
     assert searched([-torch.rand(20, 12)], 1.0)[0] == 0.0
+
+
+def test_a_frozen_rule_that_fires_more_than_training_did_is_named() -> None:
+    check = HeldOut("validation", 100, [0.1, 0.1], [3.1, 30.0])
+    assert difference(check, [3.0, 29.0]) is None
+    said = difference(check, [3.0, 20.0])
+    assert said is not None
+    assert "30 where training ended at 20 (source 1)" in said
+    assert "source 0" not in said
+    assert difference(HeldOut("test", 9, [0.0], [0.0]), [0.05]) is None  # next to nothing is not much more than nothing
