@@ -42,6 +42,9 @@ class Codes(NamedTuple):
     """[N + 1] int64, offsets[0] = 0, offsets[N] = A."""
     width: int
     """F, the number of latents."""
+    frame: Tensor | None = None
+    """[N, 2] mean and scale of each token, of a dictionary that normalises every token by itself: its `decode` puts
+    reconstructions back with them. None for all others."""
 
     @property
     def tokens(self) -> int:

@@ -177,6 +177,8 @@ def _show(search: RankSearch, coder: Coder, pool: _Pool, acts: Mapping[str, Tens
     for source in pool.sources:
         encoder, x_ND = coder.encoder(source), acts[coder.reads[source]]
         block = encoder.workspace.block(x_ND.shape[0], encoder.W_enc)
+        frame = coder.frame(x_ND)
+        x_ND = x_ND if frame is None else frame.enter(x_ND)
         a_NF = encoder.preactivations(x_ND, coder.bias(source), block)
         search.add(a_NF if encoder.norms is None else a_NF.mul_(encoder.norms))
 

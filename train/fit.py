@@ -16,7 +16,7 @@ from thresher.train.dictionary.pools import shared
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Padded
 from thresher.train.losses import Losses, losses
-from thresher.train.normalise import Affine, affine
+from thresher.train.normalise import Affine, Mode, affine, modes
 from thresher.train.optim import Optimiser, base_rate, rate_factor
 from thresher.train.parts import split, survey
 from thresher.train.penalties import weighed
@@ -26,6 +26,8 @@ from thresher.train.stages import stage
 from thresher.train.state import Checkpoint
 
 _SAMPLE_ROWS = 1024
+_SPACE_ROWS = 8192
+"""Rows that mean and variance are estimated from in a space that the cache's statistics do not cover."""
 
 
 class Views:
@@ -88,8 +90,9 @@ class Fit:
         """Build with zero weights; `start` or `load` must follow. `workspace` may be shared with others."""
         spec = plan.spec
         self.plan = plan
-        self.reads = [affine(spec.normalise, reader.statistics(site), site) for site in spec.reads]
-        self.writes = [affine(spec.normalise, reader.statistics(site), site) for site in spec.writes]
+        self.modes = modes(spec.normalise)
+        self.reads = [_space(self.modes[0], reader, site) for site in spec.reads]
+        self.writes = [_space(self.modes[1], reader, site) for site in spec.writes]
         self.coder = build(spec, plan.name).to(device)
         low = plan.train.dtype == "bfloat16" or (plan.train.dtype == "auto" and device.type == "cuda")
         for source in range(len(spec.reads)):
@@ -120,10 +123,10 @@ class Fit:
 
     def inputs(self, views: Views) -> Inputs:
         """This dictionary's view of a batch."""
-        spec, mode = self.plan.spec, self.plan.spec.normalise
+        spec, (read, written) = self.plan.spec, self.modes
         return Inputs(
-            [views.get(site, mode, space) for site, space in zip(spec.reads, self.reads, strict=True)],
-            [views.get(site, mode, space) for site, space in zip(spec.writes, self.writes, strict=True)],
+            [views.get(site, read, space) for site, space in zip(spec.reads, self.reads, strict=True)],
+            [views.get(site, written, space) for site, space in zip(spec.writes, self.writes, strict=True)],
         )
 
     def step(self, inputs: Inputs, consumed: int) -> Tensor:
@@ -267,6 +270,14 @@ class Fit:
         self.coder.load_state_dict(parts["model"])
         self.optimiser.load_moments(parts["adam"])
         self.done, self.position = checkpoint.step, checkpoint.position
+
+
+def _space(mode: Mode, reader: Source, site: str) -> Affine:
+    """A site's training space; always the same for a source."""
+    sample = None
+    if mode == "per_token":
+        sample = reader.gather("train", site, reader.sample("train", _SPACE_ROWS))
+    return affine(mode, reader.statistics(site), site, sample)
 
 
 def sites_of(fits: Sequence[Fit]) -> list[str]:

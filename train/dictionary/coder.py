@@ -26,6 +26,7 @@ from thresher.train.kernels.gradients import Sink, Sinks
 from thresher.train.kernels.prefixes import add_segments
 from thresher.train.kernels.sparse import add_decoded, bags
 from thresher.train.kernels.weights import folded_bias, row_norms
+from thresher.train.normalise import Frame, modes, token_frame
 from thresher.train.stages import stage
 
 
@@ -113,7 +114,16 @@ class Coder(nn.Module):
 
     def encode(self, source: int, x_ND: Tensor) -> Codes:
         """Codes of one source under the frozen rule."""
-        return self.encoder(source).encode(x_ND, self.bias(source).detach(), self.rank_norms(source))
+        frame = self.frame(x_ND)
+        x_ND = x_ND if frame is None else frame.enter(x_ND)
+        codes = self.encoder(source).encode(x_ND, self.bias(source).detach(), self.rank_norms(source))
+        return (
+            codes if frame is None or self.spec.normalise != "per_token" else codes._replace(frame=torch.cat(frame, 1))
+        )
+
+    def frame(self, x_ND: Tensor) -> Frame | None:
+        """What a deployed dictionary normalises each row with before it encodes it; None: rows stay as they are."""
+        return token_frame(x_ND) if self.deployed and modes(self.spec.normalise)[0] == "per_token" else None
 
     @torch.no_grad()
     def decode(self, destination: int, codes: Sequence[Codes]) -> Tensor:
@@ -124,7 +134,8 @@ class Coder(nn.Module):
             table = self.W_dec[source].flatten(0, 1)  # row f·T + t: latent f's row for its t-th destination
             index = part.latents * len(span) + (destination - span.start)
             y_NE = y_NE + bags(table, index, part.offsets, part.values)
-        return y_NE
+        frame_N2 = codes[0].frame
+        return y_NE if frame_N2 is None else Frame(frame_N2[:, :1], frame_N2[:, 1:]).leave(y_NE)
 
     # What training asks for.
 

@@ -34,7 +34,8 @@ def deploy(
     for destination, site in enumerate(writes):
         shift, scale = site.shift.to(device), site.scale.to(device)
         out.b_dec[destination] = (coder.b_dec[destination].double() * scale + shift).to(dtype)
-        out.mean[destination] = (site.mean.to(device) * scale + shift).to(dtype)
+        mean = site.mean * site.scale + site.shift if site.raw_mean is None else site.raw_mean
+        out.mean[destination] = mean.to(device).to(dtype)
     for source, site in enumerate(reads):
         factor = float(site.scale[0]) if raw_codes else 1.0  # code in raw units / code in training units
         trained, folded = coder.encoder(source), out.encoder(source)

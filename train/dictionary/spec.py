@@ -14,6 +14,7 @@ from typing import Literal, cast
 from thresher.cache.errors import UserError
 from thresher.train.dictionary import rules
 from thresher.train.dictionary.objective import Objective, check_objective, check_prefix_ends, prefix_ends
+from thresher.train.normalise import Mode
 
 Kind = Literal["sae", "transcoder", "clt"]
 Penalty = Literal["l1", "l0", "target_l0", "tanh", "lp"]
@@ -44,9 +45,11 @@ class _Settings(Objective):
     row over all its targets. Codes are a either way."""
     pre_bias: bool = False
     """SAE only: subtract the decoder's bias from the input before encoding."""
-    normalise: Literal["none", "scale", "per_dim"] = "scale"
-    """Training space, from the cache's statistics: raw activations; one factor per site that makes the mean norm √d;
-    or every dimension centred and divided by its standard deviation. Saved weights act on raw activations anyway."""
+    normalise: Mode = "scale"
+    """Training space, from the cache's statistics: none, raw activations; scale, one factor per site that makes the
+    mean norm √d; per_dim, every dimension centred and divided by its standard deviation. Saved weights act on raw
+    activations anyway. per_token (SAE only): every row centred and divided by its own standard deviation, in training
+    and whenever the dictionary is used; per_token_in (not SAE): the rows read, those written staying raw."""
     penalty: Penalty | None = None
     """Sparsity penalty: l1 (default) or lp for relu; l0 (default), target_l0 or tanh for jumprelu."""
     sparsity: float = 0.0
@@ -214,6 +217,7 @@ def check_settings(settings: _Settings, kind: str) -> None:
             f"dictionary.pre_bias is true for kind = {kind!r}, but subtracting the decoder's bias from the input only "
             "means something when input and output are the same site. Remove pre_bias or set kind = 'sae'."
         )
+    _check_normalise(settings, kind)
     for name in ("sparsity", "preact", "aux", "penalty_warmup", "k_anneal"):
         if getattr(settings, name) != "run" and getattr(settings, name) < 0:
             raise UserError(f"dictionary.{name} is {getattr(settings, name)}; expected 0 or more.")
@@ -225,6 +229,20 @@ def check_settings(settings: _Settings, kind: str) -> None:
         raise UserError(f"dictionary.aux_k is {settings.aux_k}; expected 1 or more. Set aux = 0 to turn AuxK off.")
     if not 0 <= settings.threshold_decay < 1:
         raise UserError(f"dictionary.threshold_decay is {settings.threshold_decay}; expected 0 ≤ value < 1.")
+
+
+def _check_normalise(settings: _Settings, kind: str) -> None:
+    if settings.normalise == "per_token" and kind != "sae":
+        raise UserError(
+            f"dictionary.normalise is 'per_token' for kind = {kind!r}: what is written would be in units of its own "
+            "mean and spread on each token, which nobody knows where the dictionary is used. Set normalise = "
+            "'per_token_in', which leaves what is written raw, or kind = 'sae'."
+        )
+    if settings.normalise == "per_token_in" and kind == "sae":
+        raise UserError(
+            "dictionary.normalise is 'per_token_in' for kind = 'sae', which writes what it reads. Set normalise = "
+            "'per_token'."
+        )
 
 
 def _check_k(settings: _Settings) -> None:
