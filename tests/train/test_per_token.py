@@ -58,9 +58,7 @@ def test_training_rows_and_their_variance_are_those_of_the_normalised_space(cach
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "clt"])
-def test_what_a_transcoder_writes_stays_raw(
-    kind: str, cache: CacheReader, tmp_path: Path, console: Console
-) -> None:
+def test_what_a_transcoder_writes_stays_raw(kind: str, cache: CacheReader, tmp_path: Path, console: Console) -> None:
     coder, result = run(cache, tmp_path, console, kind=kind, normalise="per_token_in")
     xs = [cache.gather("train", site, np.arange(100)) for site in coder.reads]
     codes = [coder.encode(source, x) for source, x in enumerate(xs)]
