@@ -9,12 +9,13 @@ from torch import Tensor
 from thresher.cache.source import Source
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.crosslayer import build
-from thresher.train.dictionary.encoder import Tally, Workspace
+from thresher.train.dictionary.encoder import Tally
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
 from thresher.train.dictionary.pools import shared
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Padded
+from thresher.train.kernels.workspace import Workspace
 from thresher.train.losses import Losses, losses
 from thresher.train.normalise import Affine, Mode, affine, modes
 from thresher.train.optim import Optimiser, base_rate, rate_factor

@@ -28,11 +28,11 @@ from thresher.cache.source import Source
 from thresher.train.calibrate import HeldOut, calibrate, difference, held_out
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew
-from thresher.train.dictionary.encoder import Workspace
 from thresher.train.feed import Shared, Stream, feed
 from thresher.train.files import CONFIG, check_weights, git_commit, read_config, save_run, versions, write_config
 from thresher.train.fit import Fit
 from thresher.train.jobs import Job
+from thresher.train.kernels.workspace import Workspace
 from thresher.train.metrics import MetricLog, WandbMode, last_metrics
 from thresher.train.plan import RunPlan
 from thresher.train.state import load_checkpoint

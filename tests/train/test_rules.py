@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.train.conftest import plans_for
 from tests.train.test_dictionary import spec, trained
-from tests.train.test_losses import RULES, N, batch, make
+from tests.train.test_losses import LATENTS, RULES, N, batch, make, reference
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import StopFlag
 from thresher.cache.reader import CacheReader
@@ -23,7 +23,7 @@ from thresher.train.files import load_run
 from thresher.train.fit import Fit, Inputs, Views
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
-from thresher.train.losses import residuals
+from thresher.train.losses import losses, residuals
 from thresher.train.run import train
 from thresher.train.state import load_checkpoint
 
@@ -334,3 +334,31 @@ def test_ranked_count_rules_serve_what_they_trained_and_carry_their_norms(
 def test_settings_that_a_rule_cannot_use_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         spec("transcoder", **settings)
+
+
+# Together with other parts of the objective.
+
+
+@pytest.mark.parametrize("rule", ["groupmax", "batchtopk joint", "gated", "global"])
+def test_prefixes_and_conventions_go_with_every_rule(rule: str) -> None:
+    coder = make("clt", prefixes=(6, 15, LATENTS), loss="mse", **RULES[rule])
+    xs, ys = batch(coder)
+    variances = [2.0, 3.0, 4.0]
+    got = losses(coder, coder(xs), xs, ys, variances, 1.0).total
+    expected = reference(coder, xs, ys, variances)
+    torch.testing.assert_close(got, expected)
+    parameters = list(coder.parameters())
+    pairs = [
+        torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True) for total in (got, expected)
+    ]
+    torch.testing.assert_close(*pairs)
+
+
+def test_a_second_wider_code_leaves_the_choice_by_norm_alone() -> None:
+    plain, multi = (make("sae", firing="topk", k=2, rank_by="norm", multi_topk=share) for share in (0.0, 0.125))
+    xs, _ = batch(plain)
+    left, right = plain(xs).fired[0], multi(xs).fired[0]
+    assert left.selection is not None
+    assert right.selection is not None
+    assert torch.equal(left.selection.latents, right.selection.latents)
+    torch.testing.assert_close(left.z, right.z)

@@ -9,7 +9,6 @@ optimiser step, and by the update itself where that is a kernel of ours on CUDA.
 bf16 too, since every pass over it costs a fifth of the product in float32; what is compared is float32 all the same.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ from thresher.train.kernels.padded import Forecast
 from thresher.train.kernels.silent import Dead, Silent, SilentBlock, choose_silent, dead_first
 from thresher.train.kernels.sparse import Selection, gathered_linear
 from thresher.train.kernels.tiles import joined, joined_silent, served_rows, tile_rows
+from thresher.train.kernels.workspace import Workspace
 from thresher.train.stages import stage
 
 
@@ -96,26 +96,6 @@ class Chosen(NamedTuple):
             return self.values
         assert self.selection is not None
         return self.values * self.norms.index_select(0, self.selection.latents)
-
-
-class Workspace:
-    """Memory for pre-activations, used again by every encoder that shares it.
-
-    They are only needed until the selected values are copied out, so one block for each thread serves a whole sweep.
-    Taking it anew each time costs a fifth of the product on a CPU, in page faults.
-    """
-
-    def __init__(self) -> None:
-        self._local = threading.local()
-
-    def block(self, tokens: int, W_enc: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """[N, F] uninitialised, for the product of N rows with an encoder; None: in the encoder's own format."""
-        size, dtype = tokens * W_enc.shape[0], dtype or W_enc.dtype
-        memory: Tensor | None = getattr(self._local, "memory", None)
-        if memory is None or memory.numel() < size or memory.dtype != dtype or memory.device != W_enc.device:
-            with torch.inference_mode(False):  # or training could not use it afterwards
-                memory = self._local.memory = torch.empty(size, dtype=dtype, device=W_enc.device)
-        return memory[:size].view(tokens, W_enc.shape[0])
 
 
 _WORKSPACE = Workspace()
