@@ -51,7 +51,7 @@ class TrainConfig:
     log_every: int = 50
     """Steps between lines in metrics.jsonl."""
     calibrate_rows: int = 1_000_000
-    """Training rows over which batchtopk's final threshold is set, or all if the cache has fewer."""
+    """Training rows over which the final threshold of batchtopk and global is set, or all if the cache has fewer."""
     heldout_rows: int = 100_000
     """Held-out rows for the final check of FVU and L0, or all if the cache has fewer."""
 
