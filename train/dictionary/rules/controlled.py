@@ -70,7 +70,8 @@ class Global(Rule):
         budget = self.budget(a_NF.shape[0])
         if budget is not None:
             return firing.select_batch_topk(a_NF, min(budget, a_NF.numel()), self.kernels)
-        return firing.select_above(a_NF, self.thresholds().to(wide(a_NF.dtype)), self.room, kernels=self.kernels)
+        floor_F = self.thresholds().to(wide(a_NF.dtype)).contiguous()  # kernels read one number per latent
+        return firing.select_above(a_NF, floor_F, self.room, kernels=self.kernels)
 
     def fire(self, a: Tensor, selection: Selection | None, b_enc: Tensor) -> tuple[Tensor, Tensor | None]:
         """a · 1[a > θ]."""
