@@ -19,20 +19,30 @@ class TrainConfig:
     """Training rows to consume, in place of epochs."""
     steps: int | None = None
     """Optimiser steps, in place of epochs."""
+    optimiser: Literal["adam", "adamw", "signum", "muon"] = "adam"
+    """adam; adamw: with a decoupled decay of matrices; signum: schedule-free, signs of gradients, evaluated and saved
+    weights are their average; muon: orthogonalised momentum for matrices (encoder, and decoder by destination), Adam
+    for vectors."""
     lr: float | Literal["auto"] = "auto"
-    """Adam's learning rate; auto: 2e-4 / √(F / 2¹⁴), F the latents per source."""
+    """Learning rate. auto, F the latents per source: 2e-4 / √(F / 2¹⁴) for adam and adamw, 5e-3 / √(F / 2¹⁴) for
+    signum, 2e-3 for muon."""
+    momentum: float | None = None
+    """signum: weight μ of the average in the point where gradients are taken; muon: decay of the momentum. 0.95 when
+    not given; adam has beta1."""
+    weight_decay: float | None = None
+    """adamw and muon: share of the learning rate by which matrices shrink in a step; 0.01 and 0.1 when not given."""
     beta1: float = 0.9
-    """Adam's first moment decay. Published JumpReLU recipes use 0; at lr 2e-3 on one layer of the bundled
-    model (one seed) 0.9 gave FVU 0.081 at L0 30 where 0 gave 0.095 at L0 44."""
+    """First moment decay of Adam (also of muon's vectors). Published JumpReLU recipes use 0; at lr 2e-3 on one layer
+    of the bundled model (one seed) 0.9 gave FVU 0.081 at L0 30 where 0 gave 0.095 at L0 44."""
     beta2: float = 0.999
     """Adam's second moment decay."""
     eps: float = 1e-8
     """Adam's ε."""
-    warmup: int = 100
-    """Steps over which the learning rate rises linearly."""
-    decay: Literal["none", "step", "tail", "linear"] = "tail"
+    warmup: int | Literal["auto"] = "auto"
+    """Steps over which the learning rate rises linearly; auto: 100, and none for signum."""
+    decay: Literal["auto", "none", "step", "tail", "linear"] = "auto"
     """Learning rate towards the end. none: constant; step: a tenth from 80 % on; tail: linear to 0 over the last 20 %;
-    linear: to 0 over the whole run."""
+    linear: to 0 over the whole run; auto: tail, and none for signum, whose average takes a decay's place."""
     clip: float | None = 1.0
     """Largest global gradient norm of a dictionary, after the decoder's projection; none when not given."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -67,11 +77,44 @@ class TrainConfig:
         for name in sorted(positive):
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; expected more than 0.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+        for name in ("beta1", "beta2", "momentum"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; expected 0 ≤ value < 1.")
-        if self.warmup < 0:
-            raise UserError(f"train.warmup is {self.warmup}; expected 0 or more.")
+        for name in ("warmup", "weight_decay"):
+            if getattr(self, name) not in (None, "auto") and getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; expected 0 or more.")
+        for name, users in (("momentum", ("signum", "muon")), ("weight_decay", ("adamw", "muon"))):
+            if getattr(self, name) is not None and self.optimiser not in users:
+                raise UserError(
+                    f"train.{name} is {getattr(self, name)} with optimiser = {self.optimiser!r}, which has none. "
+                    f"Remove it, or set train.optimiser to {' or '.join(users)}."
+                )
+
+    @property
+    def resolved_momentum(self) -> float:
+        """μ of signum and muon."""
+        return 0.95 if self.momentum is None else self.momentum
+
+    @property
+    def resolved_weight_decay(self) -> float:
+        """Decoupled decay of matrices, by learning rate."""
+        if self.weight_decay is None:
+            return {"adamw": 0.01, "muon": 0.1}.get(self.optimiser, 0.0)
+        return self.weight_decay
+
+    @property
+    def resolved_warmup(self) -> int:
+        """Optimiser steps of rising rate."""
+        if self.warmup == "auto":
+            return 0 if self.optimiser == "signum" else 100
+        return self.warmup
+
+    @property
+    def resolved_decay(self) -> str:
+        """The fall of the rate."""
+        if self.decay == "auto":
+            return "none" if self.optimiser == "signum" else "tail"
+        return self.decay
 
     @property
     def part_rows(self) -> int:

@@ -210,8 +210,7 @@ class Fit:
 
     def release(self) -> None:
         """Give back the memory of weights and moments; nothing can follow."""
-        self.forget_gradients()
-        self.optimiser.adam.state.clear()
+        self.optimiser.forget()
         for tensor in (*self.coder.parameters(), *self.coder.buffers()):
             tensor.data = tensor.data.new_empty(0)
 
@@ -251,25 +250,27 @@ class Fit:
 
     def deployed(self) -> Coder:
         """The dictionary on raw activations with frozen rules."""
-        coder = deploy(self.coder, self.reads, self.writes)
+        with self.optimiser.averaged():
+            coder = deploy(self.coder, self.reads, self.writes)
         for source in range(len(coder.reads)):
             coder.encoder(source).workspace = self.coder.encoder(source).workspace
         return coder
 
     def checkpoint(self) -> Checkpoint:
         """The state between two steps."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.coder.state_dict().items()}
-        tensors |= {f"adam.{name}": tensor for name, tensor in self.optimiser.moments().items()}
+        with self.optimiser.averaged():
+            tensors = {f"model.{name}": tensor for name, tensor in self.coder.state_dict().items()}
+            tensors |= {f"optimiser.{name}": tensor for name, tensor in self.optimiser.moments().items()}
         return Checkpoint(self.done, self.position, tensors)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "adam": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimiser": {}}
         for name, tensor in checkpoint.tensors.items():
             part, key = name.split(".", 1)
             parts[part][key] = tensor
         self.coder.load_state_dict(parts["model"])
-        self.optimiser.load_moments(parts["adam"])
+        self.optimiser.load_moments(parts["optimiser"])
         self.done, self.position = checkpoint.step, checkpoint.position
 
 

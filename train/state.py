@@ -1,9 +1,9 @@
 """Checkpoints: everything that a run's future depends on, and nothing else.
 
-Weights in training space, Adam's moments, running thresholds, dead counters, the number of steps done and the position
-in the stream of rows. There is no generator state: initial weights and resampling draw from generators that are
-functions of seed and step, and the order of rows is one of seed and position. A run that goes on from a checkpoint
-therefore ends bit for bit where it would have.
+Weights in training space (those to be evaluated: updates/signum.py), the optimiser's state, running thresholds, dead
+counters, the number of steps done and the position in the stream of rows. There is no generator state: initial weights
+and resampling draw from generators that are functions of seed and step, and the order of rows is one of seed and
+position. A run that goes on from a checkpoint therefore ends bit for bit where it would have.
 
 `checkpoints/step-<8 digits>.safetensors` is written first, `.json` beside it makes it valid; the last two are kept.
 Before anything of a checkpoint is written, the disk must have room for it beside those two.
@@ -21,7 +21,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.publish import free_bytes, publish
 from thresher.train.files import publish_tensors
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Checkpoint(NamedTuple):
@@ -32,7 +32,7 @@ class Checkpoint(NamedTuple):
     position: int
     """Rows of the stream consumed."""
     tensors: dict[str, Tensor]
-    """`model.*` and `adam.*`."""
+    """`model.*` and `optimiser.*`."""
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 2) -> None:

@@ -200,7 +200,7 @@ def resampled(cache: CacheReader, kind: str, seed: int = 0) -> tuple[dict[str, T
     with torch.no_grad():
         made.coder.encoder(0).b_enc[::5] -= 50.0  # silent whatever comes
     before = stepped(cache, made, 1)
-    for state in made.optimiser.adam.state.values():
+    for state in made.optimiser.rule.state.values():
         state["exp_avg_sq"] += 0.1  # as if all had learned before
         state["exp_avg"] += 0.1
     given = inputs(cache, made, ROWS)
@@ -229,7 +229,7 @@ def test_resampled_latents_start_anew_from_inputs_with_moments_of_zero(cache: Ca
     assert not torch.equal(before["model.encoders.0.W_enc"][silent], encoder.W_enc[silent])
     for parameter in (encoder.W_enc, encoder.b_enc, coder.W_dec[0]):
         for key in ("exp_avg", "exp_avg_sq"):
-            moments = made.optimiser.adam.state[parameter][key]
+            moments = made.optimiser.rule.state[parameter][key]
             assert not moments[silent].any()
             assert moments[living].any()
 

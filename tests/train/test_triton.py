@@ -49,14 +49,14 @@ def test_both_updates_reckon_the_same_multiples_and_norms_and_none_reads_back(
     optimiser = Optimiser(coder, TrainConfig())
     xs, ys = batch(coder)
     losses(coder, coder(xs), xs, ys, [1.0] * 3, 1.0).total.backward()
-    optimiser._sinks.settle()
+    optimiser.parameters.sinks.settle()
     rows = []
     for parameter in coder.parameters():
         if parameter.grad is not None:
-            along, facts, is_unit = optimiser._noted(parameter)
-            matrices = optimiser._matrices(parameter)
+            along, facts, is_unit = optimiser.parameters.noted(parameter)
+            matrices = optimiser.rule.matrices(parameter)
             rows.append(adam.Rows(*matrices, along, facts or cpu.facts_of(*matrices[:2]), is_unit))
-            (multiples, square), turn = adam._along(rows[-1]), optimiser._turn(parameter)
+            (multiples, square), turn = adam._along(rows[-1]), optimiser.parameters.turn(parameter)
             assert (multiples is None) == (turn.along is None)
             torch.testing.assert_close(multiples, turn.along)
             assert float(square) == pytest.approx(turn.square, rel=1e-12)

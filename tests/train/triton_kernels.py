@@ -131,9 +131,9 @@ def test_a_crowded_latents_sum_is_the_same_in_pieces(chunk: int, monkeypatch: py
     torch.testing.assert_close(dW.double(), dense.double().T @ g.double(), rtol=1e-4, atol=1e-4)
 
 
-def numbers(go: bool = True) -> adam.Numbers:
+def numbers(go: bool = True, decay: float = 0.0) -> adam.Numbers:
     rate, step = torch.tensor(3e-2, device=DEVICE), torch.tensor(7.0, device=DEVICE)
-    return adam.Numbers(0.9, 0.999, 1e-8, rate, step, torch.tensor(go, device=DEVICE))
+    return adam.Numbers(0.9, 0.999, 1e-8, rate, step, torch.tensor(go, device=DEVICE), (decay,))
 
 
 @pytest.mark.parametrize("unit", [False, True])
@@ -147,8 +147,9 @@ def test_an_update_equals_the_plain_one(unit: bool, along: bool, width: int, dty
     shadows = [torch.zeros(4, width, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
     multiples = rand(4, seed=9, dtype=dtype) if along else None
     scale = torch.tensor(0.25, device=DEVICE)
-    adam.update(*left, multiples, scale, numbers(), unit, shadows[0])
-    adam.plain_update(*right, multiples, scale, numbers(), unit, shadows[1])
+    decay = 0.5 if width == 37 else 0.0
+    adam.update(*left, multiples, scale, numbers(decay=decay), unit, shadows[0])
+    adam.plain_update(*right, multiples, scale, numbers(decay=decay), unit, shadows[1])
     for got, expected in zip(left, right, strict=True):
         close(got, expected)
     torch.testing.assert_close(*shadows, rtol=2**-7, atol=0)  # the interpreter cuts off where a GPU rounds

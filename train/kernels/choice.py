@@ -20,6 +20,7 @@ z = 0 and entries past offsets[N] contribute nothing. Sums run in a fixed order 
 
 import importlib.util
 import math
+from collections.abc import Collection
 from functools import cache
 from typing import Any, Literal
 
@@ -46,9 +47,16 @@ class Kernels:
         self.used: dict[str, list[Implementation]] = {}
         """What did each operation so far, in the order of first use."""
 
-    def pick(self, operation: str, device: torch.device, dtype: torch.dtype, work: int) -> Implementation:
-        """Choose, and note it. `work`: multiply-adds of a product, numbers touched by anything else."""
+    def pick(
+        self, operation: str, device: torch.device, dtype: torch.dtype, work: int, own: Collection[str] | None = None
+    ) -> Implementation:
+        """Choose, and note it. `work`: multiply-adds of a product, numbers touched by anything else.
+
+        `own`: kernels that the operation has; None: all. Where it has none, library calls do it.
+        """
         chosen: Implementation = "plain" if self.forced == "plain" else _best(operation, device, dtype, work)
+        if own is not None and chosen in ("numba", "triton") and chosen not in own:
+            chosen = "torch"
         if self.forced == "fast" and device.type == "cuda" and not has_triton():
             raise UserError(
                 "train.kernels is 'fast', but the package triton, which CUDA kernels are compiled with, is not "

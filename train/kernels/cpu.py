@@ -11,7 +11,7 @@ from torch import Tensor
 from thresher.cache.kernels.cpu_pool import over_rows
 from thresher.cache.kernels.lines import whole_lines
 from thresher.train.kernels import cpu_bags, cpu_update
-from thresher.train.kernels.cpu_update import Adam
+from thresher.train.kernels.cpu_update import Adam, Signum
 from thresher.train.kernels.gradients import Facts, Rows, no_facts, numbers
 
 if TYPE_CHECKING:
@@ -102,11 +102,37 @@ def update(
     over_rows(rows, piece, 4 * weight_FM.numel())
 
 
-def adam(dtype: torch.dtype, rate: float, betas: tuple[float, float], eps: float, step: int) -> Adam:
+def adam(
+    dtype: torch.dtype, rate: float, betas: tuple[float, float], eps: float, step: int, decay: float = 0.0
+) -> Adam:
     """The numbers of step `step`, counted from 1, in a number format."""
     kind = torch.empty(0, dtype=dtype).numpy().dtype.type
     first, second = (1 - beta**step for beta in betas)
-    return Adam(*(kind(number) for number in (*betas, rate / first, 1 / math.sqrt(second), eps)))
+    return Adam(*(kind(number) for number in (*betas, rate / first, 1 / math.sqrt(second), eps, 1 - rate * decay)))
+
+
+def signum(
+    weight_FM: Tensor,
+    grad_FM: Tensor,
+    u_FM: Tensor,
+    mean_FM: Tensor,
+    along_F: Tensor | None,
+    rate: float,
+    share: float,
+    momentum: float,
+    unit: bool,
+) -> None:
+    """Schedule-free signum (train/updates/signum.py) of every row, from the gradient grad + along · weight."""
+    rows, width = weight_FM.shape
+    kind = weight_FM.numpy().dtype.type
+    along = np.empty(0, kind) if along_F is None else along_F.numpy()
+    flat = [tensor.reshape(-1).numpy() for tensor in (weight_FM, grad_FM, u_FM, mean_FM)]
+    numbers = Signum(kind(rate), kind(share), kind(momentum))
+
+    def piece(first: int, stop: int) -> None:
+        cpu_update.signum(first, stop, width, *flat, along, numbers, unit)
+
+    over_rows(rows, piece, 4 * weight_FM.numel())
 
 
 def facts_of(weight_FM: Tensor, grad_FM: Tensor) -> Facts:

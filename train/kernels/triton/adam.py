@@ -8,7 +8,7 @@ moments decay.
 
 `step` does this for all parameters, with the norm of the whole gradient from each row's facts (kernels/gradients.py).
 
-Specification: `plain_update` and `plain_step` in train/optim.py.
+Specification: `plain_update` here, and `plain_step` in train/optim.py.
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,8 @@ class Numbers(NamedTuple):
     """Number of this update, counted from 1 and without those left out; [P] for P parameters at once."""
     go: Tensor
     """False: leave everything as it is."""
+    decays: Sequence[float] = (0.0,)
+    """[P] decoupled weight decay, as a multiple of the learning rate."""
 
 
 def update(
@@ -93,15 +95,19 @@ def _launch(
 
 
 def _numbers(adam: Numbers, scale: Tensor | float) -> Tensor:
-    """[P, 7] float64 for P counts of steps: go, scale, rate / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ), β₁, β₂, ε."""
+    """[P, 8] float64, P counts of steps: go, scale, rate / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ), β₁, β₂, ε, 1 − rate · decay."""
     step_P = adam.step.reshape(-1).to(torch.float64)
-    out = step_P.new_empty(step_P.shape[0], 7)
+    out = step_P.new_empty(step_P.shape[0], 8)
     out[:, 0] = adam.go
     out[:, 1] = scale
     out[:, 2] = adam.rate / (1 - adam.beta1**step_P)
     out[:, 3] = (1 - adam.beta2**step_P).rsqrt()
     for place, constant in enumerate((adam.beta1, adam.beta2, adam.eps), 4):
         out[:, place].fill_(constant)
+    out[:, 7].fill_(1.0)
+    for place, decay in enumerate(adam.decays):
+        if decay:
+            out[place, 7].sub_(adam.rate, alpha=decay)
     return out
 
 
@@ -126,6 +132,7 @@ def plain_update(
     v_FM.mul_(adam.beta2).addcmul_(g, g, value=1 - adam.beta2)
     number = adam.step.double()
     first, second = m_FM / (1 - adam.beta1**number), v_FM / (1 - adam.beta2**number)
+    weight_FM *= 1 - adam.rate.double() * adam.decays[0]
     weight_FM -= adam.rate.double() * first / (second.sqrt() + adam.eps)
     if unit:
         weight_FM /= torch.linalg.vector_norm(weight_FM, dim=1, keepdim=True)
@@ -147,6 +154,7 @@ def _update(  # type: ignore[no-untyped-def]
         beta1 = tl.load(numbers + 4)  # 1 − β in double: a β near 1 leaves few digits
         beta2 = tl.load(numbers + 5)
         eps = tl.load(numbers + 6).to(SUM)
+        keep = tl.load(numbers + 7).to(SUM)
         rest1 = (1.0 - beta1).to(SUM)
         rest2 = (1.0 - beta2).to(SUM)
         keep1 = beta1.to(SUM)
@@ -164,7 +172,7 @@ def _update(  # type: ignore[no-untyped-def]
             v = tl.load(moment2 + row * stride2 + column, mask=inside, other=0.0).to(SUM)
             m = keep1 * m + rest1 * g
             v = keep2 * v + rest2 * g * g
-            w -= rate * m / (tl.sqrt(v) * root + eps)
+            w = keep * w - rate * m / (tl.sqrt(v) * root + eps)
             squares += w * w
             tl.store(moment1 + row * stride1 + column, m.to(moment1.dtype.element_ty), mask=inside)
             tl.store(moment2 + row * stride2 + column, v.to(moment2.dtype.element_ty), mask=inside)
@@ -207,6 +215,8 @@ class Rows(NamedTuple):
     """Whether rows keep norm 1: the gradient's part along the row is then taken out first."""
     shadow: Tensor | None = None
     """[F, M] copy of the weight in a shorter format, equal to it before; written with it."""
+    decay: float = 0.0
+    """Decoupled weight decay, as a multiple of the learning rate."""
 
 
 def step(
@@ -224,7 +234,8 @@ def step(
     for rows in parameters:
         rows.step.add_(go)
     steps = torch.stack([rows.step for rows in parameters])
-    numbers = _numbers(Numbers(*betas, eps, torch.full_like(norm, rate), steps, go), scale)
+    decays = [rows.decay for rows in parameters]
+    numbers = _numbers(Numbers(*betas, eps, torch.full_like(norm, rate), steps, go, decays), scale)
     for rows, (along, _), own in zip(parameters, turns, numbers, strict=True):
         _launch(rows.weight, rows.grad, rows.moment1, rows.moment2, along, rows.shadow, own, rows.unit)
     return norm.to(parameters[0].weight.dtype)
