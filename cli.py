@@ -150,6 +150,10 @@ def train(
     cache: CachePath = None,
     runs: RunsPath = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoints.")] = False,
+    finetune: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Begin from finished runs of the same sites and sizes (train.init_from)."),
+    ] = None,
     live: Annotated[
         bool, typer.Option("--live", help="No cache: the target runs beside the training, activations stay in memory.")
     ] = False,
@@ -160,6 +164,8 @@ def train(
     ] = False,
 ) -> None:
     """Train every dictionary of the recipe's sweep from one pass over the cache."""
+    if finetune is not None:
+        assignments = [*(assignments or []), f"train.init_from={json.dumps(str(finetune), ensure_ascii=False)}"]
     recipe = _read(name, assignments)
     results = train_recipe(recipe, cache, runs, resume=resume, live=live, device=device, wandb=wandb, profile=profile)
     if any(result.status == "failed" for result in results):

@@ -54,6 +54,10 @@ class TrainConfig:
     micro_rows: int | None = None
     """Rows whose activations are in memory at once: a batch of more is taken in parts that add up to the same step,
     except for rounding. The whole batch when not given."""
+    init_from: str | None = None
+    """Fine-tuning: begin from finished runs of ours of the same kind, sites and sizes. A run directory, a folder of
+    them, or the stem of their names (all but the layer); each dictionary takes the one with its sites. Random weights
+    when not given."""
     seed: int = 0
     """Seed of initial weights and of the order of rows."""
     checkpoint_every: int = 1000

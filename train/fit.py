@@ -13,6 +13,7 @@ from thresher.train.dictionary.encoder import Tally
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
 from thresher.train.dictionary.pools import shared
+from thresher.train.dictionary.unfold import unfold
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Padded
 from thresher.train.kernels.workspace import Workspace
@@ -109,8 +110,8 @@ class Fit:
         self._window = _Window(len(spec.reads), device)
         self._rate = 0.0
 
-    def start(self, reader: Source) -> None:
-        """Draw the initial weights, with a sample of training rows for what depends on data."""
+    def start(self, reader: Source, parent: Coder | None = None) -> None:
+        """Draw the initial weights, with a sample of training rows for what depends on data; or take a `parent`'s."""
         rows = reader.sample("train", _SAMPLE_ROWS)
         samples = [
             space.apply(reader.gather("train", site, rows).to(torch.float32))
@@ -119,6 +120,8 @@ class Fit:
         device = self.coder.b_dec.device
         fresh = build(self.plan.spec, self.plan.name)
         initialise(fresh, self.plan.seed, self.reads, self.writes, samples)
+        if parent is not None:
+            unfold(parent, fresh, self.reads, self.writes, samples)
         self.coder.load_state_dict(fresh.state_dict())
         self.coder.to(device)
 

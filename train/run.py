@@ -30,6 +30,7 @@ from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew
 from thresher.train.feed import Shared, Stream, feed
 from thresher.train.files import CONFIG, check_weights, git_commit, read_config, save_run, versions, write_config
+from thresher.train.finetune import Origin, origin
 from thresher.train.fit import Fit
 from thresher.train.jobs import Job
 from thresher.train.kernels.workspace import Workspace
@@ -78,7 +79,8 @@ def train(
             f"Several dictionaries have the name {twice[0]!r}. Give their [[sweep]] blocks different names."
         )
     where = resolve_device(device, "--device")
-    configs = [_config(plan, reader, where) for plan in plans]
+    origins = {plan.name: origin(plan) for plan in plans}
+    configs = [_config(plan, origins[plan.name], reader, where) for plan in plans]
     finished = {
         plan.name: _reusable(plan, config, out / plan.name, resume) for plan, config in zip(plans, configs, strict=True)
     }
@@ -93,7 +95,10 @@ def train(
     with ExitStack() as stack, deferred_interrupts() as stop, Crew(where) as crew, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         workspace = Workspace()
-        jobs = [_open(plan, config, out / plan.name, reader, where, workspace, wandb, stack) for plan, config in todo]
+        jobs = [
+            _open(plan, config, out / plan.name, origins[plan.name], reader, where, workspace, wandb, stack)
+            for plan, config in todo
+        ]
         streams: dict[Stream, list[Job]] = {}
         for job in jobs:
             key = Stream(job.plan.train.batch_rows, job.plan.seed, job.fit.position)
@@ -108,7 +113,7 @@ def train(
     return [results[name] for name in names]
 
 
-def _config(plan: RunPlan, reader: Source, device: torch.device) -> dict[str, Any]:
+def _config(plan: RunPlan, begun: Origin | None, reader: Source, device: torch.device) -> dict[str, Any]:
     """config.json of a run that is about to start."""
     return {
         "name": plan.name,
@@ -116,6 +121,7 @@ def _config(plan: RunPlan, reader: Source, device: torch.device) -> dict[str, An
         "dictionary": to_dict(plan.spec),
         "recipe": plan.recipe,
         "cache": {"path": str(reader.path), "fingerprint": reader.fingerprint, "identity": dict(reader.identity)},
+        "init_from": None if begun is None else begun.record(),
         "versions": versions(),
         "git_commit": git_commit(),
         "training": {
@@ -137,6 +143,7 @@ def _decisive(config: dict[str, Any]) -> dict[str, Any]:
         "train": settings,
         "seed": training["seed"],
         "cache": config["cache"]["fingerprint"],
+        "init_from": config.get("init_from"),
     }
 
 
@@ -169,6 +176,7 @@ def _open(
     plan: RunPlan,
     config: dict[str, Any],
     path: Path,
+    begun_from: Origin | None,
     reader: Source,
     device: torch.device,
     workspace: Workspace,
@@ -179,7 +187,7 @@ def _open(
     checkpoint = load_checkpoint(path)
     fit = Fit(plan, reader, device, workspace)
     if checkpoint is None:
-        fit.start(reader)
+        fit.start(reader, None if begun_from is None else begun_from.load())
     else:
         fit.load(checkpoint)
     begun = (path / CONFIG).exists()

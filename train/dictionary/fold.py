@@ -20,6 +20,7 @@ from torch import Tensor
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.rules import Deployed
+from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.normalise import Affine
 
 
@@ -30,14 +31,13 @@ def deploy(
     """A new module with frozen rules that acts on raw activations, on the trained one's device."""
     device = coder.b_dec.device
     out = build(coder.spec, coder.label, deployed=True).to(device=device, dtype=dtype)
-    raw_codes = coder.spec.kind == "sae" and coder.spec.normalise == "scale"
     for destination, site in enumerate(writes):
         shift, scale = site.shift.to(device), site.scale.to(device)
         out.b_dec[destination] = (coder.b_dec[destination].double() * scale + shift).to(dtype)
         mean = site.mean * site.scale + site.shift if site.raw_mean is None else site.raw_mean
         out.mean[destination] = mean.to(device).to(dtype)
     for source, site in enumerate(reads):
-        factor = float(site.scale[0]) if raw_codes else 1.0  # code in raw units / code in training units
+        factor = code_factor(coder.spec, site)
         trained, folded = coder.encoder(source), out.encoder(source)
         line, thresholds = trained.rule.line(trained.b_enc.double()), trained.rule.thresholds()
         W_enc, bias = trained.W_enc.double() * (factor / site.scale.to(device)), _bias(coder, source)
@@ -64,6 +64,11 @@ def ranked(thresholds: Tensor, norms_F: Tensor | None) -> Tensor:
     if norms_F is None:
         return thresholds
     return torch.where(norms_F > 0, thresholds / norms_F, torch.inf)
+
+
+def code_factor(spec: DictionarySpec, site: Affine) -> float:
+    """A code in raw units over the same code in training units, for a source of that site."""
+    return float(site.scale[0]) if spec.kind == "sae" and spec.normalise == "scale" else 1.0
 
 
 def _bias(coder: Coder, source: int) -> Tensor:
