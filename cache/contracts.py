@@ -25,6 +25,9 @@ class Site(NamedTuple):
     """`resid_pre`, `resid_mid`, `resid_post`, `mlp_in`, `mlp_hidden`, `mlp_out`, or the hook name without its block
     prefix."""
     width: int
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tensor: hook names, and the module whose output it is (`blocks.5.attn`,
+    `transformer.h.5.attn`, `h.5.attn`)."""
 
 
 class Codes(NamedTuple):

@@ -171,7 +171,8 @@ class Plan:
             "seed": self.seed,
             "chunk_rows": self.chunk_rows,
             "shard_rows": self.shard_rows,
-            "sites": [site._asdict() for site in self.sites],
+            "sites": [{k: v for k, v in site._asdict().items() if k != "aliases"} for site in self.sites],
+            "aliases": {site.name: list(site.aliases) for site in self.sites if site.aliases},
             "splits": {name: split._asdict() for name, split in self.splits.items()},
             "extends": None if self.extends is None else self.extends._asdict(),
             "window_shards": self.window_shards,
@@ -182,7 +183,9 @@ class Plan:
         """The inverse of `to_json`, for attributes that passed a checksum."""
         return cls(
             identity=dict(raw["identity"]),
-            sites=tuple(Site(**site) for site in raw["sites"]),
+            sites=tuple(
+                Site(**site, aliases=tuple(raw.get("aliases", {}).get(site["name"], ()))) for site in raw["sites"]
+            ),
             codec=raw["codec"],
             store=raw["store"],
             seed=raw["seed"],

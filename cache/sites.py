@@ -1,17 +1,27 @@
 """Patterns for sites: what a recipe may write where it means one or several tensors of the target.
 
 A pattern is a tap (`mlp_in`), in all layers or in chosen ones; a full name (`L05.mlp_in`); a hook name of
-transformer-lens (`blocks.5.attn.hook_out`); or a glob over either, in which `*` stays within one dotted part, so that
-`blocks.*.hook_out` means the blocks' own outputs and not those of everything inside them.
+transformer-lens (`blocks.5.attn.hook_out`, `blocks.5.hook_attn_out`); a module, by which its output is meant
+(`blocks.5.attn`, or as Hugging Face calls it, `transformer.h.5.attn` or `h.5.attn`); or a glob over any of them, in
+which `*` stays within one dotted part, so that `blocks.*.hook_out` means the blocks' own outputs and not those of
+everything inside them.
 """
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from thresher.cache.contracts import Site
+from thresher.cache.records import nearest
 
 _MOST_LAYERS = 1000
+_GLOB = set("*?[")
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether a pattern may mean several names."""
+    return bool(_GLOB & set(pattern))
 
 
 def fits(name: str, pattern: str) -> bool:
@@ -21,10 +31,16 @@ def fits(name: str, pattern: str) -> bool:
 
 
 def matches(pattern: str, site: Site, layers: Sequence[int] | None = None) -> bool:
-    """Whether a pattern means a site, by its name or by its tap; `layers` restricts taps."""
+    """Whether a pattern means a site, by its tap or by one of its names; `layers` restricts taps."""
     if fits(site.tap, pattern):
         return layers is None or site.layer in layers
-    return fits(site.name, pattern)
+    return any(fits(name, pattern) for name in (site.name, *site.aliases))
+
+
+def near_misses(pattern: str, names: Iterable[str]) -> str:
+    """` Did you mean …?` for a pattern without a match; a glob is compared with globs over all layers."""
+    known = {re.sub(r"(?<=\.)\d+(?=\.|$)|(?<=^L)\d+", "*", name) for name in names} if is_glob(pattern) else names
+    return nearest(pattern, sorted(known))
 
 
 def unmet(
@@ -49,7 +65,7 @@ def unmet(
 
 def _held(pattern: str, layers: Sequence[int] | None, sites: Sequence[Site], made: Sequence[Mapping[str, Any]]) -> bool:
     taps = {site.tap for site in sites}
-    names = {site.name for site in sites}
+    names = {name for site in sites for name in (site.name, *site.aliases)}
     for table in made:
         covered = table["layers"] is None or (layers is not None and set(layers) <= set(table["layers"]))
         if pattern in table["sites"] and (covered or pattern not in taps):

@@ -198,7 +198,7 @@ class _Extension:
         try:
             segment = segments_of(self.path)[number]
             plan = segment.base.plan
-            begun = next((p for p in segment.more if not p.complete and set(p.plan.sites) <= set(asked)), None)
+            begun = next((p for p in segment.more if not p.complete and _names(p.plan.sites) <= _names(asked)), None)
             if begun is not None:
                 sites, identity, folder = begun.plan.sites, begun.plan.identity, begun.path
             else:
@@ -253,7 +253,7 @@ class _Extension:
                 return choices[-1]
         self._refuse_lost(lost.values())
         sites, identity = choices[0]
-        lacking = [site.name for site in asked if site not in sites]
+        lacking = [site.name for site in asked if site.name not in _names(sites)]
         if lacking:
             raise UserError(
                 f"this recipe asks {self.path} for other text and for more sites at once ({', '.join(lacking)}). "
@@ -351,3 +351,7 @@ class _Extension:
         context, stored = corpus.splits["train"].token_id.shape[1], base.plan.splits["train"].tokens
         if context != stored:
             raise UserError(f"data.context gives contexts of {context} tokens; expected {stored}, as {self.path} has.")
+
+
+def _names(sites: Iterable[Site]) -> set[str]:
+    return {site.name for site in sites}

@@ -1,21 +1,22 @@
 """Names of the target's tensors, resolved to the modules that hold them.
 
-A site is asked for in three ways: by tap (`mlp_in`, in all layers or in chosen ones), by full name (`L05.mlp_in`,
-`L0[0-3].mlp_in`), or by the hook name that transformer-lens gives it (`blocks.5.attn.hook_out`,
-`blocks.[0-3].hook_mlp_out`). In a pattern, `*` stays within one dotted part, so `blocks.*.hook_out` means the blocks'
-own outputs and not those of everything inside them. A hook name that is another word for a tap gives the tap's site.
+A site is asked for in four ways: by tap (`mlp_in`, in all layers or in chosen ones), by full name (`L05.mlp_in`,
+`L0[0-3].mlp_in`), by the hook name that transformer-lens gives it (`blocks.5.attn.hook_out`,
+`blocks.[0-3].hook_mlp_out`), or by the module whose output it is, as transformer-lens or Hugging Face calls it
+(`blocks.[0-3].mlp`, `transformer.h.*.attn`, `h.*.attn`). In a pattern, `*` stays within one dotted part, so
+`blocks.*.hook_out` means the blocks' own outputs and not those of everything inside them. A name that is another word
+for a tap gives the tap's site; a site knows all its names.
 
 Pure: everything here works on a `SiteTable`, which harvest/structure.py fills for one model.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
-from thresher.cache.records import nearest
-from thresher.cache.sites import fits
+from thresher.cache.sites import fits, is_glob, near_misses
 
 TAPS = {
     "resid_pre": "residual stream entering the block",
@@ -58,10 +59,12 @@ class Located(NamedTuple):
     layer: int
     tap: str
     point: Point
+    aliases: tuple[str, ...] = ()
+    """Other names of it."""
 
     def site(self, width: int) -> Site:
         """The public description of it."""
-        return Site(self.name, self.layer, self.tap, width)
+        return Site(self.name, self.layer, self.tap, width, self.aliases)
 
 
 def site_name(layer: int, tap: str) -> str:
@@ -79,10 +82,33 @@ def resolve(table: SiteTable, patterns: Sequence[str], layers: Sequence[int] | N
         raise UserError("sites is empty; expected at least one of " + ", ".join(TAPS) + ", or a hook name.")
     _check_layers(table, layers)
     found: dict[str, Located] = {}
+    names = spellings(table)
     for pattern in patterns:
-        matches = _tap(table, pattern, layers) if pattern in TAPS else _match(table, pattern)
+        matches = _tap(table, pattern, layers) if pattern in TAPS else _match(table, names, pattern)
         found.update((match.name, match) for match in matches)
-    return tuple(sorted(found.values(), key=_place))
+    by_point: dict[Point, list[str]] = {}
+    for name, (_, point) in names.items():
+        by_point.setdefault(point, []).append(name)
+    every = (each._replace(aliases=_others(each, by_point.get(each.point, ()))) for each in found.values())
+    return tuple(sorted(every, key=_place))
+
+
+def spellings(table: SiteTable) -> dict[str, tuple[str, Point]]:
+    """Every name of a hook point, and of a module for its output: its canonical name and point.
+
+    A Hugging Face module goes by its path, with the model's own prefix (`transformer.`) or without.
+    """
+    out = dict(table.hooks)
+    for canonical, point in dict.fromkeys(table.hooks.values()):
+        if point.side == "out":
+            modules = [canonical.removesuffix(".hook_out"), point.module, point.module.partition(".")[2]]
+            for name in filter(None, modules):
+                out.setdefault(name, (canonical, point))
+    return out
+
+
+def _others(located: Located, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name != located.name)
 
 
 def _place(located: Located) -> tuple[float, int, str]:
@@ -114,12 +140,14 @@ def _tap(table: SiteTable, tap: str, layers: Sequence[int] | None) -> list[Locat
     return [Located(site_name(layer, tap), layer, tap, table.taps[layer, tap]) for layer in wanted]
 
 
-def _match(table: SiteTable, pattern: str) -> list[Located]:
+def _match(table: SiteTable, names: Mapping[str, tuple[str, Point]], pattern: str) -> list[Located]:
     by_name = {site_name(layer, tap): (layer, tap) for layer, tap in table.taps}
     matches = [Located(name, *by_name[name], table.taps[by_name[name]]) for name in by_name if fits(name, pattern)]
     tap_at = {point: key for key, point in table.taps.items()}
-    for hook, (canonical, point) in table.hooks.items():
-        if not fits(hook, pattern):
+    wanted = names if is_glob(pattern) else filter(names.__contains__, [pattern])
+    for name in wanted:
+        canonical, point = names[name]
+        if not fits(name, pattern):
             continue
         if point in tap_at:
             layer, tap = tap_at[point]
@@ -127,7 +155,7 @@ def _match(table: SiteTable, pattern: str) -> list[Located]:
         else:
             matches.append(Located(canonical, *_split(canonical), point))
     if not matches:
-        raise UserError(_nothing(table, pattern, by_name))
+        raise UserError(_nothing(table, pattern, [*by_name, *names]))
     return matches
 
 
@@ -137,7 +165,7 @@ def _split(hook: str) -> tuple[int, str]:
     return (int(inside[1]), inside[2]) if inside else (-1, hook)
 
 
-def _nothing(table: SiteTable, pattern: str, names: Mapping[str, object]) -> str:
+def _nothing(table: SiteTable, pattern: str, names: Sequence[str]) -> str:
     """Why a pattern matched nothing."""
     stem = f"harvest.sites asks for {pattern!r}"
     for hook, reason in table.unseen.items():
@@ -154,7 +182,8 @@ def _nothing(table: SiteTable, pattern: str, names: Mapping[str, object]) -> str
         )
     taps = [tap for tap in TAPS if tap not in table.lacking]
     return (
-        f"{stem}, which matches no tap and no hook of this model.{nearest(pattern, [*taps, *names, *table.hooks])} "
+        f"{stem}, which matches no tap and no hook of this model.{near_misses(pattern, [*taps, *names])} "
         f"Known taps: {', '.join(taps)}; also full names such as {site_name(0, taps[0])}, transformer-lens hook names "
-        "such as blocks.0.attn.hook_out, and patterns of both, in which * stays within one dotted part."
+        "such as blocks.0.attn.hook_out, modules such as blocks.0.attn, and patterns of them, in which * stays within "
+        "one dotted part."
     )

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
-from thresher.cache.records import nearest
-from thresher.cache.sites import matches
+from thresher.cache.sites import matches, near_misses
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec, concrete
 
@@ -20,7 +19,7 @@ class RunPlan(NamedTuple):
     name: str
     """Names the run directory; unique in a sweep."""
     group: str
-    """Shared by the dictionaries that form a set, such as one per layer."""
+    """Shared by the dictionaries that form a set: one per layer, all of one tap."""
     spec: DictionarySpec
     """What is trained."""
     train: TrainConfig
@@ -38,19 +37,20 @@ def plan_runs(
     sites: Mapping[str, Site],
     recipe: Mapping[str, Any],
 ) -> list[RunPlan]:
-    """Resolve a [dictionary] table against the sites of a cache.
+    """Resolve a [dictionary] table against the sites of a cache: a dictionary for every match, and for a CLT one.
 
+    A pattern that matches several taps makes a set of each.
     Raises UserError when a pattern matches nothing there, when sources and destinations cannot be paired by layer, and
     when a CLT's layers differ in width.
     """
     pairs = _pairs(dictionary, sites)
     if dictionary.kind == "clt":
         return [RunPlan(label, label, _spec(dictionary, pairs), train, train.seed, dict(recipe))]
-    per_layer = [pair[0].layer for pair in pairs]
+    several = len({reads.tap for reads, _ in pairs}) > 1
     return [
         RunPlan(
-            _run_name(label, reads, per_layer.count(reads.layer) > 1),
-            label,
+            _run_name(label, reads, several),
+            f"{label}-{_tap_name(reads)}" if several else label,
             _spec(dictionary, [(reads, writes)]),
             train,
             train.seed,
@@ -60,9 +60,14 @@ def plan_runs(
     ]
 
 
-def _run_name(label: str, site: Site, ambiguous: bool) -> str:
-    suffix = f"-{site.tap.replace('.', '_')}" if ambiguous else ""
-    return f"{label}-L{site.layer:02d}{suffix}"
+def _run_name(label: str, site: Site, several: bool) -> str:
+    """The label and the layer, with the tap where there are `several`; outside the layers the tap alone."""
+    layer = f"-L{site.layer:02d}" if site.layer >= 0 else ""
+    return f"{label}{layer}" + (f"-{_tap_name(site)}" if several or not layer else "")
+
+
+def _tap_name(site: Site) -> str:
+    return site.tap.replace(".", "_")
 
 
 def _pairs(config: DictionaryConfig, sites: Mapping[str, Site]) -> list[tuple[Site, Site]]:
@@ -97,10 +102,10 @@ def _matching(pattern: str, field: str, layers: tuple[int, ...] | None, sites: M
     """Sites by tap, name or glob, in layer order."""
     hits = [site for site in sites.values() if matches(pattern, site)]
     if not hits:
-        known = sorted({site.tap for site in sites.values()} | set(sites))
+        known = {name for site in sites.values() for name in (site.tap, site.name, *site.aliases)}
         raise UserError(
-            f"dictionary.{field} = {pattern!r} matches no site of the cache.{nearest(pattern, known)} The cache has "
-            f"{_listed(sites)}. Change dictionary.{field}, or add the site to harvest.sites and harvest again."
+            f"dictionary.{field} = {pattern!r} matches no site of the cache.{near_misses(pattern, known)} The cache "
+            f"has {_listed(sites)}. Change dictionary.{field}, or add the site to harvest.sites and harvest again."
         )
     if layers is not None:
         missing = sorted(set(layers) - {site.layer for site in hits})

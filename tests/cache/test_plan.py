@@ -1,5 +1,7 @@
 """What a plan says it takes, by hand-worked numbers."""
 
+import dataclasses
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -40,3 +42,13 @@ def test_compressing_takes_thirty_megabytes_more(toy: ModuleType, tmp_path: Path
         for codec in ("bf16", "bf16-lz4")
     )
     assert packed - plain == 30_000_000
+
+
+def test_a_plan_keeps_the_other_names_of_its_sites(toy: ModuleType, tmp_path: Path) -> None:
+    plan = planned(toy, tmp_path, "bf16")
+    named = dataclasses.replace(plan, sites=(plan.sites[0]._replace(aliases=("blocks.0.mlp", "h.0")), *plan.sites[1:]))
+    stored = json.loads(json.dumps(named.to_json()))
+    assert Plan.from_json(stored).sites == named.sites
+    assert named.fingerprint == plan.fingerprint
+    del stored["aliases"]  # a cache from before
+    assert Plan.from_json(stored).sites == plan.sites

@@ -31,6 +31,17 @@ def test_a_star_stays_within_a_dotted_part(pattern: str, layers: list[int] | Non
     assert sum(matches(pattern, site, layers) for site in [*SITES, HOOK]) == count
 
 
+def test_a_site_answers_to_all_its_names() -> None:
+    site = Site("L03.mlp_out", 3, "mlp_out", 8, ("blocks.3.hook_mlp_out", "blocks.3.mlp", "h.3.mlp"))
+    for pattern in ("blocks.3.mlp", "h.*.mlp", "blocks.[0-3].mlp*", "blocks.?.hook_mlp_out", "L03.mlp_out", "mlp_out"):
+        assert matches(pattern, site)
+    for pattern in ("blocks.*", "blocks.4.mlp", "mlp", "blocks.*mlp"):
+        assert not matches(pattern, site)
+    made = [{"sites": ["mlp_out"], "layers": [3]}]
+    assert unmet(["blocks.3.hook_mlp_out", "h.3.mlp"], None, [site], made) == []
+    assert len(unmet(["blocks.4.hook_mlp_out", "blocks.*.hook_mlp_out"], None, [site], made)) == 2
+
+
 @pytest.mark.parametrize(
     ("patterns", "layers", "made", "missing"),
     [

@@ -44,6 +44,24 @@ def test_other_hooks_take_their_canonical_name() -> None:
     assert (attn.layer, attn.tap) == (11, "attn.hook_out")
 
 
+def test_a_module_means_its_output_by_either_librarys_name() -> None:
+    assert names("blocks.[0-3].mlp*") == names("h.[0-3].mlp_out") == [f"L{layer:02d}.mlp_out" for layer in range(4)]
+    assert names("blocks.5.attn") == names("h.5.attn") == names("5.attn") == ["blocks.5.attn.hook_out"]
+    assert names("embed") == names("wte") == ["embed.hook_out"]
+    with pytest.raises(UserError, match=r"Did you mean 'blocks\.\*\.hook_attn_out'"):
+        names("blocks.*.hook_atn_out")
+
+
+def test_a_site_knows_its_other_names() -> None:
+    [out] = resolve(TABLE, ["L03.mlp_out"])
+    assert set(out.aliases) == {
+        "blocks.3.hook_mlp_out", "blocks.3.mlp.hook_out", "blocks.3.mlp", "h.3.mlp_out", "3.mlp_out",
+    }  # fmt: skip
+    assert out.site(8).aliases == out.aliases
+    for name in out.aliases:
+        assert names(name) == ["L03.mlp_out"]
+
+
 def test_a_star_stays_within_one_part() -> None:
     assert names("blocks.*.hook_attn_out") == names("blocks.*.attn.hook_out")
     assert len(names("L0[45].mlp_*")) == 6

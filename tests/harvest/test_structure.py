@@ -10,6 +10,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tests.harvest.conftest import CONFIGS, tiny
 from thresher.cache.errors import UserError
+from thresher.cache.sites import matches
 from thresher.harvest.sites import TAPS
 from thresher.harvest.structure import tap_faults
 from thresher.harvest.target import TransformerTarget
@@ -174,3 +175,20 @@ def test_unknown_architecture_is_named() -> None:
     config = CONFIGS["gpt2"]()
     with pytest.raises(UserError, match="StrangeForCausalLM"):
         TransformerTarget(StrangeForCausalLM(config), name="strange")
+
+
+def test_every_name_of_a_real_models_tensor_finds_its_site(books: TransformerTarget) -> None:
+    expected = {
+        "blocks.*.hook_resid_post": [f"L0{layer}.resid_post" for layer in range(4)],
+        "blocks.[0-2].mlp*": [f"L0{layer}.mlp_out" for layer in range(3)],
+        "transformer.h.[13].attn": ["blocks.1.attn.hook_out", "blocks.3.attn.hook_out"],
+        "h.3": ["L03.resid_post"],
+        "blocks.3.mlp.hook_in": ["L03.mlp_in"],
+        "embed": ["embed.hook_out"],
+    }
+    for pattern, names in expected.items():
+        sites = books.sites([pattern])
+        assert [site.name for site in sites] == names
+        assert all(matches(pattern, site) for site in sites)
+        for site in sites:
+            assert {found.name for alias in site.aliases for found in books.sites([alias])} == {site.name}

@@ -59,6 +59,58 @@ def test_globs_and_hook_names_resolve() -> None:
     assert [p.name for p in plans] == ["demo-L00-mlp_in", "demo-L00-mlp_out", "demo-L01-mlp_in", "demo-L01-mlp_out"]
 
 
+def hooked(layer: int, tap: str, *aliases: str) -> Site:
+    return Site(f"L{layer:02d}.{tap}", layer, tap, 8, aliases)
+
+
+HOOKED = {
+    site.name: site
+    for layer in range(12)
+    for site in (
+        hooked(layer, "mlp_in", f"blocks.{layer}.mlp.hook_in"),
+        hooked(layer, "mlp_out", f"blocks.{layer}.hook_mlp_out", f"blocks.{layer}.mlp", f"h.{layer}.mlp"),
+        hooked(layer, "resid_post", f"blocks.{layer}.hook_resid_post", f"blocks.{layer}", f"h.{layer}"),
+        Site(f"blocks.{layer}.attn.hook_out", layer, "attn.hook_out", 8, (f"blocks.{layer}.hook_attn_out",)),
+    )
+}
+EMBED = Site("embed.hook_out", -1, "embed.hook_out", 8, ("embed", "hook_embed"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("blocks.*.hook_resid_post", [f"demo-L{layer:02d}" for layer in range(12)]),
+        ("blocks.[0-3].mlp*", [f"demo-L{layer:02d}" for layer in range(4)]),
+        ("blocks.[13].hook_attn_out", ["demo-L01", "demo-L03"]),
+        ("blocks.1[01].attn.hook_out", ["demo-L10", "demo-L11"]),
+        ("h.?.mlp", [f"demo-L{layer:02d}" for layer in range(10)]),
+        ("blocks.11", ["demo-L11"]),
+        ("embed", ["demo-embed_hook_out"]),
+        ("blocks.2.*hook*", ["demo-L02-mlp_out", "demo-L02-resid_post", "demo-L02-attn_hook_out"]),
+    ],
+)
+def test_every_name_of_a_site_is_understood_and_every_match_is_a_dictionary(pattern: str, names: list[str]) -> None:
+    plans = plan(HOOKED | {EMBED.name: EMBED}, kind="sae", writes=pattern)
+    assert sorted(p.name for p in plans) == sorted(names)
+    assert all(p.spec.reads == p.spec.writes for p in plans)
+
+
+def test_several_taps_make_a_set_each_and_all_names_differ() -> None:
+    plans = plan(HOOKED | {EMBED.name: EMBED}, kind="sae", writes="*")
+    assert len({p.name for p in plans}) == len(plans) == 37
+    assert {p.group for p in plans} == {"demo-mlp_in", "demo-mlp_out", "demo-resid_post", "demo-embed_hook_out"}
+    assert [p.name for p in plans if p.group == "demo-resid_post"][:2] == ["demo-L00-resid_post", "demo-L01-resid_post"]
+
+
+def test_transcoders_pair_globs_by_layer() -> None:
+    plans = plan(HOOKED, reads="blocks.[0-2].mlp.hook_in", writes="h.[0-2].mlp")
+    assert [(p.name, p.spec.reads, p.spec.writes) for p in plans] == [
+        (f"demo-L{i:02d}", (f"L{i:02d}.mlp_in",), (f"L{i:02d}.mlp_out",)) for i in range(3)
+    ]
+    both = plan(HOOKED, reads="L0[0-1].[mr]*", writes="blocks.[01].hook_attn_out")
+    assert {p.group for p in both} == {"demo-mlp_in", "demo-mlp_out", "demo-resid_post"}
+
+
 def test_a_spec_survives_json() -> None:
     spec = plan(kind="clt")[0].spec
     assert from_dict(DictionarySpec, to_dict(spec), "dictionary") == spec
@@ -69,6 +121,9 @@ def test_a_spec_survives_json() -> None:
     [
         (SITES, {"reads": "mlp_inn"}, "matches no site of the cache. Did you mean 'mlp_in'"),
         (SITES, {"layers": (2, 7)}, r"layers \[7\]"),
+        (HOOKED, {"reads": "blocks.*.hook_atn_out"}, r"Did you mean 'blocks\.\*\.hook_attn_out'"),
+        (HOOKED, {"reads": "blocks.3.hook_resid_pst"}, r"Did you mean 'blocks\.3\.hook_resid_post'"),
+        (HOOKED, {"reads": "L*.mlp_inn"}, r"Did you mean 'L\*\.mlp_in'"),
         ({k: v for k, v in SITES.items() if k != "L03.mlp_out"}, {}, r"layers \[3\] lack one side"),
         (SITES, {"writes": "L0*.*"}, "several sites of one layer"),
         (SITES | {"L03.mlp_in": Site("L03.mlp_in", 3, "mlp_in", 9)}, {"kind": "clt"}, "different widths"),
