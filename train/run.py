@@ -186,10 +186,12 @@ def _open(
     """Build a run, at its beginning or at its last checkpoint."""
     checkpoint = load_checkpoint(path)
     fit = Fit(plan, reader, device, workspace)
-    if checkpoint is None:
-        fit.start(reader, None if begun_from is None else begun_from.load())
-    else:
+    if checkpoint is not None:
         fit.load(checkpoint)
+    elif begun_from is not None:
+        fit.start(reader, begun_from.load())
+    else:
+        fit.start(reader)
     begun = (path / CONFIG).exists()
     try:
         log = MetricLog(path, name=plan.name, group=plan.group, config=config, wandb=wandb, after_step=fit.done)
