@@ -9,11 +9,11 @@ The normalisation is the new recipe's: the saved weights do not know another. Wh
 n_f, W_dec ← W_dec / n, W_enc ← W_enc n, b_enc ← b_enc n, θ ← θ n: the same reconstruction wherever a latent decides by
 its own threshold; TopK and BatchTopK choose by a, so their choice changes with n. All sums are float64.
 
-Every parameter is one function of `PARAMETERS`, and every rule with thresholds one of `ADOPT`: a topology or rule with
-more of them adds its own there.
+Every parameter is one function of `PARAMETERS`: a topology with more of them adds its own there. What a rule makes of
+the thresholds is its own `adopt`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.fold import code_factor
-from thresher.train.dictionary.rules import BatchTopK, JumpReLU, ReLU, TopK
+from thresher.train.dictionary.rules.counted import TopK
 from thresher.train.normalise import Affine
 
 
@@ -61,7 +61,7 @@ def unfold(
         new.tokens_since_fired.copy_(old.tokens_since_fired)
         a_nF = new.preactivations(samples[source], coder.bias(source)) if samples else None
         if a_nF is not None:
-            new.rule.start(float(a_nF.var(0).mean().sqrt()))
+            new.rule.start(float(a_nF.var(0).mean().sqrt()), new.b_enc)
         theta = old.rule.thresholds()
         if theta is None and isinstance(old.rule, TopK) and a_nF is not None:
             theta_F = _of_rank(a_nF, old.rule.k).double().expand(coder.n_latents)
@@ -69,9 +69,7 @@ def unfold(
             continue
         else:
             theta_F = theta.double().cpu() / factor * _safe(given.norms[source])
-        for kind, adopt in ADOPT.items():
-            if isinstance(new.rule, kind):
-                adopt(new.rule, theta_F)
+        new.rule.adopt(theta_F, new.b_enc)
 
 
 def _encoders(given: Spaces, coder: Coder) -> None:
@@ -105,22 +103,6 @@ def _biases(given: Spaces, coder: Coder) -> None:
 
 PARAMETERS: tuple[Callable[[Spaces, Coder], None], ...] = (_encoders, _decoders, _biases)
 """In this order."""
-
-
-def _jump_relu(rule: ReLU, theta_F: Tensor) -> None:
-    """log θ; a threshold that is not positive, as a ReLU's, has none and becomes half the gradient's window."""
-    assert isinstance(rule, JumpReLU)
-    rule.log_theta.copy_(torch.where(theta_F > 0, theta_F, rule.window.double().cpu() / 2).log())
-
-
-def _batch_topk(rule: ReLU, theta_F: Tensor) -> None:
-    """The running threshold, one for all latents."""
-    assert isinstance(rule, BatchTopK)
-    rule.threshold.copy_(theta_F.mean())
-
-
-ADOPT: Mapping[type[ReLU], Callable[[ReLU, Tensor], None]] = {JumpReLU: _jump_relu, BatchTopK: _batch_topk}
-"""What rules make of thresholds [F] in training space; the others have no use for them."""
 
 
 def _decoder(given: Spaces, source: int) -> Tensor:

@@ -121,6 +121,10 @@ class Rule(nn.Module):
     def start(self, deviation: float, b_enc: Tensor | None = None) -> None:
         """Set initial state; `deviation` is the standard deviation of the initial pre-activations."""
 
+    def adopt(self, theta_F: Tensor, b_enc: Tensor) -> None:
+        """Go on from thresholds [F] float64 that another run froze to, on pre-activations with the bias `b_enc` [F],
+        which may change; after `start`, without gradient. Whoever learns no threshold has no use for them."""
+
     def line(self, b_enc: Tensor) -> Line | None:
         """How codes follow from pre-activations, where they are not the same."""
         return None

@@ -57,6 +57,11 @@ class Global(Rule):
                 "dead latents. Set aux_scope = 'own', or aux = 0."
             )
 
+    def adopt(self, theta_F: Tensor, b_enc: Tensor) -> None:
+        """One for all latents."""
+        self.threshold.copy_(theta_F.mean())
+        self.aux_threshold.copy_((0.01 * self.threshold).clamp_min(_FLOOR))
+
     def at(self, step: int) -> None:
         """k of the step, and whether there is a threshold already."""
         self.k, self.step = self.count.at(step), step

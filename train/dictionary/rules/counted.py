@@ -131,6 +131,7 @@ class BatchTopK(Rule):
         self.k = self.count.last
         self.sharing = len(spec.reads) if spec.pool == "joint" else 1
         self.decay = spec.threshold_decay
+        self.by_norm = spec.rank_by == "norm"
         self.register_buffer("threshold", torch.tensor(float("nan"), dtype=torch.float64))
         self.threshold: Tensor
 
@@ -142,6 +143,12 @@ class BatchTopK(Rule):
                 f"dictionary.pool is 'joint' for kind = {spec.kind!r}, which has a dictionary for each layer: there is "
                 "nothing to share. Remove pool or set kind = 'clt'."
             )
+
+    def adopt(self, theta_F: Tensor, b_enc: Tensor) -> None:
+        """The running threshold, one for all latents; ranked by norm the scores are others, and the first batch sets
+        it."""
+        if not self.by_norm:
+            self.threshold.copy_(theta_F.mean())
 
     def at(self, step: int) -> None:
         """k of the step."""

@@ -47,6 +47,11 @@ class Gated(Rule):
         if b_enc is not None:
             self.b_mag.copy_(b_enc)
 
+    def adopt(self, theta_F: Tensor, b_enc: Tensor) -> None:
+        """π > θ is a gate with the bias less θ."""
+        self.b_mag.copy_(b_enc)
+        b_enc.sub_(theta_F.to(b_enc))
+
     def line(self, b_enc: Tensor) -> Line:
         """π_m from π_g."""
         slope = self.r.exp()

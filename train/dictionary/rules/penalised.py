@@ -58,6 +58,10 @@ class JumpReLU(Rule):
             self.log_theta.fill_(torch.tensor(theta * unit).log())
             self.window.fill_(width * unit)
 
+    def adopt(self, theta_F: Tensor, b_enc: Tensor) -> None:
+        """log θ; a threshold that is not positive, as a ReLU's, has none and becomes half the gradient's window."""
+        self.log_theta.copy_(torch.where(theta_F > 0, theta_F, self.window.double().cpu() / 2).log())
+
     def theta(self) -> Tensor:
         """[F] thresholds, with gradient to log_theta."""
         return self.log_theta.exp()
