@@ -40,10 +40,15 @@ def unfolded(saved: Coder, wanted: DictionarySpec, reads: list[Affine], writes: 
     return coder
 
 
+SAME = [rule for rule in FIRING if rule["firing"] != "gated" and rule.get("rank_by") != "norm"]
+"""Rules whose parameters the saved form determines. Gated's two biases come back as others of the same codes; what a
+threshold on a · n was, a first batch finds anew."""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("unit", [True, False])
-@pytest.mark.parametrize("rule", [r for r in FIRING if r["firing"] != "gated"], ids=lambda rule: rule["firing"])
+@pytest.mark.parametrize("rule", SAME, ids=lambda rule: rule["firing"])
 def test_unfolding_takes_back_what_folding_did(kind: str, mode: str, unit: bool, rule: dict[str, Any]) -> None:
     settings = spec(kind, normalise=mode, unit_norm=unit, pre_bias=kind == "sae", **rule)
     coder, _, reads, writes = trained(settings)
