@@ -1,6 +1,7 @@
 """Where a model's files are, and what makes them these and no others.
 
-A model is `bundled:NAME`, a Hugging Face directory, or a name on the hub. A hub model that lies complete in the local
+A model is `bundled:NAME`, a directory, a file of weights with its config.json beside it (for models of our own), or a
+name on the hub. A hub model that lies complete in the local
 hub cache is taken from there without asking the network, so a second run works offline and at once; give `revision`
 to get another one.
 """
@@ -29,6 +30,9 @@ TOKENIZER_FILES = (
 )
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
+
+
 def bundled(name: str, suffix: str, field: str) -> Path:
     """The path of `bundled:<name>` in the package; `suffix` is "" for a directory or the file's extension."""
     root = Path(str(resources.files("thresher.harvest"))) / "bundled"
@@ -44,7 +48,8 @@ def bundled(name: str, suffix: str, field: str) -> Path:
 
 
 def locate(model: str, revision: str | None) -> Path:
-    """The directory of a model's files, downloaded first when it is a hub name that is not here yet.
+    """The directory of a model's files, downloaded first when it is a hub name that is not here yet; or the file of
+    weights that `model` names, of a model of our own.
 
     Raises UserError for a directory that is missing or no model, and for a hub name that cannot be had.
     """
@@ -59,12 +64,29 @@ def locate(model: str, revision: str | None) -> Path:
                 "another directory or a hub name."
             )
         return path
+    if path.is_file() and path.suffix in WEIGHT_SUFFIXES and is_simple_mlp(path.parent):
+        return path
     if path.exists() or looks_like_path(model):
         raise UserError(
-            f"target.model is {model!r}, which is {'a file' if path.exists() else 'not there'}; expected a Hugging "
-            "Face model directory, a name on the hub such as 'gpt2', or 'bundled:books-128'. Check the path."
+            f"target.model is {model!r}, which is {'a file' if path.exists() else 'not there'}; expected a model "
+            "directory, the file of weights of a LlamaSimpleMLP with its config.json beside it, a name on the hub such "
+            "as 'gpt2', or 'bundled:books-128'. Check the path."
         )
     return _from_hub(model, revision)
+
+
+def folder_of(path: Path) -> Path:
+    """Where config.json and the tokenizer of a located model are."""
+    return path.parent if path.is_file() else path
+
+
+def is_simple_mlp(folder: Path) -> bool:
+    """Whether a directory's config.json describes a LlamaSimpleMLP, as `architecture` or `model_type`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "LlamaSimpleMLP" in (config.get("architecture"), config.get("model_type"))
 
 
 def looks_like_path(name: str) -> bool:
@@ -99,7 +121,12 @@ def _needed(files: Iterable[str]) -> list[str]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of a model directory, by name. Raises UserError when there are none, or a listed one misses."""
+    """The weight files of a located model, by name. Raises UserError when there are none, or a listed one misses.
+
+    Under a name that is not Hugging Face's, a LlamaSimpleMLP's directory may hold one file of weights.
+    """
+    if path.is_file():
+        return [path]
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -115,6 +142,15 @@ def weight_files(path: Path) -> list[Path]:
             return [path / name for name in listed]
         if (path / single).is_file():
             return [path / single]
+    others = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES) if is_simple_mlp(path) else []
+    if len(others) == 1:
+        return others
+    if others:
+        names = ", ".join(file.name for file in others[:4])
+        raise UserError(
+            f"target.model: {path} holds {len(others)} files of weights ({names}); expected one. Give the file itself "
+            "as target.model."
+        )
     raise UserError(
         f"target.model: {path} has no weights; expected model.safetensors (or shards with their index, or "
         "pytorch_model.bin). Save the model there with save_pretrained, or give another directory or a hub name."
@@ -122,8 +158,9 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The tokenizer's files that are there, [] for a model without one. Settings alone make no tokenizer."""
-    there = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    """The tokenizer's files of a located model, [] for one without. Settings alone make no tokenizer."""
+    folder = folder_of(path)
+    there = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
     return there if any(file.name not in settings for file in there) else []
 

@@ -191,7 +191,7 @@ def _facts(model: TransformerTarget, sites: tuple[Site, ...], corpus: Corpus, si
         "device": str(model.device),
         "batch_contexts": size.contexts,
         "threads_per_pass": size.threads,
-        "attention": str(getattr(model.model.config, "_attn_implementation", None)),
+        "attention": str(getattr(model.model.config, "_attn_implementation", "sdpa")),
         "versions": versions(),
     }
 

@@ -5,13 +5,14 @@ in parallel, which put a norm after the MLP. Its bridge replaces modules by wrap
 so that patterns can be hooked: on the bundled model the wrappers alone take the forward pass to 1.5 times its time, and
 reading through their hooks to 2.1. So the bridge is built around a copy of the model without weights (on the meta
 device, some 0.1 s), asked which module lies behind each hook, and thrown away; the real model runs unwrapped, with
-plain forward hooks on those modules.
+plain forward hooks on those modules. A model of our own (`NativeModel`) is asked itself; all that follows is the same.
 
 Left out: tensors that exist only inside a module or only in the bridge's recomputation (attention patterns, the split
 q, k and v, a norm's scale). Encoder-decoder models.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -32,10 +33,38 @@ HOOKS = {
     "resid_post": ("hook_resid_post",),
 }
 SIDES: dict[str, Literal["in", "out"]] = {"hook_in": "in", "hook_out": "out"}
+LOGITS_UNSEEN = "These are the logits, which recording never computes. Use ln_final.hook_out."
+
+
+class Hooks(NamedTuple):
+    """What can be hooked in one model, under transformer-lens's names."""
+
+    n_layers: int
+    seen: Mapping[str, tuple[str, Point]]
+    """As `SiteTable.hooks`."""
+    unseen: Mapping[str, str]
+    """As `SiteTable.unseen`."""
+    parallel: bool = False
+    """As `Structure.parallel`."""
+
+
+class NativeModel(nn.Module, ABC):
+    """A causal language model of our own, which says itself where its tensors are.
+
+    Called with `input_ids` [B, T], it returns an object with `logits` [B, T, V]. Its `config` has `n_ctx`.
+    """
+
+    @abstractmethod
+    def hooks(self) -> Hooks:
+        """Hook names and their modules, the six taps' among them where the architecture has them."""
+
+    @abstractmethod
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of tokens."""
 
 
 class Structure(NamedTuple):
-    """What the bridge knows of one model."""
+    """What is known of one model."""
 
     table: SiteTable
     parallel: bool
@@ -54,30 +83,18 @@ class Structure(NamedTuple):
 
 
 def read_structure(model: nn.Module) -> Structure:
-    """Ask transformer-lens for the structure of a Hugging Face causal language model; `model` itself stays as it is.
+    """The structure of a causal language model; `model` itself stays as it is.
 
-    Raises UserError for an architecture that transformer-lens has no adapter for.
+    Raises UserError for an architecture that is neither ours nor one that transformer-lens has an adapter for.
     """
+    n_layers, seen, unseen, parallel = model.hooks() if isinstance(model, NativeModel) else _asked(model)
     architecture = type(model).__name__
-    try:
-        bridge, paths = _bridge(model, "meta")
-    except NotImplementedError:  # adapters that split fused matrices need memory behind them, though not the values
-        bridge, paths = _bridge(model, "cpu")
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"target.model is a {architecture}, which transformer-lens cannot map: {str(error).splitlines()[0][:200]} "
-            "Expected a causal language model of an architecture that it supports, such as GPT-2, GPT-NeoX (Pythia), "
-            "Llama, Gemma, Qwen or Mistral."
-        ) from error
-    seen, unseen = _points(bridge, paths)
-    n_layers = len(bridge.blocks)
     taps = {
         (layer, tap): seen[hook][1]
         for layer in range(n_layers)
         for tap in TAPS
         for hook in [f"blocks.{layer}.{name}" for name in HOOKS[tap] if f"blocks.{layer}.{name}" in seen][:1]
     }
-    parallel = "Parallel" in type(bridge.blocks[0]).__name__
     present = {tap for _, tap in taps}
     lacking = {tap: _reason(tap, architecture, parallel, unseen) for tap in TAPS if tap not in present}
     attn_out = {layer: seen[hook][1] for layer in range(n_layers) if (hook := f"blocks.{layer}.hook_attn_out") in seen}
@@ -89,6 +106,22 @@ def read_structure(model: nn.Module) -> Structure:
         canonical_out.endswith("ln2_post.hook_out"),
         "mlp_hidden" in present and any(hook.endswith(".mlp.gate.hook_out") for hook in (*seen, *unseen)),
     )
+
+
+def _asked(model: nn.Module) -> Hooks:
+    """What transformer-lens knows of a Hugging Face model."""
+    architecture = type(model).__name__
+    try:
+        bridge, paths = _bridge(model, "meta")
+    except NotImplementedError:  # adapters that split fused matrices need memory behind them, though not the values
+        bridge, paths = _bridge(model, "cpu")
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"target.model is a {architecture}, which transformer-lens cannot map: {str(error).splitlines()[0][:200]} "
+            "Expected a causal language model of an architecture that it supports, such as GPT-2, GPT-NeoX (Pythia), "
+            "Llama, Gemma, Qwen or Mistral, or a LlamaSimpleMLP."
+        ) from error
+    return Hooks(len(bridge.blocks), *_points(bridge, paths), "Parallel" in type(bridge.blocks[0]).__name__)
 
 
 def _bridge(model: nn.Module, device: str) -> tuple[Any, dict[int, str]]:
@@ -111,7 +144,7 @@ def _points(bridge: Any, paths: Mapping[int, str]) -> tuple[dict[str, tuple[str,
         canonical = str(hook_point.name)
         point = _point(bridge, canonical, paths)
         if canonical == "unembed.hook_out":
-            unseen[hook] = "These are the logits, which recording never computes. Use ln_final.hook_out."
+            unseen[hook] = LOGITS_UNSEEN
         elif point is None:
             unseen[hook] = (
                 "transformer-lens has this hook, but the tensor is no input or output of a module of the Hugging Face "

@@ -1,4 +1,6 @@
-"""A Hugging Face causal language model as `Target`: name its tensors, record them, run it with some replaced.
+"""A causal language model as `Target`: name its tensors, record them, run it with some replaced.
+
+The model is one of Hugging Face's or one of our own (simple_mlp.py).
 
 Tensors are taken and replaced by forward hooks on the model's own modules, which cost about 2 % of a forward pass;
 where they sit is known from transformer-lens (structure.py). A recorded tensor is the model's own, not a copy. The
@@ -26,11 +28,20 @@ from torch import Tensor
 from thresher.cache.contracts import Edit, Overwriting, Site
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
-from thresher.harvest.checkpoint import commit_of, digest, locate, tokenizer_files, weight_files
+from thresher.harvest.checkpoint import (
+    commit_of,
+    digest,
+    folder_of,
+    is_simple_mlp,
+    locate,
+    tokenizer_files,
+    weight_files,
+)
 from thresher.harvest.hooking import Keep, PassEnded, Visit, attached, batched, editing, limited, taking
 from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet
+from thresher.harvest.simple_mlp_files import load_simple_mlp
 from thresher.harvest.sites import TAPS, Located, Point, resolve
-from thresher.harvest.structure import Structure, hidden_faults, read_structure, tap_faults
+from thresher.harvest.structure import NativeModel, Structure, hidden_faults, read_structure, tap_faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +57,8 @@ class TargetConfig:
     """Which model, and how it is run: the table [target] of a recipe."""
 
     model: str = "bundled:books-128"
-    """A name on the Hugging Face hub, a Hugging Face model directory, or bundled:books-128."""
+    """A name on the Hugging Face hub, a Hugging Face model directory, bundled:books-128; or a LlamaSimpleMLP: its
+    directory, or its file of weights (.safetensors, .pt, .bin) with config.json beside it."""
 
     revision: str | None = None
     """Branch, tag or commit on the hub; left out: what the local hub cache has, else the hub's main branch."""
@@ -76,9 +88,9 @@ def model_identity(config: TargetConfig) -> dict[str, object]:
     tokenizer = tokenizer_files(path)
     local = Path(config.model).expanduser()
     return {
-        "model": local.resolve().name if local.is_dir() else config.model,
+        "model": local.resolve().name if local.exists() else config.model,
         "revision": commit_of(path) or config.revision,
-        "config": digest([path / "config.json"]),
+        "config": digest([folder_of(path) / "config.json"]),
         "weights": digest(weight_files(path)),
         "tokenizer": digest(tokenizer) if tokenizer else None,
         "dtype": str(dtype).removeprefix("torch."),
@@ -93,7 +105,7 @@ def load_tokenizer(config: TargetConfig) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(folder_of(path))
     except Exception as error:
         raise UserError(
             f"target.model: the tokenizer of {config.model!r} cannot be loaded ({type(error).__name__}: "
@@ -107,17 +119,22 @@ def load_target(config: TargetConfig) -> "TransformerTarget":
     dtype = resolve_dtype(config.dtype, device)
     identity = model_identity(config)
     path = locate(config.model, config.revision)
-    with quiet():
-        model = fuse_gelu(load_pretrained(path, dtype, config.model))
+    model: Any
+    if is_simple_mlp(folder_of(path)):
+        model = load_simple_mlp(folder_of(path), weight_files(path)).to(dtype)
+    else:
+        with quiet():
+            model = fuse_gelu(load_pretrained(path, dtype, config.model))
     return TransformerTarget(model.to(device), name=config.model, identity=identity)
 
 
 class TransformerTarget:
-    """`contracts.Target` over a Hugging Face causal language model, frozen and in evaluation mode."""
+    """`contracts.Target` over a causal language model, Hugging Face's or a `NativeModel`, frozen and in evaluation
+    mode."""
 
     def __init__(self, model: Any, *, name: str, identity: Mapping[str, object] | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        """The Hugging Face model; it keeps its own modules."""
+        """It keeps its own modules."""
         self.name = name
         self.identity: Mapping[str, object] = dict(identity or {"model": name})
         with quiet():
@@ -125,6 +142,7 @@ class TransformerTarget:
         self.n_layers = self.structure.table.n_layers
         self.n_ctx = _n_ctx(model.config)
         self.n_vocab = int(model.get_input_embeddings().weight.shape[0])
+        self._options = {} if isinstance(model, NativeModel) else {"use_cache": False}
         self._located: dict[str, Located] = {}
         self._shapes: dict[Point, tuple[int, ...]] = {}
         self._faults: dict[tuple[int, str], str] = {}
@@ -209,7 +227,7 @@ class TransformerTarget:
         return twin
 
     def _run(self, tokens: Tensor) -> Any:
-        return self.model(input_ids=tokens.to(self.device), use_cache=False)
+        return self.model(input_ids=tokens.to(self.device), **self._options)
 
     def _point(self, name: str) -> Point:
         if name not in self._located:
@@ -258,7 +276,7 @@ class TransformerTarget:
 
     def _check(self, located: Located) -> None:
         shape = self._shapes.get(located.point)
-        stem = f"harvest.sites asks for {located.name!r}, which transformer-lens places at {located.point.module} "
+        stem = f"harvest.sites asks for {located.name!r}, which lies at {located.point.module} "
         stem += f"({located.point.side}put) in {type(self.model).__name__}"
         if shape is None or shape[:2] != (1, PROBE_TOKENS) or len(shape) != 3:
             got = "the model never runs that module" if shape is None else f"the tensor there has shape {list(shape)}"
@@ -304,7 +322,7 @@ def _replacing(kept: list[Tensor]) -> Visit:
 
 def _n_ctx(config: Any) -> int:
     """Longest context of a model; where positions are unlimited (ALiBi), what it was trained on, else 2048."""
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
+    for key in ("n_ctx", "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
         value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:
             return value

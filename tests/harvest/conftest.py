@@ -8,6 +8,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from thresher.harvest.simple_mlp import LlamaSimpleMLP, SimpleMLPConfig
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -41,14 +42,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
+NATIVE = SimpleMLPConfig(
+    vocab_size=64, n_layer=2, n_head=4, n_key_value_heads=2, n_embd=32, n_intermediate=64, n_ctx=32
+)
+MODELS = (*CONFIGS, "simple_mlp")
+"""Hugging Face's architectures and our own."""
+
 EXPERTS = transformers.MixtralConfig(**_COMMON, num_key_value_heads=1, num_local_experts=4)
 
 
 def tiny(name: str) -> Any:
-    """A random two-layer Hugging Face model of an architecture, its norms' gains and biases random too."""
+    """A random two-layer model of an architecture, its norms' gains and biases random too."""
     torch.manual_seed(0)
-    config = EXPERTS if name == "experts" else CONFIGS[name]()
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    if name == "simple_mlp":
+        model = LlamaSimpleMLP(NATIVE)
+    else:
+        config = EXPERTS if name == "experts" else CONFIGS[name]()
+        model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from tests.harvest.conftest import CONFIGS, tiny
+from tests.harvest.conftest import CONFIGS, MODELS, tiny
 from thresher.cache.errors import UserError
 from thresher.cache.sites import matches
 from thresher.harvest.sites import TAPS
@@ -45,7 +45,7 @@ def test_taps_equal_what_the_bridge_records(name: str, tiny_target: Make) -> Non
         torch.testing.assert_close(recorded[site.name], expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in LACKING])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in LACKING])
 def test_mlp_adds_mlp_out_to_resid_mid(name: str, tiny_target: Make) -> None:
     target = tiny_target(name)
     acts = target.record(TOKENS, target.sites(list(TAPS)))
@@ -69,7 +69,7 @@ def test_mlp_in_is_the_second_norm_with_gain_and_bias(tiny_target: Make) -> None
     torch.testing.assert_close(acts["L01.mlp_out"], out, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_mlp_hidden_times_the_last_matrix_is_what_the_mlp_returns(name: str, tiny_target: Make) -> None:
     target = tiny_target(name)
     sites = target.sites(["L01.mlp_hidden", "blocks.1.mlp.out.hook_out"])
@@ -95,7 +95,7 @@ def test_mlp_hidden_is_behind_the_nonlinearity_and_the_gate(tiny_target: Make) -
 
 
 def test_which_mlps_are_gated(tiny_target: Make) -> None:
-    gated = {name for name in CONFIGS if tiny_target(name).gated_mlp}
+    gated = {name for name in MODELS if tiny_target(name).gated_mlp}
     assert gated == {"llama", "gemma2", "qwen3", "olmo2", "granite", "phi3"}
 
 

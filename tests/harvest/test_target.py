@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.harvest.conftest import CONFIGS
+from tests.harvest.conftest import MODELS
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
 from thresher.harvest.checkpoint import locate
@@ -34,7 +34,7 @@ def editable(target: TransformerTarget) -> list[str]:
     return [tap for tap in TAPS if tap not in lacking and not (tap == "resid_mid" and "mlp_out" in lacking)]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_identity_edits_leave_logits_bit_equal(name: str, tiny_target: Make) -> None:
     target = tiny_target(name)
     sites = target.sites(editable(target))
@@ -45,7 +45,7 @@ def test_identity_edits_leave_logits_bit_equal(name: str, tiny_target: Make) -> 
         assert torch.equal(target.model(input_ids=TOKENS).logits, clean)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_edits_see_what_record_records(name: str, tiny_target: Make) -> None:
     target = tiny_target(name)
     sites = target.sites(editable(target))
@@ -57,7 +57,7 @@ def test_edits_see_what_record_records(name: str, tiny_target: Make) -> None:
     assert all(torch.equal(seen[name], recorded[name]) for name in recorded)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "olmo2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "olmo2", "gemma2", "simple_mlp"])
 def test_editing_resid_mid_moves_the_residual_stream_too(name: str, tiny_target: Make) -> None:
     target = tiny_target(name)
     moved: dict[str, Tensor] = {}
@@ -79,7 +79,7 @@ def test_resid_mid_is_not_edited_where_the_mlp_is_scaled_inside_the_block(tiny_t
         target.logits(TOKENS, {"L01.resid_mid": Tensor.clone})
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "phi3", "simple_mlp"])
 def test_editing_mlp_hidden_moves_what_the_mlp_returns(name: str, tiny_target: Make) -> None:
     target = tiny_target(name)
     clean = target.record(TOKENS, target.sites(["L00.mlp_hidden"]))["L00.mlp_hidden"].clone()
@@ -101,8 +101,9 @@ def test_later_edits_see_earlier_ones(tiny_target: Make) -> None:
     assert not torch.equal(seen[0], clean)
 
 
-def test_gradients_flow_through_edits_and_leave_the_model_alone(tiny_target: Make) -> None:
-    target = tiny_target("gpt2")
+@pytest.mark.parametrize("name", ["gpt2", "simple_mlp"])
+def test_gradients_flow_through_edits_and_leave_the_model_alone(name: str, tiny_target: Make) -> None:
+    target = tiny_target(name)
     shift = torch.zeros(32, requires_grad=True)
     edits = {"L00.mlp_out": lambda x: x + shift, "L01.resid_mid": lambda x: x + shift}
     target.logits(TOKENS, edits)[:, -1].square().mean().backward()
@@ -136,8 +137,9 @@ def test_record_stops_after_the_last_wanted_module(tiny_target: Make) -> None:
         handle.remove()
 
 
-def test_padding_on_the_right_changes_no_real_token(tiny_target: Make) -> None:
-    target = tiny_target("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "simple_mlp"])
+def test_padding_on_the_right_changes_no_real_token(name: str, tiny_target: Make) -> None:
+    target = tiny_target(name)
     sites = target.sites(["mlp_in", "resid_post"])
     short = target.record(TOKENS[:, :7], sites)
     padded = TOKENS.clone()
