@@ -31,7 +31,14 @@ LONGEST_SORTED = 1 << 23
 
 _MASK = (1 << 64) - 1
 _STRIDE = 0xD1342543DE82EF95
-_HARVEST, _SHARD, _CHUNKS, _WITHIN, _SPLIT = 1, 2, 3, 4, 5  # second word of a key: what the permutation is for
+_HARVEST, _SHARD, _CHUNKS, _WITHIN, _SPLIT, _PRETRAIN = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # second word of a key: what the permutation is for
 
 
 def mix(x: int) -> int:
@@ -106,6 +113,11 @@ def context_order(n_contexts: int, seed: int, split: str) -> np.ndarray:
 def shard_order(rows: int, seed: int, split: str, shard: int) -> np.ndarray:
     """[rows]: stored row j of a shard is row `shard_order[j]` of the shard's part of the stream."""
     return perm(rows, seed, _SHARD, SPLITS.index(split), shard)
+
+
+def pretraining_order(rows: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
+    """[rows] in the order in which a language model is trained on the rows of a chunk of its text."""
+    return perm(rows, seed, _PRETRAIN, epoch, chunk)
 
 
 class ShardSource(NamedTuple):

@@ -5,7 +5,6 @@ content: equal documents land in the same split whatever their order, and adding
 packed by itself. What stays in memory is 9 bytes a token: token id, document id and keep class.
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from thresher.cache.layout import Contexts
 from thresher.cache.order import SPLITS, split_of
 from thresher.harvest.documents import Document, Source, content_digest, documents, local_path
 from thresher.harvest.packing import Marks, Packer
+from thresher.harvest.tokenising import batches, check_range, content_key, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_CONTEXT = 1024
 """Context length when the recipe gives none and the model allows more."""
-
-_BATCH_DOCUMENTS, _BATCH_CHARS = 1024, 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +104,13 @@ class DataConfig:
         if not self.source or not self.column:
             raise UserError("data.source and data.column must not be empty.")
 
+    @property
+    def place(self) -> Source:
+        """Where the documents come from."""
+        return Source(
+            self.source, self.subset, self.split, self.revision, self.column, self.streaming, self.txt_documents
+        )
+
 
 class Corpus(NamedTuple):
     """Packed text."""
@@ -158,9 +163,8 @@ def read_corpus(
     model does not have, contexts longer than it allows, and splits that come out empty.
     """
     context = context_length(config, n_ctx)
-    marks = _marks(config, tokenizer)
-    special = np.unique([mark for mark in marks if mark is not None] + list(_special_ids(tokenizer))).astype(np.int64)
-    packers = {split: Packer(context=context, packing=config.packing, marks=marks, special=special) for split in SPLITS}
+    packers = make_packers(config, tokenizer, context)
+    marks = packers["train"].marks
     read = _fill(packers, config, tokenizer, n_vocab, console)
     if not any(packer.documents for packer in packers.values()):
         raise UserError(
@@ -189,6 +193,13 @@ def read_corpus(
         },
     }
     return Corpus(splits, facts)
+
+
+def make_packers(config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", context: int) -> dict[str, Packer]:
+    """An empty packer for each split. Raises UserError when the tokenizer lacks a token that is to be put in."""
+    marks = _marks(config, tokenizer)
+    special = np.unique([mark for mark in marks if mark is not None] + list(_special_ids(tokenizer))).astype(np.int64)
+    return {split: Packer(context=context, packing=config.packing, marks=marks, special=special) for split in SPLITS}
 
 
 def context_length(config: DataConfig, n_ctx: int) -> int:
@@ -228,6 +239,37 @@ def _special_ids(tokenizer: "PreTrainedTokenizerBase | None") -> Iterable[int]:
     return () if tokenizer is None else tokenizer.all_special_ids
 
 
+class Placed(NamedTuple):
+    """A document, tokenised."""
+
+    split: str
+    """Where it goes; "" for one without any token."""
+    tokens: np.ndarray
+    """[n] int64."""
+    read: int
+    """Documents of the source up to this one, with it and with those that were left out at the start."""
+
+
+def placed_documents(config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", n_vocab: int) -> Iterator[Placed]:
+    """Every document from `skip_documents` on, in stored order; the limits of `config` are the caller's to keep.
+
+    Raises UserError as `read_corpus` does for text that cannot be read or tokenised.
+    """
+    count, read = 0, config.skip_documents
+    for batch in batches(itertools.islice(documents(config.place), config.skip_documents, None)):
+        for document, tokens in zip(batch, token_ids(batch, tokenizer, config.column), strict=True):
+            read += 1
+            if len(tokens):
+                check_range(tokens, n_vocab, count)
+                count += 1
+            yield Placed(document_split(document, config) if len(tokens) else "", tokens, read)
+
+
+def document_split(document: Document, config: DataConfig) -> str:
+    """The split that a document goes to, by its content alone."""
+    return split_of(content_key(document), config.split_seed, config.test_fraction, config.validation_fraction)
+
+
 def _fill(
     packers: dict[str, Packer],
     config: DataConfig,
@@ -236,95 +278,22 @@ def _fill(
     console: Console,
 ) -> int:
     """Give every document to the packer of its split, until a limit; returns how many were read, skipped ones too."""
-    source = Source(
-        config.source,
-        config.subset,
-        config.split,
-        config.revision,
-        config.column,
-        config.streaming,
-        config.txt_documents,
-    )
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading text")
-        count, read = 0, config.skip_documents
-        for batch in _batches(itertools.islice(documents(source), config.skip_documents, None)):
-            for document, tokens in zip(batch, _token_ids(batch, tokenizer, config), strict=True):
-                read += 1
-                if not len(tokens):
-                    continue
-                _check_range(tokens, n_vocab, count)
-                taken = sum(packer.tokens for packer in packers.values())
-                packer = packers[
-                    split_of(
-                        _content_key(document), config.split_seed, config.test_fraction, config.validation_fraction
-                    )
-                ]
-                left = None if config.max_tokens is None else config.max_tokens - taken
-                packer.add(tokens[:left], count)
-                count += 1
-                if count == config.max_documents or (left is not None and len(tokens) >= left):
-                    return read
-            tokens_read = sum(packer.tokens for packer in packers.values())
-            progress.update(task, description=f"reading text: {count:,} documents, {tokens_read:,} tokens")
+        count, read, taken = 0, config.skip_documents, 0
+        for split, tokens, read in placed_documents(config, tokenizer, n_vocab):
+            if not split:
+                continue
+            left = None if config.max_tokens is None else config.max_tokens - taken
+            packers[split].add(tokens[:left], count)
+            count += 1
+            if count == config.max_documents or (left is not None and len(tokens) >= left):
+                return read
+            taken = sum(packer.tokens for packer in packers.values())
+            if count % 256 == 0:
+                progress.update(task, description=f"reading text: {count:,} documents, {taken:,} tokens")
         return read
-
-
-def _batches(rows: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups that are worth a tokenizer's threads and bounded in size."""
-    batch: list[Document] = []
-    chars = 0
-    for row in rows:
-        batch.append(row)
-        chars += len(row)
-        if len(batch) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _token_ids(
-    batch: list[Document], tokenizer: "PreTrainedTokenizerBase | None", config: DataConfig
-) -> list[np.ndarray]:
-    texts = [document for document in batch if isinstance(document, str)]
-    if texts and tokenizer is None:
-        raise UserError(
-            f"data.column {config.column!r} holds text, but the model has no tokenizer files. Add its tokenizer to the "
-            "model directory, or give a column of token ids."
-        )
-    encoded = iter(_encode(tokenizer, texts) if texts else [])
-    return [np.asarray(next(encoded) if isinstance(document, str) else document, dtype=np.int64) for document in batch]
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids without special tokens. Fast tokenizers skip the offsets, which we do not need."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and hasattr(backend, "encode_batch_fast"):
-        backend.no_truncation()
-        backend.no_padding()
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _content_key(document: Document) -> int:
-    """64 bits of a document's content: of the text, or of the token ids as little-endian int32."""
-    if isinstance(document, str):
-        content = document.encode("utf-8", "surrogatepass")
-    else:
-        content = np.asarray(document, dtype="<i4").tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def _check_range(tokens: np.ndarray, n_vocab: int, document: int) -> None:
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= n_vocab:
-        raise UserError(
-            f"data.source: document {document} holds the token id {low if low < 0 else high}; expected 0 to "
-            f"{n_vocab - 1}, since the model has {n_vocab} token embeddings. The text was tokenised for another model: "
-            "give the text itself, or the matching model."
-        )
 
 
 def _check_splits(config: DataConfig, packers: dict[str, Packer], splits: dict[str, Contexts], context: int) -> None:
