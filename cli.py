@@ -44,7 +44,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cache_app = typer.Typer(help="Look at a cache and check it.", no_args_is_help=True)
+target_app = typer.Typer(help="Make a target: train a small language model from text.", no_args_is_help=True)
 recipes_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+app.add_typer(target_app, name="target")
 app.add_typer(cache_app, name="cache")
 app.add_typer(recipes_app, name="recipes")
 
@@ -220,6 +222,28 @@ def demo(
     evaluate_recipe(recipe, cache, runs, folder / "report")
 
 
+@target_app.command("train")
+def target_train(
+    name: RecipeName,
+    assignments: Assignments = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="The model's directory; by default the recipe's target.model.")
+    ] = None,
+) -> None:
+    """Train the recipe's language model ([pretrain]) on its text (resumes; a finished model is reused)."""
+    from thresher.harvest.pretraining.display import print_result
+    from thresher.harvest.pretraining.run import target_folder, train_target
+
+    recipe = _read(name, assignments)
+    if "pretrain" not in recipe.given:
+        raise UserError(
+            f"The recipe {recipe.name} has no table [pretrain], which says what language model is trained. Add one "
+            "(thresher recipes keys pretrain), or take target-books-lsm."
+        )
+    target, data, settings = (recipe.tables[table] for table in ("target", "data", "pretrain"))
+    print_result(train_target(target, data, settings, path=folder or target_folder(target), console=out), out)
+
+
 @cache_app.command("info")
 def cache_info(path: Annotated[Path, typer.Argument(help="A cache directory.")]) -> None:
     """What a cache holds, how large it is and how exact."""
@@ -352,7 +376,7 @@ def recipes_list() -> None:
     table = Table("recipe", "dictionaries", "about", box=None, header_style="bold")
     for name in bundled_names():
         recipe = _read(name, None)
-        table.add_row(name, str(len(recipe.variants)), recipe.about)
+        table.add_row(name, str(len(recipe.variants)) if recipe.variants else "a target", recipe.about)
     out.print(table)
 
 
@@ -367,10 +391,15 @@ def recipes_show(name: RecipeName) -> None:
 @recipes_app.command("check")
 def recipes_check(name: RecipeName, assignments: Assignments = None) -> None:
     """Resolve a recipe with every default written out, without loading anything."""
+    from thresher.cache.records import to_dict
+
     recipe = _read(name, assignments)
     for variant in recipe.variants:
         out.print(f"[bold]{variant.label}[/]")
         sys.stdout.write(json.dumps(variant.resolved, indent=1) + "\n")
+    if not recipe.variants:
+        wanted = ("target", "data", "pretrain")
+        sys.stdout.write(json.dumps({table: to_dict(recipe.tables[table]) for table in wanted}, indent=1) + "\n")
 
 
 @recipes_app.command("keys")
@@ -544,6 +573,11 @@ def _judge(
 def _plans(recipe: "Recipe", sites: "Mapping[str, Site]") -> "list[RunPlan]":
     from thresher.train.plan import plan_runs
 
+    if not recipe.variants:
+        raise UserError(
+            f"The recipe {recipe.name} makes a target and no dictionary: it has no table [dictionary]. Add one, or run "
+            f"`thresher target train {recipe.name}`."
+        )
     return [
         plan
         for variant in recipe.variants
@@ -609,6 +643,7 @@ def _texts(
 def _tables() -> dict[str, type]:
     from thresher.evaluate.run import EvaluateConfig
     from thresher.harvest.corpus import DataConfig
+    from thresher.harvest.pretraining.settings import PretrainConfig
     from thresher.harvest.run import HarvestConfig
     from thresher.harvest.target import TargetConfig
     from thresher.train.config import TrainConfig
@@ -621,6 +656,7 @@ def _tables() -> dict[str, type]:
         "dictionary": DictionaryConfig,
         "train": TrainConfig,
         "evaluate": EvaluateConfig,
+        "pretrain": PretrainConfig,
     }
 
 

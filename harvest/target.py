@@ -105,7 +105,8 @@ def load_tokenizer(config: TargetConfig) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder_of(path))
+        with quiet():  # it reads config.json too, and wonders about an architecture that is ours
+            return AutoTokenizer.from_pretrained(folder_of(path))
     except Exception as error:
         raise UserError(
             f"target.model: the tokenizer of {config.model!r} cannot be loaded ({type(error).__name__}: "

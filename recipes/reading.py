@@ -20,6 +20,10 @@ SWEEPABLE = ("dictionary", "train")
 """Tables a sweep may vary: the others change the cache, which a sweep shares."""
 
 
+ASIDE = ("pretrain",)
+"""Tables that dictionaries do not depend on: left out of what a run stores where the recipe has none of them."""
+
+
 class Variant(NamedTuple):
     """One point of the sweep."""
 
@@ -39,9 +43,12 @@ class Recipe(NamedTuple):
     about: str
     """One or two sentences for `recipes list`."""
     tables: dict[str, Any]
-    """Every table without the sweep, by name, as an instance of its class."""
+    """Every table without the sweep, by name, as an instance of its class; without variants, no [dictionary]."""
     variants: tuple[Variant, ...]
-    """At least one; the plain recipe when there is no sweep."""
+    """The plain recipe when there is no sweep; () for a recipe that only makes a target: [pretrain], and neither
+    [dictionary] nor a sweep."""
+    given: frozenset[str]
+    """Tables that the file or an override has, `sweep` among them: the others are all defaults."""
 
 
 def bundled_names() -> list[str]:
@@ -79,9 +86,12 @@ def read(name: str, assignments: Sequence[str], tables: Mapping[str, type]) -> R
     fixed = parsed(assignments, tables)
     base = override(_known(raw, tables), fixed)
     blocks = sweep if isinstance(sweep, list) else [sweep]
+    if "pretrain" in base and "dictionary" not in base and not sweep:
+        tables, blocks = {name: kind for name, kind in tables.items() if name != "dictionary"}, []
     variants = _distinct(variant for block in blocks for variant in _variants(block, base, fixed, tables))
     _refuse_equal_labels(variants, path)
-    return Recipe(path.stem, str(about), _built(base, tables, path.stem), variants)
+    given = frozenset(base) | ({"sweep"} if sweep else frozenset())
+    return Recipe(path.stem, str(about), _built(base, tables, path.stem), variants, given)
 
 
 def _known(raw: Mapping[str, Any], tables: Mapping[str, type]) -> Mapping[str, Any]:
@@ -130,7 +140,8 @@ def _variants(
         built = _built(override(base, {**row, **fixed}), tables, "recipe")
         varied = [key for key, value in row.items() if isinstance(_at(block, key), list) and key not in fixed]
         label = _label(block.get("name"), built["dictionary"], {key: row[key] for key in varied})
-        found.append(Variant(label, built, {table: to_dict(value) for table, value in built.items()}))
+        stored = {table: to_dict(value) for table, value in built.items() if table not in ASIDE or table in base}
+        found.append(Variant(label, built, stored))
     return found
 
 

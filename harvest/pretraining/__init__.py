@@ -1,0 +1,1 @@
+"""Training a small language model from text, so that there is a target to explain."""
