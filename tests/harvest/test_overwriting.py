@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.harvest.conftest import CONFIGS
+from tests.harvest.conftest import MODELS
 from thresher.cache.contracts import Edit, Overwriting
 from thresher.harvest.hooking import limited
 from thresher.harvest.target import TransformerTarget
@@ -44,7 +44,7 @@ def rows_multiplied(target: TransformerTarget, run: Callable[[], Any]) -> int:
     return seen[0]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_leaving_out_what_is_overwritten_changes_no_logit(name: str, tiny_target: Make) -> None:
     target = tiny_target(name)
     if "mlp_out" in target.structure.table.lacking:
