@@ -5,7 +5,7 @@ B = C_vu (C_uu + λ I)⁻¹, c = v̄ - B ū with λ = 1e-6 · tr(C_uu)/D: least 
 does not vary. Moments are float64 sums of centred products, merged as in parallel variance, so the result does not
 depend on how rows are cut into batches. They take 8 (D² + D E) bytes a pair, on the target's device.
 
-Only patched positions count (masks.py), as in everything that the fitted maps stand beside.
+Only patched positions count (cache/patching.py), as in everything that the fitted maps stand beside.
 """
 
 import json
@@ -19,9 +19,9 @@ from torch import Tensor
 from thresher.cache.contracts import Site, Target
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
+from thresher.cache.patching import patch_mask, places, read_rows
 from thresher.evaluate.baselines import Affine, Pair
-from thresher.evaluate.masks import choose_rows, patch_mask, text_hash
-from thresher.evaluate.splice import places, read_rows
+from thresher.evaluate.masks import choose_rows, text_hash
 
 RIDGE = 1e-6
 """λ in units of the mean variance of an entry of u."""

@@ -1,9 +1,7 @@
 """Which positions are patched, which are scored, and which document each score belongs to.
 
-One patch mask P and one scoring mask S serve every arm, protocol and replacement, so that no two numbers of a report
-differ in what they were measured on. P never looks at token ids: padding often shares its id with the end of text, so
-the harvested `keep` code alone says what is real. S asks for both ends of a prediction, because a packed row would
-otherwise score the first word of a document as if the previous document could have foretold it.
+One patch mask P and one scoring mask S (cache/patching.py) serve every arm, protocol and replacement, so that no two
+numbers of a report differ in what they were measured on.
 
 Scores are summed per segment, the part of one document that lies in one row: the finest unit that a bootstrap over
 documents or over rows can be built from later, without running the model again.
@@ -16,10 +14,8 @@ import numpy as np
 
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
+from thresher.cache.patching import PATCH_RULE, SCORE_RULE, patch_mask, score_mask
 
-PATCH_RULE = "keep = 1 (real, not special) except the first real position of a row; elsewhere the live value stays"
-SCORE_RULE = "source t is patched, t + 1 is real, both in one document"
-KEPT = 1
 FIRST, SPECIAL = 1, 2
 EXACT_BUCKETS = 8
 """Positions up to here have a bucket of their own; from there on four share an octave."""
@@ -50,21 +46,6 @@ class Scored(NamedTuple):
     """Whether units of the bootstrap are documents; otherwise they are rows."""
     facts: dict[str, object]
     """Rules, counts and hash, as they go into the results."""
-
-
-def patch_mask(contexts: Contexts) -> np.ndarray:
-    """P, [M, T] bool."""
-    real = contexts.keep > 0
-    first = real & (np.cumsum(real, axis=1) == 1)
-    return (contexts.keep == KEPT) & ~first
-
-
-def score_mask(contexts: Contexts) -> np.ndarray:
-    """S over source positions, [M, T] bool; the last position predicts nothing and is never in it."""
-    scored = patch_mask(contexts)
-    scored[:, :-1] &= (contexts.keep[:, 1:] > 0) & (contexts.document_id[:, 1:] == contexts.document_id[:, :-1])
-    scored[:, -1:] = False
-    return scored
 
 
 def outside_mask(contexts: Contexts) -> np.ndarray:

@@ -6,19 +6,18 @@
 - `single_site`: one of those constants at a time; everything else is the model's own.
 
 Only positions in the patch mask P are encoded or written; elsewhere the live value stays, in every arm. Encoding and
-decoding are the dictionary's own: nothing here knows a weight or a firing rule.
-
-A site may be read by several dictionaries and written by one. The writer reads it as the model made it (an SAE reads
-what it is about to overwrite); any other reader sees what was written, as the rest of the model does.
+decoding are the dictionary's own: nothing here knows a weight or a firing rule. How rows are read and written, and
+who reads what in a cascade: cache/patching.py, which training end to end shares.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from thresher.cache.contracts import Codes, Dictionary, Edit, Overwriting
+from thresher.cache import patching
+from thresher.cache.contracts import Codes, Dictionary, Edit
+from thresher.cache.patching import places, positions, read_rows, write_rows
 
 Protocol = Literal["cascade", "clean_input", "single_site"]
 PROTOCOLS: tuple[Protocol, ...] = ("cascade", "clean_input", "single_site")
@@ -27,53 +26,14 @@ Observer = Callable[[int, int, Codes], None]
 """Told of codes as they arise: index of the dictionary, index of its source, codes of the patched positions."""
 
 
-def places(patch_BT: Tensor) -> Tensor:
-    """[N] int64: the patched positions of the flattened batch, which a mask would be searched for at every site."""
-    return patch_BT.flatten().nonzero()[:, 0]
-
-
-def _overwriting(edit: Callable[[Tensor], Tensor | None], patch_BT: Tensor) -> Overwriting:
-    """An edit that writes every patched position, whatever is there."""
-    return Overwriting(edit, places(~patch_BT))
-
-
-def read_rows(x_BTD: Tensor, places_N: Tensor) -> Tensor:
-    """The patched positions as [N, D] in float32, or in the model's dtype where that is wider."""
-    x_ND = x_BTD.flatten(0, 1).index_select(0, places_N)
-    return x_ND.to(torch.promote_types(x_BTD.dtype, torch.float32))
-
-
-def write_rows(x_BTD: Tensor, places_N: Tensor, value: Tensor) -> Tensor:
-    """A copy of the live value with `value` ([N, D] or [D]) at the patched positions."""
-    out_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
-    rows_ND = value.to(x_BTD.dtype).expand(places_N.shape[0], -1)
-    out_BTD.view(-1, x_BTD.shape[-1]).index_copy_(0, places_N, rows_ND)
-    return out_BTD
-
-
 def recording_edits(sites: Sequence[str], patch_BT: Tensor, into: dict[str, Tensor]) -> dict[str, Edit]:
     """Edits that change nothing and keep each site's patched positions in `into`, [N, D]."""
-
-    places_N = places(patch_BT)
-
-    def recorder(site: str) -> Edit:
-        def edit(x_BTD: Tensor) -> None:
-            into[site] = read_rows(x_BTD, places_N)
-
-        return edit
-
-    return {site: recorder(site) for site in sites}
+    return patching.recording_edits(sites, places(patch_BT), into)
 
 
 def constant_edits(values: Mapping[str, Tensor], patch_BT: Tensor) -> dict[str, Edit]:
     """Edits that write given values ([N, D] rows, or one [D] for all) at the patched positions."""
-
-    places_N = places(patch_BT)
-
-    def writer(value: Tensor) -> Edit:
-        return _overwriting(lambda x_BTD: write_rows(x_BTD, places_N, value), patch_BT)
-
-    return {site: writer(value) for site, value in values.items()}
+    return patching.constant_edits(values, positions(patch_BT))
 
 
 def identity_edits(sites: Sequence[str], patch_BT: Tensor) -> dict[str, Edit]:
@@ -151,7 +111,6 @@ def cascade_edits(
     error in place the patched model is the clean one. What is `known` is not computed again.
     """
     codes: dict[tuple[int, int], Codes] = dict(known.codes)
-    places_N = places(patch_BT)
     if observe is not None:
         for (i, source), found in known.codes.items():
             observe(i, source, found)
@@ -161,42 +120,17 @@ def cascade_edits(
         if observe is not None:
             observe(i, source, codes[i, source])
 
-    def decode(i: int, destination: int, site: str) -> Tensor:
-        d, yhat_NE = dictionaries[i], known.values.get(site)
+    def decode(i: int, destination: int) -> Tensor:
+        d, site = dictionaries[i], dictionaries[i].writes[destination]
+        yhat_NE = known.values.get(site)
         if yhat_NE is None:
             yhat_NE = d.decode(destination, [codes[i, s] for s in d.sources(destination)])
         return yhat_NE if errors is None else yhat_NE + errors[site]
 
-    def edit_of(site: str) -> Edit:
-        readers = [
-            (i, s)
-            for i, d in enumerate(dictionaries)
-            for s, name in enumerate(d.reads)
-            if name == site and (i, s) not in known.codes
-        ]
-        writer = next(((i, j) for i, d in enumerate(dictionaries) for j, w in enumerate(d.writes) if w == site), None)
-
-        def edit(x_BTD: Tensor) -> Tensor | None:
-            own = [r for r in readers if writer is None or r[0] == writer[0]]
-            if own:
-                x_ND = read_rows(x_BTD, places_N)
-                for i, s in own:
-                    encode(i, s, x_ND)
-            if writer is None:
-                return None
-            out_BTD = write_rows(x_BTD, places_N, decode(*writer, site))
-            others = [r for r in readers if r[0] != writer[0]]
-            if others:
-                x_ND = read_rows(out_BTD, places_N)
-                for i, s in others:
-                    encode(i, s, x_ND)
-            return out_BTD
-
-        needs_live_value = writer is None or any(i == writer[0] for i, _ in readers)
-        return edit if needs_live_value else _overwriting(edit, patch_BT)
-
-    touched = dict.fromkeys(site for d in dictionaries for site in (*d.reads, *d.writes))
-    return {site: edit_of(site) for site in touched}
+    unknown = [
+        [() if (i, s) in known.codes else (site,) for s, site in enumerate(d.reads)] for i, d in enumerate(dictionaries)
+    ]
+    return patching.stream_edits(unknown, [d.writes for d in dictionaries], positions(patch_BT), encode, decode)
 
 
 def reads(dictionaries: Sequence[Dictionary]) -> tuple[str, ...]:
