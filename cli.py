@@ -440,13 +440,23 @@ def train_recipe(
     profile: bool = False,
 ) -> "list[RunResult]":
     """Train all dictionaries of the recipe: from its cache, from a ring that harvest refills, or live."""
+    from thresher.train.endtoend.setting import needs_target
     from thresher.train.run import train as run_train
 
     folder = runs or Path("runs") / recipe.name
     with _source(recipe, cache, live) as source:
         plans = _plans(recipe, source.sites)
+        target = _target_on(recipe, device) if needs_target(plans) else None
         results = run_train(
-            plans, source, out=folder, device=device, resume=resume, wandb=wandb, profile=profile, console=out
+            plans,
+            source,
+            out=folder,
+            device=device,
+            resume=resume,
+            wandb=wandb,
+            profile=profile,
+            console=out,
+            target=target,
         )
         source.finish()
     failed = [result.name for result in results if result.status == "failed"]
@@ -585,6 +595,15 @@ def _plans(recipe: "Recipe", sites: "Mapping[str, Site]") -> "list[RunPlan]":
             variant.label, variant.tables["dictionary"], variant.tables["train"], sites, variant.resolved
         )
     ]
+
+
+def _target_on(recipe: "Recipe", device: str) -> "TransformerTarget":
+    """The recipe's language model where training takes place."""
+    import dataclasses
+
+    from thresher.harvest.target import load_target
+
+    return load_target(dataclasses.replace(recipe.tables["target"], device=device))
 
 
 def _identity(tables: Mapping[str, Any]) -> dict[str, Any]:

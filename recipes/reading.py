@@ -139,7 +139,7 @@ def _variants(
     for row in product(lists):
         built = _built(override(base, {**row, **fixed}), tables, "recipe")
         varied = [key for key, value in row.items() if isinstance(_at(block, key), list) and key not in fixed]
-        label = _label(block.get("name"), built["dictionary"], {key: row[key] for key in varied})
+        label = _label(block.get("name"), built, {key: row[key] for key in varied})
         stored = {table: to_dict(value) for table, value in built.items() if table not in ASIDE or table in base}
         found.append(Variant(label, built, stored))
     return found
@@ -156,15 +156,26 @@ def _at(tables: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def _label(name: str | None, dictionary: Any, varied: Mapping[str, Any]) -> str:
-    """`kind-firing` or the block's name, then what the block varies: `-k16`, `-seed1`."""
+_BARE = ("kind", "firing", "objective", "mode")
+"""Keys whose values say by themselves what they are."""
+
+
+def _label(name: str | None, tables: Mapping[str, Any], varied: Mapping[str, Any]) -> str:
+    """`kind-firing` (and `-kl-cascade` where it is trained so), or the block's name; then what it varies: `-k16`.
+
+    A local objective has no mode.
+    """
+    dictionary, train = tables["dictionary"], tables["train"]
+    local = getattr(train, "objective", "local") == "local"
     pieces = [name or f"{dictionary.kind}-{dictionary.firing}"]
+    if name is None and not local:
+        pieces.append(f"{train.objective}-{train.mode}")
     for dotted, value in varied.items():
         key = dotted.split(".")[-1]
-        if key in ("kind", "firing") and name is None:
-            continue  # in the label already
+        if key in _BARE and (name is None or (key == "mode" and local)):
+            continue  # in the label already, or of no effect
         text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-        pieces.append(text if key in ("kind", "firing") else f"{key}{text}")
+        pieces.append(text if key in _BARE else f"{key}{text}")
     return "-".join(pieces).replace("/", "_").replace(" ", "")
 
 

@@ -57,6 +57,7 @@ def auxiliary(
     `lefts`: what `done` left of every destination. `divisor_S`: what Σ‖ê − e‖² is divided by, per destination; None: by
     Σ‖e − ē‖², these rows being the whole batch.
     """
+    xs = [x_ND.detach() for x_ND in xs]  # what made them, in training end to end, does not learn from AuxK
     if coder.spec.aux_scope == "all":
         return joint(coder, done, xs, lefts, [dead_latents(coder, i, done) for i in range(len(xs))], divisor_S)
     terms, counts = [], []

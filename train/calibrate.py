@@ -11,7 +11,7 @@ The check encodes held-out rows under the frozen rule and sums squared errors in
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -127,12 +127,22 @@ def _value(bits: int) -> float:
     return float(np.uint32(bits).view(np.float32))
 
 
+RowsOf = Callable[[int], Iterable[Mapping[str, Tensor]]]
+"""So many training rows, about, in batches [N, D] by site; the same ones at every call."""
+
+
 def calibrate(
-    coders: Sequence[Coder], reader: Source, rows: int, device: torch.device, crew: Crew, stop: StopFlag
+    coders: Sequence[Coder],
+    reader: Source,
+    rows: int,
+    device: torch.device,
+    crew: Crew,
+    stop: StopFlag,
+    read: RowsOf | None = None,
 ) -> None:
     """Set the thresholds of all dictionaries whose rule asks for it, sharing each read of the training rows.
 
-    Returns early, with thresholds unset, when a stop is requested.
+    `read`: the rows, where they are not the cache's. Returns early, with thresholds unset, when a stop is requested.
     """
     searches = {
         pool: RankSearch(float(coders[pool.coder].spec.k or 0))
@@ -142,7 +152,9 @@ def calibrate(
     }
     while searches and not stop.requested:
         sites = [coders[pool.coder].reads[source] for pool in searches for source in pool.sources]
-        for acts in passes(reader, "train", sites, rows, device, stop):
+        for acts in passes(reader, "train", sites, rows, device, stop) if read is None else read(rows):
+            if stop.requested:
+                return
             crew.run(
                 [
                     Task(coders[p.coder].spec, _BATCH_ROWS, functools.partial(_show, search, coders[p.coder], p, acts))

@@ -11,8 +11,21 @@ from thresher.train.kernels.choice import Forced
 class TrainConfig:
     """How dictionaries are trained; what they are is the [dictionary] table's matter."""
 
+    objective: Literal["local", "kl", "ce"] = "local"
+    """What is minimised. local: the reconstruction error at each site. kl, ce: through the language model, with the
+    reconstructions patched in, the KL divergence from its clean predictions or the loss on the next token; whole
+    contexts of the training split are taken, and the dictionaries of one label are trained together."""
+    mode: Literal["cascade", "clean_input", "single_site"] = "cascade"
+    """kl and ce: how reconstructions are patched in, as in the evaluation protocol of that name. cascade: encoders read
+    the stream as earlier replacements left it; clean_input: clean activations, all sites written at once; single_site:
+    clean activations, one pass per written site."""
+    local_weight: float = 0.0
+    """kl and ce: weight of the reconstruction loss (dictionary.loss), added to the loss of every dictionary."""
+    clean_from: Literal["model", "cache"] = "model"
+    """kl and ce: where clean activations come from. model: its own clean pass, exactly; cache: as stored, which spares
+    ce the clean pass but reads scattered rows."""
     batch_rows: int = 4096
-    """Cached rows per optimiser step."""
+    """Cached rows per optimiser step; of objectives kl and ce, as many whole contexts as that many positions hold."""
     epochs: float | None = None
     """Passes over the cache's training rows; 1 when neither epochs, rows nor steps is given."""
     rows: int | None = None
@@ -93,6 +106,14 @@ class TrainConfig:
                     f"train.{name} is {getattr(self, name)} with optimiser = {self.optimiser!r}, which has none. "
                     f"Remove it, or set train.optimiser to {' or '.join(users)}."
                 )
+        if self.local_weight < 0:
+            raise UserError(f"train.local_weight is {self.local_weight:g}; expected 0 or more.")
+        if self.objective == "local" and (self.local_weight > 0 or self.clean_from != "model"):
+            raise UserError(
+                f"train.local_weight = {self.local_weight:g} and train.clean_from = {self.clean_from!r} belong to "
+                "training through the language model, but train.objective is 'local'. Set objective = 'kl' or 'ce', "
+                "or remove them."
+            )
 
     @property
     def resolved_momentum(self) -> float:
@@ -125,9 +146,12 @@ class TrainConfig:
         """Rows that a step works on at a time."""
         return self.batch_rows if self.micro_rows is None else min(self.micro_rows, self.batch_rows)
 
-    def total_steps(self, cached_rows: int) -> int:
-        """Optimiser steps for a cache with that many training rows."""
+    def total_steps(self, cached_rows: int, step_rows: int | None = None) -> int:
+        """Optimiser steps for a cache with that many training rows; `step_rows`: if a step takes others than a batch's.
+
+        Training through the language model counts all positions of contexts as rows.
+        """
         if self.steps is not None:
             return self.steps
         rows = self.rows if self.rows is not None else (1.0 if self.epochs is None else self.epochs) * cached_rows
-        return max(1, -int(-rows // self.batch_rows))
+        return max(1, -int(-rows // (step_rows or self.batch_rows)))

@@ -15,8 +15,12 @@ _MOST_ROWS = 40
 class TrainingDisplay:
     """Draws when told of news, at most a few times a second; a quiet console draws nothing."""
 
-    def __init__(self, console: Console, title: str, names: Sequence[str]) -> None:
+    def __init__(
+        self, console: Console, title: str, names: Sequence[str], columns: Mapping[str, str] | None = None
+    ) -> None:
+        """`columns`: headings of further metrics, by key; a run that lacks one has an empty cell."""
         self.title = title
+        self.columns = dict(columns or {})
         self.rows: dict[str, Mapping[str, Any] | None] = dict.fromkeys(names)
         self.failed: dict[str, str] = {}
         self.caption = ""
@@ -59,24 +63,25 @@ class TrainingDisplay:
     def _table(self) -> Table:
         table = Table(title=self.title, caption=self.caption, title_justify="left", caption_justify="left")
         table.add_column("run")
-        for column in ("step", "FVU", "L0", "dead %", "lr"):
+        for column in ("step", *self.columns.values(), "FVU", "L0", "dead %", "lr"):
             table.add_column(column, justify="right")
         for name in list(self.rows)[:_MOST_ROWS]:
             row = self.rows[name]
             if name in self.failed:
-                table.add_row(name, f"{row['step']:,}" if row else "", "[red]failed[/red]", "", "", "")
+                table.add_row(name, f"{row['step']:,}" if row else "", "[red]failed[/red]")
                 continue
             if row is None:
-                table.add_row(name, "", "", "", "", "")
+                table.add_row(name)
                 continue
             table.add_row(
                 name,
                 f"{row['step']:,}",
+                *(f"{row[key]:.4f}" if key in row else "" for key in self.columns),
                 f"{row['fvu']:.4f}",
                 f"{row['l0']:.1f}",
                 f"{100 * row['dead']:.1f}",
                 f"{row['lr']:.1e}",
             )
         if len(self.rows) > _MOST_ROWS:
-            table.add_row(f"… and {len(self.rows) - _MOST_ROWS} more", "", "", "", "", "")
+            table.add_row(f"… and {len(self.rows) - _MOST_ROWS} more")
         return table

@@ -69,8 +69,8 @@ def feed(jobs: Sequence[Job], stream: Stream, on: Shared) -> None:
             line = bounds.stepped(time.perf_counter() - began)
             if trace is not None:
                 trace.step()
-            if taken == min(_SETTLED_STEPS, steps_left) and (used := kernels_of(jobs)):
-                on.console.print(f"Kernels: {used}.", highlight=False)
+            if taken == min(_SETTLED_STEPS, steps_left):
+                say_kernels(jobs, on.console)
             if line is not None:
                 unwatch(bounds.clock)
                 on.console.print(line, highlight=False)
@@ -78,6 +78,12 @@ def feed(jobs: Sequence[Job], stream: Stream, on: Shared) -> None:
             if on.stop.requested or not any(job.active for job in jobs):
                 break
     _say_the_rest(bounds.line(), trace, on.console)
+
+
+def say_kernels(jobs: Sequence[Job], console: Console) -> None:
+    """Which implementations do the work."""
+    if used := kernels_of(jobs):
+        console.print(f"Kernels: {used}.", highlight=False)
 
 
 def _say_the_rest(line: str | None, trace: Trace | None, console: Console) -> None:

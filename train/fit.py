@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from thresher.cache.source import Source
-from thresher.train.dictionary.coder import Coder, Pass
+from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.crosslayer import build
-from thresher.train.dictionary.encoder import Tally
+from thresher.train.dictionary.encoder import Fired, Tally
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
 from thresher.train.dictionary.pools import shared
@@ -56,6 +56,17 @@ class Inputs(NamedTuple):
     """[N, E] per destination."""
 
 
+class Gradients(NamedTuple):
+    """What a step's backward passes leave beside the gradients themselves."""
+
+    tallies: list[list[Tally]]
+    """By source and part."""
+    terms: list[Losses]
+    """By part, without their graphs."""
+    overflowed: Tensor | None
+    """Bool scalar: whether some selection lacked room (kernels/padded.py). None: none can."""
+
+
 class _Window:
     """Sums on the device since the last report: nothing is read back until someone asks."""
 
@@ -64,6 +75,13 @@ class _Window:
         self.fvu = torch.zeros(sources, dtype=torch.float64, device=device)
         self.active = torch.zeros_like(self.fvu)
         self.other = torch.zeros(4, dtype=torch.float64, device=device)
+        self.ratios: dict[str, Tensor] = {}
+        """Numerator and denominator of further numbers, [2] by name."""
+
+    def add_ratio(self, name: str, numerator: Tensor, denominator: float) -> None:
+        """One step's share of a number that is a ratio of sums."""
+        pair = torch.stack([numerator.double(), torch.full_like(numerator, denominator, dtype=torch.float64)])
+        self.ratios[name] = self.ratios[name] + pair if name in self.ratios else pair
 
     def add(self, parts: Sequence[Losses], active: Tensor, norm: Tensor, tokens: int) -> None:
         """One step, in parts that add up; `active` [sources] entries that fired."""
@@ -88,8 +106,18 @@ class _Window:
 class Fit:
     """A dictionary with its optimiser, its schedule and its position in the stream of rows."""
 
-    def __init__(self, plan: RunPlan, reader: Source, device: torch.device, workspace: Workspace | None = None) -> None:
-        """Build with zero weights; `start` or `load` must follow. `workspace` may be shared with others."""
+    def __init__(
+        self,
+        plan: RunPlan,
+        reader: Source,
+        device: torch.device,
+        workspace: Workspace | None = None,
+        total: int | None = None,
+    ) -> None:
+        """Build with zero weights; `start` or `load` must follow. `workspace` may be shared with others.
+
+        `total`: optimiser steps; None: what the plan asks for, of cached rows.
+        """
         spec = plan.spec
         self.plan = plan
         self.modes = modes(spec.normalise)
@@ -102,7 +130,7 @@ class Fit:
             self.coder.encoder(source).workspace = workspace or Workspace()
         self.coder.use(Kernels(plan.train.kernels))
         self.optimiser = Optimiser(self.coder, plan.train)
-        self.total = plan.train.total_steps(reader.rows("train"))
+        self.total = plan.train.total_steps(reader.rows("train")) if total is None else total
         if self.coder.anneal is not None:
             self.coder.anneal.steps(self.total)  # or it is too short, which is said before the first step
         self.done = 0
@@ -144,35 +172,57 @@ class Fit:
 
     def _step(self, inputs: Inputs, consumed: int) -> Tensor:
         self.coder.at(self.done)
+        rows = self.plan.train.micro_rows
+        parts = [Inputs(*part) for part in zip(split(inputs.xs, rows), split(inputs.ys, rows), strict=True)]
+        found = self._gradients(parts)
+        finite = torch.stack([part.total for part in found.terms]).sum().isfinite()
+        return self.conclude(found, finite, parts, consumed)
+
+    @property
+    def ramp(self) -> float:
+        """What penalties are multiplied by in the coming step."""
+        warmup = self.plan.spec.penalty_warmup
+        length = self.total if warmup == "run" else warmup
+        return min(1.0, (self.done + 1) / length) if length else 1.0
+
+    def conclude(
+        self,
+        found: Gradients,
+        finite: Tensor,
+        parts: Sequence[Inputs],
+        consumed: int,
+        ratios: Mapping[str, tuple[Tensor, float]] | None = None,
+    ) -> Tensor:
+        """Update from the gradients that are there, and count the step; returns as `step` does.
+
+        `finite`: bool scalar, whether there may be an update. `parts`: what was trained on. `ratios`: further numbers
+        to report, numerator and denominator by name.
+        """
+        overflowed = found.overflowed
         rate = base_rate(self.plan.train, self.plan.spec) * rate_factor(self.plan.train, self.done, self.total)
-        tallies, terms, overflowed = self._gradients(inputs)
         with stage("update"):
-            finite = torch.stack([part.total for part in terms]).sum().isfinite()
             norm = self.optimiser.step(rate, finite if overflowed is None else finite & ~overflowed)
         if overflowed is not None:  # left out for lack of room, which later selections have: no failure
             norm = torch.where(overflowed, 0.0, norm)
             self._window.other[3] += overflowed
         if norm.device.type == "cpu" and not bool(norm.isfinite()):
             return norm
-        active = [self.coder.encoder(source).advance(parts, overflowed) for source, parts in enumerate(tallies)]
-        self._window.add(terms, torch.stack(active), norm, inputs.xs[0].shape[0])
+        active = [self.coder.encoder(source).advance(parts, overflowed) for source, parts in enumerate(found.tallies)]
+        self._window.add(found.terms, torch.stack(active), norm, sum(part.xs[0].shape[0] for part in parts))
+        for name, pair in (ratios or {}).items():
+            self._window.add_ratio(name, *pair)
         if self.coder.anneal is not None:
             self.coder.anneal.advance(self.done, self.total, overflowed)
         self._rate = rate
         self.done += 1
         self.position += consumed
-        self._resample(inputs)
+        self._resample(parts)
         return norm
 
-    def _gradients(self, inputs: Inputs) -> tuple[list[list[Tally]], list[Losses], Tensor | None]:
-        """Gradients of one batch, in as many parts as micro_rows asks for.
-
-        Returns tallies by source and part, losses by part, and whether some selection lacked room (None: none can).
-        """
-        spec, rows = self.plan.spec, self.plan.train.micro_rows
-        length = self.total if spec.penalty_warmup == "run" else spec.penalty_warmup
-        ramp = min(1.0, (self.done + 1) / length) if length else 1.0
-        xs, ys = split(inputs.xs, rows), split(inputs.ys, rows)
+    def _gradients(self, parts: Sequence[Inputs]) -> Gradients:
+        """Gradients of one batch, in parts."""
+        ramp, (xs, ys) = self.ramp, ([part.xs for part in parts], [part.ys for part in parts])
+        tokens = sum(part_xs[0].shape[0] for part_xs in xs)
         known = survey(self.coder, xs, ys, ramp > 0) if len(xs) > 1 else None
         variances = [space.total_variance for space in self.writes]
         tallies, terms, short = [], [], []
@@ -182,30 +232,27 @@ class Fit:
                 found = losses(self.coder, out, part_xs, part_ys, variances, ramp, known and known.whole)
             with stage("backward"):
                 found.total.backward()
-            self._hear(out, inputs.xs[0].shape[0])
+            self.hear(out.fired, tokens)
             tallies.append([self.coder.encoder(source).tally(part) for source, part in enumerate(out.fired)])
             terms.append(found._replace(total=found.total.detach()))  # else the part's graph stays
-            selections = [part.selection for part in out.fired if isinstance(part.selection, Padded)]
-            short += [s.overflowed for s in selections if s.overflowed is not None]
+            short += lacking_room(out.fired)
         by_source = [list(column) for column in zip(*tallies, strict=True)]
-        by_source = shared(by_source) if spec.pool == "joint" else by_source
-        return by_source, terms, torch.stack(short).any() if short else None
+        by_source = shared(by_source) if self.plan.spec.pool == "joint" else by_source
+        return Gradients(by_source, terms, torch.stack(short).any() if short else None)
 
-    def _resample(self, inputs: Inputs) -> None:
+    def _resample(self, parts: Sequence[Inputs]) -> None:
         """Let silent latents start anew, where it is time; not after the last step, which nothing follows."""
         every = self.plan.spec.resample
         if every and self.done % every == 0 and self.done < self.total:
-            rows = self.plan.train.micro_rows
-            parts = list(zip(split(inputs.xs, rows), split(inputs.ys, rows), strict=True))
             silent_tokens = every // 2 * self.plan.train.batch_rows
             resample(self.coder, self.optimiser, parts, silent_tokens, self.plan.seed, self.done)
 
-    def _hear(self, out: Pass, tokens: int) -> None:
+    def hear(self, fired: Sequence[Fired], tokens: int) -> None:
         """Let an annealed penalty measure a part of a step's batch of `tokens`, where it is to."""
         anneal = self.coder.anneal
         if anneal is not None and anneal.listens(self.done, self.total):
             with torch.no_grad():
-                anneal.hear([weighed(self.coder, i, part) for i, part in enumerate(out.fired)], tokens)
+                anneal.hear([weighed(self.coder, i, part) for i, part in enumerate(fired)], tokens)
 
     def forget_gradients(self) -> None:
         """Give back what a step that failed has left."""
@@ -239,6 +286,7 @@ class Fit:
             "lr": self._rate,
             "threshold": theta_mean,
         }
+        out |= {name: (pair[0] / pair[1]).item() for name, pair in self._window.ratios.items()}
         if len(spec.layers) > 1:
             for index, layer in enumerate(spec.layers):
                 per_layer = {"fvu": numbers[2][index], "l0": numbers[1][index], "dead": shares[index]}
@@ -283,6 +331,12 @@ def _space(mode: Mode, reader: Source, site: str) -> Affine:
     if mode == "per_token":
         sample = reader.gather("train", site, reader.sample("train", _SPACE_ROWS))
     return affine(mode, reader.statistics(site), site, sample)
+
+
+def lacking_room(fired: Sequence[Fired]) -> list[Tensor]:
+    """Bool scalars: of every selection that has a fixed capacity, whether it was too small."""
+    selections = [part.selection for part in fired if isinstance(part.selection, Padded)]
+    return [s.overflowed for s in selections if s.overflowed is not None]
 
 
 def sites_of(fits: Sequence[Fit]) -> list[str]:

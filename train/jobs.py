@@ -42,7 +42,7 @@ class Job:
         try:
             return self.fit.step(inputs, rows)
         except (RuntimeError, MemoryError) as error:
-            if not _short_of_memory(error):
+            if not short_of_memory(error):
                 raise
             self.fit.forget_gradients()  # what they hold is needed by the others
             return f"step {self.fit.done + 1} ran out of memory ({error})"
@@ -87,7 +87,7 @@ class Job:
         )
 
 
-def _short_of_memory(error: Exception) -> bool:
+def short_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out; on a CPU torch has no exception of its own for that."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

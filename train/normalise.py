@@ -58,6 +58,13 @@ class Affine(NamedTuple):
             return x_ND if bool((self.scale == 1).all()) else x_ND / self.scale.to(x_ND)
         return (x_ND - self.shift.to(x_ND)) / self.scale.to(x_ND)
 
+    def undo(self, x_ND: Tensor) -> Tensor:
+        """Rows of training space as raw activations, same dtype and device: what `apply` is the inverse of."""
+        assert self.raw_mean is None, "only its frame leads a row back that was normalised by itself"
+        if bool((self.shift == 0).all()):
+            return x_ND if bool((self.scale == 1).all()) else x_ND * self.scale.to(x_ND)
+        return x_ND * self.scale.to(x_ND) + self.shift.to(x_ND)
+
 
 class Frame(NamedTuple):
     """Every row's own origin and unit."""

@@ -81,6 +81,13 @@ class Optimiser:
         self.clear()
         return norm
 
+    @torch.no_grad()
+    def finite(self) -> Tensor:
+        """Bool scalar: whether all gradients are. For dictionaries of which either all are updated or none."""
+        self.parameters.sinks.settle(whole=True)
+        grads = [p.grad for p in self.parameters.all if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads).isfinite()
+
     def clear(self) -> None:
         """Forget all gradients."""
         self.parameters.sinks.clear()

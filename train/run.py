@@ -1,8 +1,8 @@
 """The training stage: every dictionary of a sweep from one stream of batches.
 
 Dictionaries that share batch size and seed form a pass: one `Batches` feeds them all, step by step, and each keeps its
-own optimiser, schedule and length. What they do not share is trained in a further pass. The language model is never
-needed here.
+own optimiser, schedule and length. What they do not share is trained in a further pass. The language model is only
+needed by plans with an objective that goes through it (train/endtoend/), whose groups follow one after the other.
 
 A run directory belongs to one resolved recipe. Finished: it is reused. Unfinished: it goes on from its last checkpoint
 when `resume` is set. Made from another recipe: refused. A dictionary whose loss or gradient stops being finite is set
@@ -12,7 +12,7 @@ aside with its last good state; the others go on.
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,14 +20,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.console import Console
 
+from thresher.cache.contracts import Target
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
-from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
+from thresher.cache.interrupts import Interrupted, deferred_interrupts
 from thresher.cache.records import differences, to_dict
 from thresher.cache.source import Source
-from thresher.train.calibrate import HeldOut, calibrate, difference, held_out
+from thresher.train.calibrate import HeldOut, RowsOf, calibrate, difference, held_out
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew
+from thresher.train.endtoend.feed import common_step, feed_group
+from thresher.train.endtoend.setting import Setting, together
 from thresher.train.feed import Shared, Stream, feed
 from thresher.train.files import CONFIG, check_weights, git_commit, read_config, save_run, versions, write_config
 from thresher.train.finetune import Origin, origin
@@ -65,10 +68,12 @@ def train(
     wandb: WandbMode = "disabled",
     profile: bool = False,
     console: Console,
+    target: Target | None = None,
 ) -> list[RunResult]:
     """Train all plans from the cache into `out`/<name>; results in the order of the plans.
 
-    `profile` writes a trace of some steps into the first run directory of every pass (train/profile.py).
+    `target`: the language model, frozen, on `device`; needed where a plan's objective is not local. `profile` writes a
+    trace of some steps into the first run directory of every pass (train/profile.py).
     Raises UserError before any work for duplicate names, for directories that hold something else, and for unfinished
     runs without `resume`. Raises Interrupted after SIGINT or SIGTERM, with everything saved.
     """
@@ -79,11 +84,26 @@ def train(
             f"Several dictionaries have the name {twice[0]!r}. Give their [[sweep]] blocks different names."
         )
     where = resolve_device(device, "--device")
+    groups = together(plans)
+    if groups and target is None:
+        raise UserError(
+            f"Group {next(iter(groups))!r} is trained through the language model, which was not given. Pass `target`, "
+            "or set train.objective = 'local'."
+        )
+    setting = Setting(target, reader, where) if groups and target is not None else None
     origins = {plan.name: origin(plan) for plan in plans}
-    configs = [_config(plan, origins[plan.name], reader, where) for plan in plans]
+    totals = [_total(plan, reader, setting) for plan in plans]
+    configs = [
+        _config(plan, origins[plan.name], total, reader, where, groups)
+        for plan, total in zip(plans, totals, strict=True)
+    ]
     finished = {
         plan.name: _reusable(plan, config, out / plan.name, resume) for plan, config in zip(plans, configs, strict=True)
     }
+    for members in groups.values():
+        if any(finished[plan.name] is None for plan in members):  # a group ends together; what is done comes out again
+            finished |= dict.fromkeys(plan.name for plan in members)
+            common_step([out / plan.name for plan in members])
     results = {
         plan.name: RunResult(plan.name, plan.group, out / plan.name, "reused", found)
         for plan in plans
@@ -100,20 +120,45 @@ def train(
             for plan, config in todo
         ]
         streams: dict[Stream, list[Job]] = {}
+        shared = Shared(reader, where, crew, stop, console, profile)
         for job in jobs:
+            if job.plan.group in groups:
+                continue
             key = Stream(job.plan.train.batch_rows, job.plan.seed, job.fit.position)
             streams.setdefault(key, []).append(job)
         for stream, group in streams.items():
-            feed(group, stream, Shared(reader, where, crew, stop, console, profile))
-            if not stop.requested:
-                for result in _finish(group, reader, where, crew, stop, console):
-                    results[result.name] = result
-            if stop.requested:
-                _save_and_stop(group, out)
+            feed(group, stream, shared)
+            results |= _finished(group, out, shared)
+        for name in groups:
+            group = [job for job in jobs if job.plan.group == name]
+            if group:
+                assert setting is not None
+                joint = setting.group([job.fit for job in group])
+                feed_group(group, joint, shared)
+                results |= _finished(group, out, shared, joint.trained_rows if _reads_patched(group) else None)
     return [results[name] for name in names]
 
 
-def _config(plan: RunPlan, begun: Origin | None, reader: Source, device: torch.device) -> dict[str, Any]:
+def _reads_patched(jobs: Sequence[Job]) -> bool:
+    """Whether encoders read in training what the cache does not hold."""
+    return jobs[0].plan.train.mode == "cascade"
+
+
+def _total(plan: RunPlan, reader: Source, setting: Setting | None) -> int:
+    """Optimiser steps of a plan."""
+    if plan.train.objective == "local" or setting is None:
+        return plan.train.total_steps(reader.rows("train"))
+    return setting.total_steps(plan)
+
+
+def _config(
+    plan: RunPlan,
+    begun: Origin | None,
+    total: int,
+    reader: Source,
+    device: torch.device,
+    groups: Mapping[str, Sequence[RunPlan]],
+) -> dict[str, Any]:
     """config.json of a run that is about to start."""
     return {
         "name": plan.name,
@@ -128,8 +173,9 @@ def _config(plan: RunPlan, begun: Origin | None, reader: Source, device: torch.d
             "finished": False,
             "settings": to_dict(plan.train),
             "seed": plan.seed,
-            "total_steps": plan.train.total_steps(reader.rows("train")),
+            "total_steps": total,
             "device": str(device),
+            **({"together": sorted(other.name for other in groups[plan.group])} if plan.group in groups else {}),
         },
     }
 
@@ -144,6 +190,7 @@ def _decisive(config: dict[str, Any]) -> dict[str, Any]:
         "seed": training["seed"],
         "cache": config["cache"]["fingerprint"],
         "init_from": config.get("init_from"),
+        "together": training.get("together"),
     }
 
 
@@ -185,7 +232,7 @@ def _open(
 ) -> Job:
     """Build a run, at its beginning or at its last checkpoint."""
     checkpoint = load_checkpoint(path)
-    fit = Fit(plan, reader, device, workspace)
+    fit = Fit(plan, reader, device, workspace, config["training"]["total_steps"])
     if checkpoint is not None:
         fit.load(checkpoint)
     elif begun_from is not None:
@@ -216,10 +263,20 @@ def _save_and_stop(jobs: Sequence[Job], out: Path) -> None:
     )
 
 
-def _finish(
-    jobs: Sequence[Job], reader: Source, device: torch.device, crew: Crew, stop: StopFlag, console: Console
-) -> Iterable[RunResult]:
-    """Freeze, check and save the jobs that reached their end; none of them once a stop is requested."""
+def _finished(jobs: Sequence[Job], out: Path, on: Shared, read: RowsOf | None = None) -> dict[str, RunResult]:
+    """Results by name of the jobs of a pass; raises Interrupted, with everything saved, once a stop is requested."""
+    results = {} if on.stop.requested else {result.name: result for result in _finish(jobs, on, read)}
+    if on.stop.requested:
+        _save_and_stop(jobs, out)
+    return results
+
+
+def _finish(jobs: Sequence[Job], on: Shared, read: RowsOf | None) -> Iterable[RunResult]:
+    """Freeze, check and save the jobs that reached their end; none of them once a stop is requested.
+
+    `read`: rows that thresholds are set on, where they are not the cache's.
+    """
+    reader, device, crew, stop, console = on[:5]
     budgets: dict[tuple[int, int], list[Job]] = {}  # what a run comes to must not depend on its company
     for job in jobs:
         if job.failed is None:
@@ -229,7 +286,7 @@ def _finish(
     for (calibrate_rows, heldout_rows), ready in budgets.items():
         coders = [job.fit.deployed() for job in ready]
         with console.status("Setting thresholds and checking on held-out rows …"):
-            calibrate(coders, reader, calibrate_rows, device, crew, stop)
+            calibrate(coders, reader, calibrate_rows, device, crew, stop, read)
             checks = held_out(coders, reader, heldout_rows, device, crew, stop)
         if stop.requested:
             return

@@ -28,6 +28,7 @@ STAGES = {
     "encode": "the encoder's matrix product",
     "select": "choosing the latents that fire",
     "decode": "reconstructions from the codes",
+    "target": "passes of the language model, forward and, where it is cut off from the dictionaries, backward",
     "loss": "losses, with AuxK",
     "auxk": "AuxK alone",
     "backward": "gradients",

@@ -74,6 +74,19 @@ def latest_position(run: Path) -> tuple[int, int]:
     return record["step"], record["position"]
 
 
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of which there are checkpoints, ascending."""
+    return [int(record.stem.removeprefix("step-")) for record in _records(run)]
+
+
+def drop_checkpoints(run: Path, after: int) -> None:
+    """Delete checkpoints of later steps, each record before its tensors."""
+    for step in checkpoint_steps(run):
+        if step > after:
+            for suffix in ("json", "safetensors"):
+                (run / "checkpoints" / f"step-{step:08d}.{suffix}").unlink(missing_ok=True)
+
+
 def load_checkpoint(run: Path) -> Checkpoint | None:
     """The newest checkpoint, or None. Raises UserError when it cannot be read."""
     records = _records(run)

@@ -179,11 +179,7 @@ class Coder(nn.Module):
         if chosen is None and self.spec.pool == "joint":
             chosen = choose(self, [xs])[0]
         before = chosen or [None] * len(xs)
-        norms = [self.rank_norms(source) if one is None else one.norms for source, one in enumerate(before)]
-        fired = tuple(
-            self.encoder(source)(x_ND, self.bias(source), before[source], norms[source])
-            for source, x_ND in enumerate(xs)
-        )
+        fired = tuple(self.fire(source, x_ND, before[source]) for source, x_ND in enumerate(xs))
         with stage("decode"):
             *prefixes, y_NSE = self._reconstructed(xs, fired, self.spec.prefix_ends)
             wide = [part._replace(selection=part.wide.selection, z=part.wide.z) for part in fired if part.wide]
@@ -206,7 +202,7 @@ class Coder(nn.Module):
 
     def without_codes(self, xs: Sequence[Tensor]) -> Tensor:
         """[N, S, E] what is reconstructed when nothing fires."""
-        return self.b_dec.expand(xs[0].shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
+        return self.begin(xs[0].shape[0])
 
     def add(self, y_NSE: Tensor, source: int, part: Fired, x_ND: Tensor) -> Tensor:
         """The reconstructions with what one source's codes write; `y_NSE` may be changed in place."""
@@ -219,6 +215,18 @@ class Coder(nn.Module):
         """`add` to each of several what a segment of latents writes; they end at `ends` (kernels/prefixes.py)."""
         W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
         return list(add_segments(sums, part.z, W_dec, part.selection, ends, first, self.kernels, sink))
+
+    # With `add` the same source by source, where a later one reads what follows from an earlier one's writing.
+
+    def fire(self, source: int, x_ND: Tensor, chosen: Chosen | None = None) -> Fired:
+        """Training codes of one source."""
+        norms = self.rank_norms(source) if chosen is None else chosen.norms
+        fired: Fired = self.encoder(source)(x_ND, self.bias(source), chosen, norms)
+        return fired
+
+    def begin(self, tokens: int) -> Tensor:
+        """[N, S, E] the decoder's biases, before any source was read."""
+        return self.b_dec.expand(tokens, -1, -1).clone(memory_format=torch.contiguous_format)
 
     def decoder_sink(self, source: int) -> Sink | None:
         """Where the gradient of a source's decoder goes; None: to autograd."""
