@@ -30,7 +30,7 @@ def test_a_trace_names_every_stage_of_every_dictionary_of_the_pass(cache: CacheR
     assert name == "t-L00/steps-6-10.pt.trace.json.gz"
     assert "t-L00/profile/steps-6-10.pt.trace.json.gz" in console.export_text()
     spans = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
-    assert set(STAGES) <= set(spans)
+    assert set(spans) >= set(STAGES) - {"target"}  # no model takes part
     assert spans["encode"] == spans["backward"] == spans["update"] == 2 * 5
     assert any(event["name"].startswith("aten::") for event in events if "name" in event)
 
