@@ -39,8 +39,8 @@ from thresher.evaluate.passes import BatchRunner, Clean, rows_by_batch
 from thresher.evaluate.tally import Tally
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, resolve_dtype
 from thresher.train.config import TrainConfig
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec
+from thresher.train.dictionary.topologies import build
 from thresher.train.plan import plan_runs
 
 K, EXPANSION, BAR = 32, 8, 1.6

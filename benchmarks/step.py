@@ -38,9 +38,9 @@ from torch import Tensor
 from thresher.cache.process import prepare_process
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.initial import initialise
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.topologies import build
 from thresher.train.losses import losses
 from thresher.train.normalise import Affine
 from thresher.train.optim import Optimiser

@@ -48,6 +48,8 @@ class Codes(NamedTuple):
     frame: Tensor | None = None
     """[N, 2] mean and scale of each token, of a dictionary that normalises every token by itself: its `decode` puts
     reconstructions back with them. None for all others."""
+    x: Tensor | None = None
+    """[N, D] what was encoded, for dictionaries whose decoder reads it; None where it does not."""
 
     @property
     def tokens(self) -> int:
@@ -71,6 +73,11 @@ class Codes(NamedTuple):
         out = self.values.new_zeros(self.tokens, self.width)
         out[self.rows(), self.latents] = self.values
         return out
+
+
+def side_by_side(acts: Mapping[str, Tensor], sites: Sequence[str]) -> Tensor:
+    """[N, D] rows of a source that reads these sites: one site's as they are, several sites' behind one another."""
+    return acts[sites[0]] if len(sites) == 1 else torch.cat([acts[site] for site in sites], dim=1)
 
 
 class Overwriting(NamedTuple):
@@ -152,8 +159,9 @@ class Target(Protocol):
 class Dictionary(Protocol):
     """One trained dictionary, acting on raw activations.
 
-    A source is a site it reads and encodes; a destination is a site it reconstructs. An SAE has one source that is
-    its destination, a transcoder one of each, a CLT one of each per layer.
+    A source is what one encoder reads: a site, or in a crosscoder several. A destination is a site it reconstructs. An
+    SAE has one source that is its destination, a transcoder one of each, a CLT one of each per layer; a crosscoder has
+    one source that reads all its destinations.
     """
 
     @property
@@ -161,7 +169,18 @@ class Dictionary(Protocol):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Site names of the sources, in forward order."""
+        """Site names that it reads, each once, in forward order."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """By source, the sites that it reads: what `encode` takes is their rows side by side (`side_by_side`)."""
+        ...
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model reaches whatever a destination is computed from before that destination. Only then can the
+        dictionary run along in a forward pass (the protocol `cascade`)."""
         ...
 
     @property
@@ -184,6 +203,15 @@ class Dictionary(Protocol):
 
     def write_norms(self) -> Tensor:
         """[sources, destinations] Σ_f ‖w_f‖², f's decoder rows for a destination; NaN where a source does not write."""
+        ...
+
+    def latent_costs(self, source: int) -> Tensor:
+        """[F] weights that come into play where a latent is active: its encoder row and all that it writes with."""
+        ...
+
+    @property
+    def fixed_cost(self) -> int:
+        """Weights that are used on every token, whatever is active: those of a skip connection. Biases do not count."""
         ...
 
     def sources(self, destination: int) -> range:

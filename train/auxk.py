@@ -8,7 +8,8 @@ largest pre-activations a. With z' = relu(a) and e = y − ŷ, detached,
 (`spec.aux_divisor` names another divisor, `spec.aux_scale` leaves the factor out), so only dead rows of encoder and
 decoder learn, and b_dec does not. In a CLT every layer's dead latents take their own layer's residual through their
 rows for that layer, and the term is the mean over the layers that have dead latents; with `spec.aux_scope = "all"` they
-explain all layers together (train/auxk_joint.py).
+explain all layers together (train/auxk_joint.py). A
+crosscoder's take the residuals of all its sites as one long e. A MoLT's are transforms, and go the plain way.
 
 `plain_error` is the specification, by ordinary autograd. The fast form takes the pre-activations from the block that
 the encoder has made anyway (kernels/silent.py), and then costs O(codes): everything is linear in ê − e, so its backward
@@ -61,11 +62,14 @@ def auxiliary(
     if coder.spec.aux_scope == "all":
         return joint(coder, done, xs, lefts, [dead_latents(coder, i, done) for i in range(len(xs))], divisor_S)
     terms, counts = [], []
-    for source, (x_ND, left) in enumerate(zip(xs, lefts, strict=True)):
+    for source, x_ND in enumerate(xs):
         dead = dead_latents(coder, source, done)
         if dead is not None:
-            total = left.variation() if divisor_S is None else divisor_S[source]
-            terms.append(_share(coder, source, dead, done.fired[source].silent, x_ND, left.residual, total))
+            span = list(coder.explained(source))
+            own = [lefts[destination] for destination in span]
+            apart_S = torch.stack([left.variation() for left in own]) if divisor_S is None else divisor_S[span]
+            residual_NE = own[0].residual if len(own) == 1 else torch.cat([left.residual for left in own], 1)
+            terms.append(_share(coder, source, dead, done.fired[source].silent, x_ND, residual_NE, apart_S.sum()))
             counts += [] if dead.number is None else [dead.number]
     if not terms:
         return done.y.new_zeros(())
@@ -103,8 +107,9 @@ def _share(
     if dead.number is not None:
         weight = (dead.number.to(total.dtype) / enough).clamp_max(1.0)
     factor = weight / total.where(total > 0, torch.inf)  # nothing to explain: 0
-    if silent is None:
-        coder.kernels.pick("auxk", x_ND.device, x_ND.dtype, 0)
+    if silent is None or not coder.by_rows:
+        if silent is None:
+            coder.kernels.pick("auxk", x_ND.device, x_ND.dtype, 0)
         return factor * plain_error(coder, source, dead, x_ND, residual_NE)
     encoder, b_dec_D = coder.encoder(source), coder.b_dec[source].detach() if coder.spec.pre_bias else None
     weights = (encoder.W_enc, encoder.b_enc, coder.W_dec[source])
@@ -120,12 +125,13 @@ def plain_error(coder: Coder, source: int, dead: Dead, x_ND: Tensor, residual_NE
     encoder, latents = coder.encoder(source), dead.latents
     shifted_ND = x_ND - coder.b_dec[source].detach() if coder.spec.pre_bias else x_ND
     a_Nn = F.linear(shifted_ND, encoder.W_enc[latents], encoder.b_enc[latents])
+    a_Nn = a_Nn if dead.number is None else a_Nn.masked_fill(~dead.real(), padded.PADDING)
     floor = encoder.rule.aux_floor()
     if floor is None:
         kept_Nn = plain_silent(a_Nn.detach(), torch.arange(len(latents), device=a_Nn.device), coder.spec.resolved_aux_k)
     else:
-        kept_Nn = (a_Nn.detach() > floor) & dead.real()
-    guess_NE = (a_Nn * kept_Nn) @ coder.W_dec[source][latents, 0]
+        kept_Nn = a_Nn.detach() > floor
+    guess_NE = coder.explain(source, latents, a_Nn * kept_Nn, x_ND)
     return (guess_NE - residual_NE).square().sum()
 
 
@@ -145,7 +151,7 @@ class _Error(torch.autograd.Function):
         way: "_Way",
         sinks: tuple[Sink | None, Sink | None],
     ) -> Tensor:
-        products = way(W_dec_FTE[:, 0])
+        products = way(W_dec_FTE.flatten(1)[:, : residual_NE.shape[1]])
         total = products.error(residual_NE)
         ctx.products, ctx.latents, ctx.sinks = products, latents, sinks
         ctx.save_for_backward(W_enc, b_enc, W_dec_FTE, x_ND, b_dec_D)
@@ -198,7 +204,7 @@ def _way(coder: Coder, encoder: Encoder, silent: Silent | SilentBlock) -> "_Way"
     values, room = silent.values, silent.selection.tokens * silent.selection.width
     share = values.shape[0] / max(room, 1)
     if silent.number is None and values.device.type == "cpu" and share <= _DENSE_SHARE:
-        how = coder.kernels.pick("auxk", values.device, values.dtype, values.shape[0] * coder.spec.d_out)
+        how = coder.kernels.pick("auxk", values.device, values.dtype, values.shape[0] * encoder.aux_width)
         if how == "numba":
             return functools.partial(_Sparse, silent)
     seen = coder.kernels.used.setdefault("auxk", [])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.batches import Batches
-from thresher.cache.contracts import Codes
+from thresher.cache.contracts import Codes, side_by_side
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import StopFlag
 from thresher.cache.source import Source
@@ -151,7 +151,7 @@ def calibrate(
         for pool in _pools(index, coder)
     }
     while searches and not stop.requested:
-        sites = [coders[pool.coder].reads[source] for pool in searches for source in pool.sources]
+        sites = _sites_of(coders, searches)
         for acts in passes(reader, "train", sites, rows, device, stop) if read is None else read(rows):
             if stop.requested:
                 return
@@ -180,14 +180,19 @@ class _Pool(NamedTuple):
 
 
 def _pools(index: int, coder: Coder) -> list[_Pool]:
-    sources = tuple(range(len(coder.reads)))
+    sources = tuple(range(len(coder.inputs)))
     return [_Pool(index, sources)] if coder.spec.pool == "joint" else [_Pool(index, (source,)) for source in sources]
+
+
+def _sites_of(coders: Sequence[Coder], pools: Iterable[_Pool]) -> list[str]:
+    """All sites that the pools' sources read."""
+    return [site for pool in pools for source in pool.sources for site in coders[pool.coder].inputs[source]]
 
 
 def _show(search: RankSearch, coder: Coder, pool: _Pool, acts: Mapping[str, Tensor]) -> None:
     """Rows of all sources of a pool, one after the other: k of ⌊k·N·L⌋ rows is k per layer."""
     for source in pool.sources:
-        encoder, x_ND = coder.encoder(source), acts[coder.reads[source]]
+        encoder, x_ND = coder.encoder(source), side_by_side(acts, coder.inputs[source])
         block = encoder.workspace.block(x_ND.shape[0], encoder.W_enc)
         frame = coder.frame(x_ND)
         x_ND = x_ND if frame is None else frame.enter(x_ND)
@@ -218,7 +223,7 @@ def held_out(
     sums = [
         {
             name: torch.zeros(size, dtype=torch.float64, device=device)
-            for name, size in (("error", len(c.writes)), ("variance", len(c.writes)), ("active", len(c.reads)))
+            for name, size in (("error", len(c.writes)), ("variance", len(c.writes)), ("active", len(c.inputs)))
         }
         for c in coders
     ]
@@ -248,7 +253,7 @@ def difference(check: HeldOut, trained_l0: Sequence[float]) -> str | None:
 
 
 def _measure(coder: Coder, acts: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> None:
-    codes: list[Codes] = [coder.encode(source, acts[site]) for source, site in enumerate(coder.reads)]
+    codes: list[Codes] = [coder.encode(source, side_by_side(acts, sites)) for source, sites in enumerate(coder.inputs)]
     for source, part in enumerate(codes):
         total["active"][source] += (part.values > 0).sum()
     for destination, site in enumerate(coder.writes):

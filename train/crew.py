@@ -22,7 +22,7 @@ import torch
 
 from thresher.train.dictionary.spec import DictionarySpec
 
-_SMALL = 1 << 30  # multiply-adds of one encoder's product, N · D · F
+_SMALL = 1 << 30  # multiply-adds of one encoder's product, N · D · F, or of a larger one that a topology has
 
 
 class Task(NamedTuple):
@@ -37,12 +37,12 @@ class Task(NamedTuple):
     @property
     def small(self) -> bool:
         """Whether it runs on one thread."""
-        return self.rows * self.spec.d_in * self.spec.n_latents <= _SMALL
+        return self.rows * self.spec.row_work <= _SMALL
 
     @property
     def cost(self) -> int:
         """Rough multiply-adds, to order tasks by."""
-        return self.rows * self.spec.d_in * self.spec.n_latents * len(self.spec.reads)
+        return self.rows * self.spec.row_work * len(self.spec.reads)
 
 
 class Crew:

@@ -12,6 +12,11 @@ for topk and groupmax, which for `rank_by = "norm"` have `norm.i` [F]), `tokens_
 pre · 1[pre > threshold], for topk the k largest of relu(pre), for groupmax the largest of each of k groups of
 neighbours, chosen by pre · norm where there is a norm, with pre = W_enc x + b_enc.
 
+With a skip connection `W_skip.i` [E, D] on the raw input of destination i's own source. A crosscoder has one source,
+which reads its sites side by side (D = S·E, in the order of `reads`) and writes all of them (T = S). A MoLT has no
+W_dec but, r counting ranks in the order of `ranks`, `V.r` [C, rank, D] and `U.r` [C, rank, E] of the C transforms of
+that rank, and `centre.0` [D]: latent t, counted through the ranks, writes z_t U_tᵀ V_t (x − centre).
+
 config.json says `finished: true` last, after the weights are on the disk: an unfinished directory is never loaded as
 a dictionary. Only safetensors and JSON are read, so loading runs no foreign code.
 """
@@ -35,9 +40,9 @@ from thresher.cache.errors import UserError
 from thresher.cache.publish import explained, flush_directory, publish
 from thresher.cache.records import from_dict
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.rules import Deployed, names
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.topologies import build
 
 FORMAT = "thresher-run"
 VERSION = 1
@@ -151,16 +156,16 @@ def publish_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def deployed_tensors(coder: Coder) -> dict[str, Tensor]:
     """The tensors of weights.safetensors, by name; views of the module's own."""
     tensors: dict[str, Tensor] = {}
-    for source in range(len(coder.reads)):
+    for source in range(len(coder.inputs)):
         encoder = coder.encoder(source)
         tensors[f"W_enc.{source}"] = encoder.W_enc.data
         tensors[f"b_enc.{source}"] = encoder.b_enc.data
-        tensors[f"W_dec.{source}"] = coder.W_dec[source].data
         tensors[f"tokens_since_fired.{source}"] = encoder.tokens_since_fired
         if isinstance(encoder.rule, Deployed):
             tensors[f"threshold.{source}"] = encoder.rule.threshold
         elif encoder.norms is not None:
             tensors[f"norm.{source}"] = encoder.norms
+    tensors |= coder.decoder_tensors()
     for destination in range(len(coder.writes)):
         tensors[f"b_dec.{destination}"] = coder.b_dec.data[destination]
         tensors[f"mean.{destination}"] = coder.mean[destination]

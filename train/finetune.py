@@ -17,7 +17,7 @@ from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.files import CONFIG, load_run, read_config, weights_hash
 from thresher.train.plan import RunPlan
 
-_SAME = ("kind", "reads", "writes", "d_in", "d_out", "n_latents")
+_SAME = ("kind", "reads", "writes", "d_in", "d_out", "n_latents", "skip", "transforms", "ranks", "multiples")
 """What a fine-tuned dictionary has to have in common with the one it begins from, in the order of the check."""
 
 

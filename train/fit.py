@@ -6,19 +6,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from thresher.cache.contracts import side_by_side
 from thresher.cache.source import Source
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.encoder import Fired, Tally
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
 from thresher.train.dictionary.pools import shared
+from thresher.train.dictionary.topologies import build
 from thresher.train.dictionary.unfold import unfold
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Padded
 from thresher.train.kernels.workspace import Workspace
 from thresher.train.losses import Losses, losses
-from thresher.train.normalise import Affine, Mode, affine, modes
+from thresher.train.normalise import Affine, Mode, affine, joined, modes
 from thresher.train.optim import Optimiser, base_rate, rate_factor
 from thresher.train.parts import split, survey
 from thresher.train.penalties import weighed
@@ -70,10 +71,10 @@ class Gradients(NamedTuple):
 class _Window:
     """Sums on the device since the last report: nothing is read back until someone asks."""
 
-    def __init__(self, sources: int, device: torch.device) -> None:
+    def __init__(self, sources: int, destinations: int, device: torch.device) -> None:
         self.steps = self.tokens = 0
-        self.fvu = torch.zeros(sources, dtype=torch.float64, device=device)
-        self.active = torch.zeros_like(self.fvu)
+        self.fvu = torch.zeros(destinations, dtype=torch.float64, device=device)
+        self.active = torch.zeros(sources, dtype=torch.float64, device=device)
         self.other = torch.zeros(4, dtype=torch.float64, device=device)
         self.ratios: dict[str, Tensor] = {}
         """Numerator and denominator of further numbers, [2] by name."""
@@ -93,8 +94,8 @@ class _Window:
         self.steps += 1
         self.tokens += tokens
 
-    def per_source(self) -> tuple[Tensor, Tensor]:
-        """[sources] mean L0 and FVU."""
+    def means(self) -> tuple[Tensor, Tensor]:
+        """[sources] mean L0 and [destinations] mean FVU."""
         tokens = max(self.tokens, 1)
         return self.active / tokens, self.fvu / tokens
 
@@ -121,11 +122,12 @@ class Fit:
         spec = plan.spec
         self.plan = plan
         self.modes = modes(spec.normalise)
-        self.reads = [_space(self.modes[0], reader, site) for site in spec.reads]
-        self.writes = [_space(self.modes[1], reader, site) for site in spec.writes]
         self.coder = build(spec, plan.name).to(device)
+        self.spaces = {site: _space(self.modes[0], reader, site) for site in spec.reads}
+        self.reads = [joined([self.spaces[site] for site in sites]) for sites in self.coder.inputs]
+        self.writes = [_space(self.modes[1], reader, site) for site in spec.writes]
         low = plan.train.dtype == "bfloat16" or (plan.train.dtype == "auto" and device.type == "cuda")
-        for source in range(len(spec.reads)):
+        for source in range(len(self.coder.inputs)):
             self.coder.encoder(source).matmul_dtype = torch.bfloat16 if low else None
             self.coder.encoder(source).workspace = workspace or Workspace()
         self.coder.use(Kernels(plan.train.kernels))
@@ -135,19 +137,23 @@ class Fit:
             self.coder.anneal.steps(self.total)  # or it is too short, which is said before the first step
         self.done = 0
         self.position = 0
-        self._window = _Window(len(spec.reads), device)
+        self._window = _Window(len(self.coder.inputs), len(spec.writes), device)
         self._rate = 0.0
 
     def start(self, reader: Source, parent: Coder | None = None) -> None:
         """Draw the initial weights, with a sample of training rows for what depends on data; or take a `parent`'s."""
-        rows = reader.sample("train", _SAMPLE_ROWS)
-        samples = [
-            space.apply(reader.gather("train", site, rows).to(torch.float32))
-            for site, space in zip(self.plan.spec.reads, self.reads, strict=True)
-        ]
+        rows, spec = reader.sample("train", _SAMPLE_ROWS), self.plan.spec
+
+        def sample(site: str, space: Affine) -> Tensor:
+            return space.apply(reader.gather("train", site, rows).to(torch.float32))
+
+        read = {site: sample(site, space) for site, space in self.spaces.items()}
+        samples = [side_by_side(read, sites) for sites in self.coder.inputs]
+        wanted = spec.init_b_dec in ("sample_mean", "median")
+        targets = [sample(*pair) for pair in zip(spec.writes, self.writes, strict=True)] if wanted else []
         device = self.coder.b_dec.device
-        fresh = build(self.plan.spec, self.plan.name)
-        initialise(fresh, self.plan.seed, self.reads, self.writes, samples)
+        fresh = build(spec, self.plan.name)
+        initialise(fresh, self.plan.seed, self.reads, self.writes, samples, targets)
         if parent is not None:
             unfold(parent, fresh, self.reads, self.writes, samples)
         self.coder.load_state_dict(fresh.state_dict())
@@ -156,8 +162,9 @@ class Fit:
     def inputs(self, views: Views) -> Inputs:
         """This dictionary's view of a batch."""
         spec, (read, written) = self.plan.spec, self.modes
+        made = {site: views.get(site, read, space) for site, space in self.spaces.items()}
         return Inputs(
-            [views.get(site, read, space) for site, space in zip(spec.reads, self.reads, strict=True)],
+            [side_by_side(made, sites) for sites in self.coder.inputs],
             [views.get(site, written, space) for site, space in zip(spec.writes, self.writes, strict=True)],
         )
 
@@ -266,11 +273,14 @@ class Fit:
 
     def metrics(self) -> dict[str, Any]:
         """Means since the last call, and the present state; one transfer from the device."""
-        spec = self.plan.spec
+        spec, sources = self.plan.spec, len(self.coder.inputs)
         dead = self.dead_share()
-        thresholds = [self.coder.encoder(source).rule.thresholds() for source in range(len(spec.reads))]
+        thresholds = [self.coder.encoder(source).rule.thresholds() for source in range(sources)]
         theta = [dead.new_zeros(()) if t is None else t.double().mean().to(dead) for t in thresholds]
-        shares, *numbers = torch.stack([dead, torch.stack(theta), *self._window.per_source()]).tolist()
+        active, fvus = self._window.means()
+        flat = torch.cat([dead, torch.stack(theta), active, fvus]).tolist()
+        shares = flat[:sources]
+        numbers = flat[sources : 2 * sources], flat[2 * sources : 3 * sources], flat[3 * sources :]
         theta_mean, l0, fvu = (sum(row) / len(row) for row in numbers)
         aux, penalty, norm, left_out = self._window.terms().tolist()
         out: dict[str, Any] = {
@@ -287,23 +297,25 @@ class Fit:
             "threshold": theta_mean,
         }
         out |= {name: (pair[0] / pair[1]).item() for name, pair in self._window.ratios.items()}
-        if len(spec.layers) > 1:
+        if len(spec.layers) > sources:
+            out |= {f"fvu.{site}": value for site, value in zip(spec.writes, numbers[2], strict=True)}
+        elif sources > 1:
             for index, layer in enumerate(spec.layers):
                 per_layer = {"fvu": numbers[2][index], "l0": numbers[1][index], "dead": shares[index]}
                 out |= {f"{key}.L{layer:02d}": value for key, value in per_layer.items()}
-        self._window = _Window(len(spec.reads), self.coder.b_dec.device)
+        self._window = _Window(sources, len(spec.writes), self.coder.b_dec.device)
         return out
 
     def dead_share(self) -> Tensor:
         """[sources] float64: share of latents that are dead."""
-        encoders = [self.coder.encoder(source) for source in range(len(self.plan.spec.reads))]
+        encoders = [self.coder.encoder(source) for source in range(len(self.coder.inputs))]
         return torch.stack([e.dead(self.plan.spec.dead_after).double().mean() for e in encoders])
 
     def deployed(self) -> Coder:
         """The dictionary on raw activations with frozen rules."""
         with self.optimiser.averaged():
             coder = deploy(self.coder, self.reads, self.writes)
-        for source in range(len(coder.reads)):
+        for source in range(len(coder.inputs)):
             coder.encoder(source).workspace = self.coder.encoder(source).workspace
         return coder
 

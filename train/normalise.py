@@ -11,6 +11,7 @@ SAEs; of a transcoder's target m and s are unknown where it is used. `per_token_
 what is written raw.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -121,3 +122,11 @@ def affine(mode: Mode, statistics: Statistics, site: str, sample_ND: Tensor | No
         spread = float(rows_ND.var(0, unbiased=False).sum())
         return Affine(shift, scale, rows_ND.mean(0), spread, mean)
     return Affine(shift, scale, (mean - shift) / scale, float((variance / scale**2).sum()))
+
+
+def joined(spaces: Sequence[Affine]) -> Affine:
+    """The change of coordinates of several sites side by side."""
+    if len(spaces) == 1:
+        return spaces[0]
+    shift, scale, mean = (torch.cat([getattr(one, part) for one in spaces]) for part in ("shift", "scale", "mean"))
+    return Affine(shift, scale, mean, sum(one.total_variance for one in spaces))

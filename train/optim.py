@@ -102,14 +102,14 @@ class Optimiser:
     def _by_calls(self, rate: float, finite: Tensor) -> Tensor:
         """By library calls that, on CUDA, read nothing back."""
         for weight in self.parameters.unit:
-            project_rows(weight)
+            project_rows(self.parameters.rows(weight, weight), self.parameters.rows(weight, weight.grad))
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.all if p.grad is not None])
         norm = torch.where(finite & norm.isfinite(), norm, torch.inf)
         if norm.device.type == "cpu" and not bool(norm.isfinite()):
             return norm
         self.rule.move(rate, norm)
         for weight in self.parameters.unit:
-            renormalise_rows(weight)
+            renormalise_rows(self.parameters.rows(weight, weight))
         return norm
 
     def _plain(self, rate: float, finite: Tensor) -> Tensor:
@@ -117,7 +117,9 @@ class Optimiser:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.all if p.grad is not None])
         if not bool(finite & norm.isfinite()):
             return torch.full_like(norm, torch.inf)
-        return plain_step(self.parameters.all, self.parameters.unit, self.rule.plain(rate), self.clip)
+        return plain_step(
+            self.parameters.all, self.parameters.unit, self.rule.plain(rate), self.clip, self.parameters.apart
+        )
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the dictionary's weights are those to be evaluated and saved (updates/signum.py)."""
@@ -141,28 +143,32 @@ class Optimiser:
         self.rule.state.clear()
 
 
-def project_rows(weight: nn.Parameter) -> None:
-    """Remove from each row's gradient its part along the row (over all destinations together)."""
-    if weight.grad is None:
-        return
-    rows, grad = weight.detach().flatten(1), weight.grad.flatten(1)
-    grad.addcmul_(rows, torch.linalg.vecdot(grad, rows)[:, None], value=-1)
+def project_rows(rows: Tensor, grad: Tensor | None) -> None:
+    """Remove from each row's gradient its part along the row."""
+    if grad is not None:
+        grad.addcmul_(rows, torch.linalg.vecdot(grad, rows)[:, None], value=-1)
 
 
-def renormalise_rows(weight: nn.Parameter) -> None:
-    """Set every row's norm to 1, over all destinations together."""
-    rows = weight.detach().flatten(1)
+def renormalise_rows(rows: Tensor) -> None:
+    """Set every row's norm to 1."""
     rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
 @torch.no_grad()
 def plain_step(
-    parameters: Sequence[nn.Parameter], unit: Sequence[nn.Parameter], rule: Steps, clip: float | None
+    parameters: Sequence[nn.Parameter],
+    unit: Sequence[nn.Parameter],
+    rule: Steps,
+    clip: float | None,
+    apart: bool = False,
 ) -> Tensor:
-    """What `Optimiser.step` must equal, with an ordinary optimiser: the ruled order spelled out. Returns the norm."""
+    """What `Optimiser.step` must equal, with an ordinary optimiser: the ruled order spelled out. Returns the norm.
+
+    `apart`: every destination's part of a row of `unit` is a row of its own.
+    """
     for weight in unit:
         assert weight.grad is not None
-        rows, grad = weight.flatten(1), weight.grad.flatten(1)
+        rows, grad = (t.flatten(0, 1) if apart else t.flatten(1) for t in (weight, weight.grad))
         weight.grad = (grad - (grad * rows).sum(1, keepdim=True) * rows).view_as(weight)
     norm = torch.stack([(p.grad**2).sum() for p in parameters if p.grad is not None]).sum().sqrt()
     if clip is not None:
@@ -171,5 +177,6 @@ def plain_step(
                 parameter.grad *= min(1.0, clip / float(norm))
     rule.step()
     for weight in unit:
-        weight.copy_(torch.nn.functional.normalize(weight.flatten(1), dim=1).view_as(weight))
+        rows = torch.nn.functional.normalize(weight.flatten(0, 1) if apart else weight.flatten(1), dim=1)
+        weight.copy_(rows.view_as(weight))
     return norm

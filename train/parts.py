@@ -60,7 +60,7 @@ def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[T
 
 def _may_be_dead(coder: Coder, tokens: int) -> bool:
     """Whether AuxK has to be reckoned with; where asking would wait for a device, as far as is known."""
-    return any(coder.encoder(source).asleep(tokens) is not None for source in range(len(coder.reads)))
+    return any(coder.encoder(source).asleep(tokens) is not None for source in range(len(coder.inputs)))
 
 
 def _sums(

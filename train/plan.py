@@ -1,4 +1,4 @@
-"""From a recipe's tables to the dictionaries to be trained: one per matched layer, or one CLT over all of them.
+"""From a recipe's tables to the dictionaries to be trained: one per matched site, or a joint one over all of them.
 
 Pure: it sees the cache's sites, not the cache.
 """
@@ -11,6 +11,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.sites import matches, near_misses
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec, concrete
+from thresher.train.dictionary.topologies import topology
 
 
 class RunPlan(NamedTuple):
@@ -41,10 +42,10 @@ def plan_runs(
 
     A pattern that matches several taps makes a set of each.
     Raises UserError when a pattern matches nothing there, when sources and destinations cannot be paired by layer, and
-    when a CLT's layers differ in width.
+    when the sites of a joint dictionary differ in width.
     """
     pairs = _pairs(dictionary, sites)
-    if dictionary.kind == "clt":
+    if topology(dictionary.kind).joint:
         return [RunPlan(label, label, _spec(dictionary, pairs), train, train.seed, dict(recipe))]
     several = len({reads.tap for reads, _ in pairs}) > 1
     return [
@@ -72,9 +73,10 @@ def _tap_name(site: Site) -> str:
 
 def _pairs(config: DictionaryConfig, sites: Mapping[str, Site]) -> list[tuple[Site, Site]]:
     """Source and destination of each layer, ascending."""
-    writes_pattern = config.writes or (config.reads if config.kind == "sae" else "") or "mlp_out"
+    kind = topology(config.kind)
+    writes_pattern = config.writes or (config.reads if kind.own_site else "") or "mlp_out"
     writes = _matching(writes_pattern, "writes", config.layers, sites)
-    if config.kind == "sae":
+    if kind.own_site:
         return [(site, site) for site in writes]
     reads = _matching(config.reads or "mlp_in", "reads", config.layers, sites)
     by_layer = {site.layer: site for site in writes}
@@ -90,10 +92,10 @@ def _pairs(config: DictionaryConfig, sites: Mapping[str, Site]) -> list[tuple[Si
             f"{_listed(site.name for site in writes)}; layers {unpaired} lack one side. Set dictionary.layers to those "
             "that have both, or harvest the missing sites."
         )
-    if config.kind == "clt" and len(by_layer) < len(reads):
+    if kind.joint and len(by_layer) < len(reads):
         raise UserError(
-            f"dictionary.reads matches several sites of one layer ({_listed(site.name for site in reads)}); a CLT "
-            "reads one per layer. Name one tap."
+            f"dictionary.reads matches several sites of one layer ({_listed(site.name for site in reads)}); a "
+            f"{config.kind} reads one per layer. Name one tap."
         )
     return [(site, by_layer[site.layer]) for site in reads]
 
@@ -123,24 +125,25 @@ def _spec(config: DictionaryConfig, pairs: list[tuple[Site, Site]]) -> Dictionar
         widths = {pair[side].width for pair in pairs}
         if len(widths) > 1:
             raise UserError(
-                f"dictionary.{field} matches sites of different widths ({sorted(widths)}) for kind = 'clt', which "
-                "needs one width in all layers. Narrow it with dictionary.layers or another site."
+                f"dictionary.{field} matches sites of different widths ({sorted(widths)}) for kind = {config.kind!r}, "
+                "which needs one width at all of them. Narrow it with dictionary.layers or another site."
             )
-    d_in, d_out = pairs[0][0].width, pairs[0][1].width
-    n_latents = config.n_latents if config.n_latents is not None else round((config.expansion or 0) * d_in)
-    if n_latents < 1:
-        raise UserError(f"dictionary.n_latents resolves to {n_latents}; expected 1 or more.")
-    unit = config.kind == "sae" if config.decoder == "auto" else config.decoder == "unit"
+    kind, (read, written) = topology(config.kind), pairs[0]
+    sizes = kind.sizes(config, read.width)
+    if sizes["n_latents"] < 1:
+        raise UserError(f"dictionary.n_latents resolves to {sizes['n_latents']}; expected 1 or more.")
+    unit = kind.unit_rows if config.decoder == "auto" else config.decoder == "unit"
     return concrete(
         config,
         kind=config.kind,
         reads=tuple(pair[0].name for pair in pairs),
         writes=tuple(pair[1].name for pair in pairs),
         layers=tuple(pair[0].layer for pair in pairs),
-        d_in=d_in,
-        d_out=d_out,
-        n_latents=n_latents,
+        d_in=kind.width(read.width, len(pairs)),
+        d_out=written.width,
+        **sizes,
         unit_norm=unit,
+        unit_per_target=config.decoder == "unit_per_target",
     )
 
 

@@ -40,7 +40,7 @@ def resample(
 
     `parts`: xs [n, D] by source and ys [n, E] by destination of the current batch's parts.
     """
-    sources = range(len(coder.reads))
+    sources = range(len(coder.inputs))
     silent = [torch.nonzero(coder.encoder(source).dead(silent_tokens)).view(-1) for source in sources]
     if not any(latents.numel() for latents in silent):
         return 0
@@ -48,7 +48,7 @@ def resample(
     count = 0
     for source in sources:
         x_ND = torch.cat([xs[source] for xs, _ in parts])
-        rng = generator(seed, "resample", str(step), coder.reads[source])
+        rng = generator(seed, "resample", str(step), *coder.inputs[source])
         e_NSE = torch.cat([errors_nSE[:, list(coder.written(source))] for errors_nSE in errors])
         count += _restart(coder, optimiser, source, silent[source], x_ND, e_NSE, rng)
     return count

@@ -10,8 +10,8 @@ from thresher.evaluate.splice import PROTOCOLS
 from thresher.harvest.corpus import DataConfig, read_corpus
 from thresher.harvest.target import TargetConfig, load_target, load_tokenizer
 from thresher.train.config import TrainConfig
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.spec import DictionaryConfig
+from thresher.train.dictionary.topologies import build
 from thresher.train.plan import plan_runs
 
 OUTS = [f"L{i:02d}.mlp_out" for i in range(4)]

@@ -41,7 +41,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_on_device(coder: Coder, dead: int | None = None) -> Coder:
     """With the first `dead` latents of each source dead (None: as they are), and that foreseen."""
     known(coder, 8.0)
-    for source in range(len(coder.reads)):
+    for source in range(len(coder.inputs)):
         encoder = coder.encoder(source)
         if dead is not None:
             encoder.tokens_since_fired.zero_()[:dead] = 100
@@ -60,7 +60,7 @@ def gradients(out: Tensor, coder: Coder) -> list[Tensor]:
 def test_no_part_of_a_step_reads_back(rule: str, kind: str, low: bool, device: None) -> None:
     coder = as_on_device(make(kind, pre_bias=kind == "sae", **RULES[rule]))
     coder.gather()
-    for source in range(len(coder.reads)):
+    for source in range(len(coder.inputs)):
         coder.encoder(source).matmul_dtype = torch.bfloat16 if low else None
     xs, ys = batch(coder)
     aux = []
@@ -81,7 +81,7 @@ def test_a_step_runs_where_there_are_no_numbers_at_all(monkeypatch: pytest.Monke
     monkeypatch.setattr(sparse, "dots", lambda left_ND, right_FD, selection: left_ND.new_empty(selection.latents.shape))
     for rule, kind in (("topk", "clt"), ("batchtopk", "sae"), ("jumprelu preact", "clt"), ("relu", "transcoder")):
         coder = as_on_device(make(kind, **RULES[rule]).float()).to("meta")
-        for source in range(len(coder.reads)):
+        for source in range(len(coder.inputs)):
             coder.encoder(source).matmul_dtype = torch.bfloat16
         xs, ys = ([tensor.float().to("meta") for tensor in tensors] for tensors in batch(coder))
         out = coder(xs)
@@ -102,7 +102,7 @@ def test_auxk_of_fixed_capacity_equals_the_plain_term_with_all_gradients(
         coder = make(kind, pre_bias=kind == "sae", aux_k=aux_k, **RULES["topk"])
         coder.use(Kernels(forced))  # type: ignore[arg-type]
         as_on_device(coder, dead)
-        for source in range(len(coder.reads)):  # five more are about to be dead, so there is padding
+        for source in range(len(coder.inputs)):  # five more are about to be dead, so there is padding
             coder.encoder(source).tokens_since_fired[-5:].clamp_min_(99)
         if kind == "clt":
             coder.encoder(1).tokens_since_fired.clamp_max_(99)  # a source without dead latents
@@ -291,13 +291,13 @@ def test_the_plain_way_reaches_the_rules_and_the_tally(device: None) -> None:
 
 
 def assert_current(coder: Coder) -> None:
-    for source in range(len(coder.reads)):
+    for source in range(len(coder.inputs)):
         encoder = coder.encoder(source)
         assert torch.equal(encoder.low_weight(), encoder.W_enc.bfloat16())
 
 
 def low(coder: Coder) -> Coder:
-    for source in range(len(coder.reads)):
+    for source in range(len(coder.inputs)):
         coder.encoder(source).matmul_dtype = torch.bfloat16
     return coder
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from thresher.cache.errors import UserError
 from thresher.cache.stats import SiteStats
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import generator, initialise
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.topologies import build
 from thresher.train.normalise import Affine, affine
 
 N, D, E, F = 50, 6, 5, 20

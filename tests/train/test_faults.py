@@ -15,8 +15,8 @@ from tests.train.test_losses import LATENTS, RULES, N, auxk_term, batch, make
 from thresher.cache.reader import CacheReader
 from thresher.train.auxk import dead_latents
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.initial import initialise
+from thresher.train.dictionary.topologies import build
 from thresher.train.fit import Fit, Inputs, Views
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses

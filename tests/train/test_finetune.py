@@ -18,10 +18,10 @@ from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.rules import Deployed, JumpReLU
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.topologies import build
 from thresher.train.dictionary.unfold import unfold
 from thresher.train.files import load_run, read_config, weights_hash
 from thresher.train.finetune import origin

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from thresher.train.auxk import auxiliary
 from thresher.train.dictionary.coder import Coder, Pass
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.encoder import Chosen, Fired
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.topologies import build
 from thresher.train.kernels import firing
 from thresher.train.kernels.residual import variation
 from thresher.train.kernels.sparse import Selection, add_decoded

@@ -5,8 +5,8 @@ import torch
 
 from thresher.cache.errors import UserError
 from thresher.train.config import TrainConfig
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.topologies import build
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses
 from thresher.train.optim import Optimiser, base_rate, plain_step, rate_factor

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.rules import JumpReLU
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.topologies import build
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.padded import PADDING, Padded, Room
 from thresher.train.kernels.sparse import Selection
@@ -184,7 +184,7 @@ def passed(coder: Coder, xs: Sequence[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("rule", RULES)
 def test_padding_changes_no_output_and_no_gradient(rule: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     coder = coder_of(rule, kind)
-    xs = [rand(N, D, seed=90 + source) for source in range(len(coder.reads))]
+    xs = [rand(N, D, seed=90 + source) for source in range(len(coder.inputs))]
     exact = passed(coder, xs)
     known(coder, 3.0)
     monkeypatch.setattr(firing, "DENSE_SHARE", 1.0)

@@ -16,9 +16,9 @@ from thresher.cache.errors import UserError
 from thresher.cache.interrupts import StopFlag
 from thresher.cache.reader import CacheReader
 from thresher.train.calibrate import passes
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.rules import BatchTopK, Global, GroupMax, JumpReLU, TopK
+from thresher.train.dictionary.topologies import build
 from thresher.train.files import load_run
 from thresher.train.fit import Fit, Inputs, Views
 from thresher.train.kernels import firing, padded

@@ -19,7 +19,7 @@ from thresher.train.calibrate import held_out
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
+from thresher.train.dictionary.topologies import build
 from thresher.train.fit import Fit
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses

@@ -1,8 +1,12 @@
-"""SAEs and transcoders, and the frame that cross-layer transcoders fill differently.
+"""The frame of every dictionary: sources that are encoded, destinations that are reconstructed, and what links them.
 
-A coder has sources (sites it reads and encodes) and destinations (sites it reconstructs). Here there is one of each:
-y = z W_dec + b_dec with z from x, an SAE being the case of x = y. All decoders are stored by source, [F, T, E], T the
-destinations that the source writes; latent f's row is contiguous over all of them. Here T = 1.
+A source is what one encoder reads, a destination a site that is reconstructed. Here there is one of each,
+
+    ŷ = z W_dec + b_dec (+ W_skip x)        z from x
+
+and the topologies (single.py, crosslayer.py, crosscoder.py, molt.py, registered in topologies.py) say what differs.
+All decoders are stored by source, [F, T, E], T the destinations that the source writes; latent f's row is contiguous
+over all of them.
 
 The same class trains (`forward`, in the training space of train/normalise.py) and serves (`encode`, `decode`, on raw
 activations, once dictionary/fold.py made the weights so); it implements cache.contracts.Dictionary.
@@ -10,23 +14,24 @@ activations, once dictionary/fold.py made the weights so); it implements cache.c
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from thresher.cache.contracts import Codes
 from thresher.train.anneal import Anneal
+from thresher.train.dictionary import drawing
 from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.pools import choose
 from thresher.train.dictionary.rules import facts
-from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec, check_one_size, latents_asked
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink, Sinks
 from thresher.train.kernels.prefixes import add_segments
 from thresher.train.kernels.sparse import add_decoded, bags
 from thresher.train.kernels.weights import folded_bias, row_norms
-from thresher.train.normalise import Frame, modes, token_frame
+from thresher.train.normalise import Affine, Frame, modes, token_frame
 from thresher.train.stages import stage
 
 
@@ -44,7 +49,28 @@ class Pass(NamedTuple):
 
 
 class Coder(nn.Module):
-    """One source, one destination: an SAE or a transcoder."""
+    """One source, one destination, and what the topologies share."""
+
+    causal: ClassVar[bool] = True
+    """Whether the model reaches all that a destination is computed from before that destination."""
+    joint: ClassVar[bool] = False
+    """Whether one dictionary takes all matched sites; otherwise there is one for each match."""
+    own_site: ClassVar[bool] = False
+    """Whether it reconstructs what it reads."""
+    raw_codes: ClassVar[bool] = False
+    """Whether codes fold to raw units where normalisation is one factor (fold.py)."""
+    by_rows: ClassVar[bool] = True
+    """Whether what a latent writes is a row of W_dec, the same for every token."""
+    unit_rows: ClassVar[bool] = False
+    """Whether `decoder = "auto"` keeps rows at norm 1."""
+    admits: ClassVar[frozenset[str]] = frozenset()
+    """Of the settings that only some topologies take (special.py), those that this one does."""
+    firing: ClassVar[str] = "batchtopk"
+    """The firing rule of `firing = "auto"`."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Firing rules that make no sense here, with the reason."""
+    starts: ClassVar[tuple[str, str]] = ("width", "zero")
+    """Initial encoder and decoder of `"auto"` (drawing.py)."""
 
     def __init__(self, spec: DictionarySpec, name: str = "", deployed: bool = False) -> None:
         """Weights are zero until `initialise` or a load; `deployed` swaps learned rules for constant thresholds."""
@@ -52,16 +78,54 @@ class Coder(nn.Module):
         self.spec = spec
         self.label = name
         self.deployed = deployed
-        self.encoders = nn.ModuleList(Encoder(spec, deployed) for _ in spec.reads)
+        self.encoders = nn.ModuleList(Encoder(spec, deployed) for _ in self.inputs)
         self.W_dec = nn.ParameterList(
-            torch.zeros(spec.n_latents, len(self.written(source)), spec.d_out) for source in range(len(spec.reads))
+            torch.zeros(spec.n_latents, len(self.written(source)), spec.d_out)
+            for source in range(len(self.inputs))
+            if self.by_rows
         )
         self.b_dec = nn.Parameter(torch.zeros(len(spec.writes), spec.d_out))
+        skip = torch.zeros(len(spec.writes), spec.d_out, spec.d_in) if spec.skip else None
+        self.W_skip = None if skip is None else nn.Parameter(skip)
         self.register_buffer("mean", torch.zeros(len(spec.writes), spec.d_out))
         self.mean: Tensor
         self.anneal = Anneal(spec) if spec.resolved_penalty == "lp" and not deployed else None
+        for source in range(len(self.inputs)):
+            self.encoder(source).aux_width = len(self.explained(source)) * spec.d_out
         self.sinks: Sinks | None = None
         self.use(Kernels())
+
+    # How sites become sources and destinations, and what a recipe may ask for.
+
+    @classmethod
+    def inputs_of(cls, reads: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """By source, the sites that it reads, of all that are read."""
+        return tuple((site,) for site in reads)
+
+    @classmethod
+    def width(cls, site: int, sites: int) -> int:
+        """D of a source, from the width of the sites read and their number."""
+        return site
+
+    @classmethod
+    def check(cls, config: DictionaryConfig) -> None:
+        """Raise UserError for a recipe's table that makes no sense here."""
+        check_one_size(config)
+
+    @classmethod
+    def check_spec(cls, spec: DictionarySpec) -> None:
+        """The same with widths and sites known."""
+        drawing.resolved(spec, cls.starts)
+
+    @classmethod
+    def sizes(cls, config: DictionaryConfig, width: int) -> dict[str, int]:
+        """`n_latents`, and whatever else of a spec follows from a recipe's table and the width of a site read."""
+        return {"n_latents": latents_asked(config, width)}
+
+    @classmethod
+    def work(cls, spec: DictionarySpec) -> int:
+        """Multiply-adds of the largest product, per token."""
+        return spec.d_in * spec.n_latents
 
     def written(self, source: int) -> range:
         """Indices of the destinations that a source writes."""
@@ -70,6 +134,10 @@ class Coder(nn.Module):
     def sources(self, destination: int) -> range:
         """Indices of the sources that write to a destination."""
         return range(1)
+
+    def explained(self, source: int) -> range:
+        """Indices of the destinations whose residual AuxK lets a source's dead latents explain: its own."""
+        return range(source, source + 1)
 
     # What cache.contracts.Dictionary asks for.
 
@@ -80,8 +148,13 @@ class Coder(nn.Module):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Site names of the sources."""
+        """Names of the sites read."""
         return self.spec.reads
+
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """By source, the sites that it reads."""
+        return self.inputs_of(self.spec.reads)
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -106,17 +179,30 @@ class Coder(nn.Module):
     @torch.no_grad()
     def write_norms(self) -> Tensor:
         """[sources, destinations] Σ_f ‖w_f‖²; NaN where a source does not write."""
-        out = torch.full((len(self.reads), len(self.writes)), torch.nan, dtype=torch.float64)
+        out = torch.full((len(self.inputs), len(self.writes)), torch.nan, dtype=torch.float64)
         for source, weight_FTE in enumerate(self.W_dec):
             squares_T = torch.linalg.vector_norm(weight_FTE, dim=(0, 2), dtype=torch.float64).square()
             out[source, list(self.written(source))] = squares_T.cpu()
         return out
+
+    def latent_costs(self, source: int) -> Tensor:
+        """[F] float64: encoder row and rows for all destinations."""
+        spec = self.spec
+        cost = spec.d_in + len(self.written(source)) * spec.d_out
+        return torch.full((spec.n_latents,), float(cost), dtype=torch.float64)
+
+    @property
+    def fixed_cost(self) -> int:
+        """Weights of the skip connection."""
+        return 0 if self.W_skip is None else self.W_skip.numel()
 
     def encode(self, source: int, x_ND: Tensor) -> Codes:
         """Codes of one source under the frozen rule."""
         frame = self.frame(x_ND)
         x_ND = x_ND if frame is None else frame.enter(x_ND)
         codes = self.encoder(source).encode(x_ND, self.bias(source).detach(), self.rank_norms(source))
+        if self.W_skip is not None or not self.by_rows:
+            codes = codes._replace(x=x_ND)
         return (
             codes if frame is None or self.spec.normalise != "per_token" else codes._replace(frame=torch.cat(frame, 1))
         )
@@ -134,6 +220,9 @@ class Coder(nn.Module):
             table = self.W_dec[source].flatten(0, 1)  # row f·T + t: latent f's row for its t-th destination
             index = part.latents * len(span) + (destination - span.start)
             y_NE = y_NE + bags(table, index, part.offsets, part.values)
+            if self.W_skip is not None and source == destination:
+                assert part.x is not None, "codes of a dictionary with a skip connection carry its input"
+                y_NE = torch.addmm(y_NE, part.x, self.W_skip[destination].T)
         frame_N2 = codes[0].frame
         return y_NE if frame_N2 is None else Frame(frame_N2[:, :1], frame_N2[:, 1:]).leave(y_NE)
 
@@ -142,18 +231,18 @@ class Coder(nn.Module):
     def use(self, kernels: Kernels) -> None:
         """Let its choices hold here, in the encoders and in their rules."""
         self.kernels = kernels
-        for source in range(len(self.spec.reads)):
+        for source in range(len(self.inputs)):
             encoder = self.encoder(source)
             encoder.kernels = encoder.rule.kernels = kernels
 
     def at(self, step: int) -> None:
         """Let rules be as in the training step of that number, counted from 0."""
-        for source in range(len(self.spec.reads)):
+        for source in range(len(self.inputs)):
             self.encoder(source).rule.at(step)
 
     def gather(self) -> Sinks:
         """From now on, gradients of encoders and decoders go to sinks (kernels/gradients.py) and not to autograd."""
-        encoders = [self.encoder(source) for source in range(len(self.spec.reads))]
+        encoders = [self.encoder(source) for source in range(len(self.inputs))]
         self.sinks = Sinks([*(encoder.W_enc for encoder in encoders), *self.W_dec])
         for encoder in encoders:
             encoder.sink = self.sinks.of(encoder.W_enc)
@@ -200,21 +289,31 @@ class Coder(nn.Module):
                 sums = [self.add(sums[0], source, part, x_ND)]
         return list(itertools.accumulate(sums))
 
-    def without_codes(self, xs: Sequence[Tensor]) -> Tensor:
-        """[N, S, E] what is reconstructed when nothing fires."""
-        return self.begin(xs[0].shape[0])
-
-    def add(self, y_NSE: Tensor, source: int, part: Fired, x_ND: Tensor) -> Tensor:
-        """The reconstructions with what one source's codes write; `y_NSE` may be changed in place."""
-        W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
-        return add_decoded(y_NSE, part.z, W_dec, part.selection, first, self.kernels, sink)
-
     def add_segments(
         self, sums: Sequence[Tensor], source: int, part: Fired, x_ND: Tensor, ends: Sequence[int]
     ) -> list[Tensor]:
         """`add` to each of several what a segment of latents writes; they end at `ends` (kernels/prefixes.py)."""
         W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
         return list(add_segments(sums, part.z, W_dec, part.selection, ends, first, self.kernels, sink))
+
+    def without_codes(self, xs: Sequence[Tensor]) -> Tensor:
+        """[N, S, E] what is reconstructed when nothing fires: biases, and the skip of each destination's own input."""
+        if self.W_skip is None:
+            return self.begin(xs[0].shape[0])
+        return torch.stack([torch.addmm(b, x, W.T) for b, x, W in zip(self.b_dec, xs, self.W_skip, strict=True)], 1)
+
+    def add(self, y_NSE: Tensor, source: int, part: Fired, x_ND: Tensor) -> Tensor:
+        """The reconstructions with what one source's codes write; `y_NSE` may be changed in place."""
+        W_dec, first, sink = self.W_dec[source], self.written(source).start, self.decoder_sink(source)
+        return add_decoded(y_NSE, part.z, W_dec, part.selection, first, self.kernels, sink)
+
+    def explain(self, source: int, latents: Tensor, z_Nn: Tensor, x_ND: Tensor) -> Tensor:
+        """[N, T·E] what codes of some latents [n] write to the `explained` destinations, without biases."""
+        return z_Nn @ self.own_rows(source).index_select(0, latents)
+
+    def own_rows(self, source: int) -> Tensor:
+        """[F, T·E] view of the decoder for the `explained` destinations, which come first in a row."""
+        return self.W_dec[source][:, : len(self.explained(source))].flatten(1)
 
     # With `add` the same source by source, where a later one reads what follows from an earlier one's writing.
 
@@ -228,9 +327,16 @@ class Coder(nn.Module):
         """[N, S, E] the decoder's biases, before any source was read."""
         return self.b_dec.expand(tokens, -1, -1).clone(memory_format=torch.contiguous_format)
 
+    def skip(self, y_NSE: Tensor, source: int, x_ND: Tensor) -> Tensor:
+        """The reconstructions with the skip connection of one source's own destination."""
+        if self.W_skip is None:
+            return y_NSE
+        own_N1E = y_NSE[:, source : source + 1] + (x_ND @ self.W_skip[source].T)[:, None]
+        return torch.cat([y_NSE[:, :source], own_N1E, y_NSE[:, source + 1 :]], 1)
+
     def decoder_sink(self, source: int) -> Sink | None:
         """Where the gradient of a source's decoder goes; None: to autograd."""
-        return None if self.sinks is None else self.sinks.of(self.W_dec[source])
+        return None if self.sinks is None or not self.by_rows else self.sinks.of(self.W_dec[source])
 
     def rank_norms(self, source: int) -> Tensor | None:
         """[F] what pre-activations are multiplied with to rank latents, without gradient; None: nothing.
@@ -248,3 +354,46 @@ class Coder(nn.Module):
         if self.kernels.forced == "plain":
             return torch.linalg.vector_norm(self.W_dec[source].flatten(1), dim=1)
         return row_norms(self.W_dec[source], self.decoder_sink(source))
+
+    # How weights begin, fold and are stored.
+
+    def draw(self, source: int, rng: torch.Generator) -> None:
+        """Set a source's initial encoder and decoder, before the decoder's constraint."""
+        enc, dec = drawing.resolved(self.spec, self.starts)
+        W_enc, W_dec = self.encoder(source).W_enc, self.W_dec[source]
+        if enc == "tied":
+            W_dec.copy_(drawing.rows(dec, W_dec.flatten(1).shape, self.spec, rng).view_as(W_dec))
+            W_enc.copy_(W_dec.flatten(1))
+            return
+        W_enc.copy_(drawing.rows(enc, W_enc.shape, self.spec, rng))
+        if dec == "tied":  # for several destinations: each one's part of a row, unless the encoder's spans them all
+            W_dec.copy_(W_enc.unflatten(1, (-1, W_dec.shape[2])).expand_as(W_dec))
+        else:
+            W_dec.copy_(drawing.rows(dec, W_dec.flatten(1).shape, self.spec, rng).view_as(W_dec))
+
+    def constrain(self, source: int) -> None:
+        """Set the norm of decoder rows to 1, as far as the spec wants it."""
+        if self.spec.unit_norm:
+            self.W_dec[source].div_(self.decoder_norm(source)[:, None, None])
+        if self.spec.unit_per_target:
+            self.W_dec[source].copy_(nn.functional.normalize(self.W_dec[source], dim=2))
+
+    def fold(self, trained: "Coder", reads: Sequence[Affine], writes: Sequence[Affine], factor: float) -> None:
+        """Take over a trained module's decoder, made to write in raw units (fold.py)."""
+        for source in range(len(self.inputs)):
+            scales_TE = torch.stack([writes[destination].scale for destination in self.written(source)])
+            self.W_dec[source].copy_(trained.W_dec[source].double() * scales_TE.to(self.mean.device) / factor)
+
+    def unfold(self, saved: "Coder", reads: Sequence[Affine], writes: Sequence[Affine]) -> None:
+        """Take over what a deployed module has beside encoders, rows and biases (unfold.py); on the CPU."""
+        if self.W_skip is not None and saved.W_skip is not None:
+            for j, (read, site) in enumerate(zip(reads, writes, strict=True)):
+                W_ED = saved.W_skip[j].double().cpu() * read.scale / site.scale[:, None]
+                self.W_skip[j] = W_ED.to(self.W_skip)
+
+    def decoder_tensors(self) -> dict[str, Tensor]:
+        """What a run file holds of decoder and skip connection, by name."""
+        named = {f"W_dec.{source}": weight.data for source, weight in enumerate(self.W_dec)}
+        if self.W_skip is not None:
+            named |= {f"W_skip.{destination}": weight for destination, weight in enumerate(self.W_skip.data)}
+        return named

@@ -2,8 +2,10 @@
 
 With x̃ = (x − μ)/σ read and ỹ = (y − ν)/τ written:
 
-    W_enc ← W_enc diag(1/σ)      b_enc ← b_enc − W_enc μ (after the row above; any pre-bias goes first)
-    W_dec ← W_dec diag(τ)        b_dec ← b_dec ⊙ τ + ν
+    W_enc ← W_enc diag(1/σ)             b_enc ← b_enc − W_enc μ (after the row above; any pre-bias goes first)
+    W_dec ← W_dec diag(τ)               b_dec ← b_dec ⊙ τ + ν − W_skip μ (after the row below)
+    W_skip ← diag(τ) W_skip diag(1/σ)
+    V ← V diag(1/σ)   U ← diag(τ) U     of a MoLT, which then subtracts c ⊙ σ + μ from what its transforms read
 
 Codes and thresholds stay what they were. An SAE under one factor c for its site is folded the other way, codes in raw
 units: weights stay (and with them unit rows), biases and thresholds are multiplied by c. A rule whose codes are a line
@@ -18,9 +20,9 @@ import torch
 from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.crosslayer import build
 from thresher.train.dictionary.rules import Deployed
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.dictionary.topologies import build, topology
 from thresher.train.normalise import Affine
 
 
@@ -28,12 +30,21 @@ from thresher.train.normalise import Affine
 def deploy(
     coder: Coder, reads: Sequence[Affine], writes: Sequence[Affine], dtype: torch.dtype = torch.float32
 ) -> Coder:
-    """A new module with frozen rules that acts on raw activations, on the trained one's device."""
+    """A new module with frozen rules that acts on raw activations, on the trained one's device.
+
+    `reads`: by source, of several sites `joined` ones; `writes`: by destination.
+    """
     device = coder.b_dec.device
     out = build(coder.spec, coder.label, deployed=True).to(device=device, dtype=dtype)
     for destination, site in enumerate(writes):
         shift, scale = site.shift.to(device), site.scale.to(device)
-        out.b_dec[destination] = (coder.b_dec[destination].double() * scale + shift).to(dtype)
+        b_dec = coder.b_dec[destination].double() * scale + shift
+        if coder.W_skip is not None and out.W_skip is not None:
+            own = reads[destination]
+            W_ED = coder.W_skip[destination].double() * scale[:, None] / own.scale.to(device)
+            out.W_skip[destination] = W_ED.to(dtype)
+            b_dec -= W_ED @ own.shift.to(device)
+        out.b_dec[destination] = b_dec.to(dtype)
         mean = site.mean * site.scale + site.shift if site.raw_mean is None else site.raw_mean
         out.mean[destination] = mean.to(device).to(dtype)
     for source, site in enumerate(reads):
@@ -54,8 +65,7 @@ def deploy(
             folded.norms.copy_(norms_F)
         if thresholds is not None and isinstance(folded.rule, Deployed):
             folded.rule.threshold.copy_(ranked(thresholds.double() * factor, norms_F))
-        scales_TE = torch.stack([writes[destination].scale for destination in coder.written(source)]).to(device)
-        out.W_dec[source].copy_(coder.W_dec[source].double() * scales_TE / factor)
+    out.fold(coder, reads, writes, code_factor(coder.spec, reads[0]))
     return out.requires_grad_(False)
 
 
@@ -68,7 +78,7 @@ def ranked(thresholds: Tensor, norms_F: Tensor | None) -> Tensor:
 
 def code_factor(spec: DictionarySpec, site: Affine) -> float:
     """A code in raw units over the same code in training units, for a source of that site."""
-    return float(site.scale[0]) if spec.kind == "sae" and spec.normalise == "scale" else 1.0
+    return float(site.scale[0]) if topology(spec.kind).raw_codes and spec.normalise == "scale" else 1.0
 
 
 def _bias(coder: Coder, source: int) -> Tensor:

@@ -1,12 +1,15 @@
 """Initial weights.
 
-- SAE: decoder rows are random directions of norm 1, the encoder starts as their transpose and goes its own way.
+- SAE: decoder rows are random directions of norm 1, the encoder starts as their transpose and goes its own way. A
+  crosscoder likewise, with directions over all its sites together.
 - Transcoder: encoder uniform in ±1/√d_in, decoder zero, so that it starts as the mean and no random writing has to be
-  unlearned. Input and output spaces differ: nothing is tied.
+  unlearned. Input and output spaces differ: nothing is tied. A MoLT likewise, with what its transforms write zero.
 - CLT: encoder uniform in ±1/√F, decoder uniform in ±1/√(L·d_out).
 - Decoder biases start at the destinations' means. Encoder biases start such that the encoder sees centred inputs
   (unless a pre-bias already does that).
 - JumpReLU's threshold and window are set in standard deviations of the pre-activations so found, on sample rows.
+
+`init_encoder`, `init_decoder`, `init_b_dec` and `init_b_enc` choose otherwise (drawing.py). A skip connection is zero.
 
 Every source draws from its own generator, keyed by seed, topology and site: no global state is touched, layers differ,
 and dictionaries of a sweep that differ only in sparsity start from the same weights.
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.drawing import geometric_median
 from thresher.train.normalise import Affine
 
 
@@ -30,35 +34,28 @@ def generator(seed: int, *names: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialise(
-    coder: Coder, seed: int, reads: Sequence[Affine], writes: Sequence[Affine], samples: Sequence[Tensor]
+    coder: Coder,
+    seed: int,
+    reads: Sequence[Affine],
+    writes: Sequence[Affine],
+    samples: Sequence[Tensor],
+    targets: Sequence[Tensor] = (),
 ) -> None:
-    """Set all weights. `samples` are rows [n, D] of every source in training space."""
+    """Set all weights. `samples` are rows [n, D] of every source in training space, `targets` of every destination;
+    the latter may be left out where decoder biases do not start from them."""
     spec = coder.spec
     for destination, site in enumerate(writes):
-        coder.b_dec[destination] = site.mean.to(coder.b_dec)
-    for source, name in enumerate(spec.reads):
-        rng = generator(seed, spec.kind, name)
-        encoder, W_dec = coder.encoder(source), coder.W_dec[source]
-        if spec.kind == "sae":
-            rows = torch.nn.functional.normalize(torch.randn(spec.n_latents, spec.d_out, generator=rng), dim=1)
-            W_dec.copy_(rows[:, None])
-            encoder.W_enc.copy_(rows)
-        else:
-            encoder.W_enc.copy_(_uniform(encoder.W_enc.shape, _encoder_bound(coder), rng))
-            if spec.kind == "clt" or spec.unit_norm or spec.rank_by == "norm":  # rows of 0 would never be chosen
-                W_dec.copy_(_uniform(W_dec.shape, (len(spec.writes) * spec.d_out) ** -0.5, rng))
-        if spec.unit_norm:
-            W_dec.div_(coder.decoder_norm(source)[:, None, None])
-        if not spec.pre_bias:
+        if spec.init_b_dec == "mean":
+            coder.b_dec[destination] = site.mean.to(coder.b_dec)
+        elif spec.init_b_dec != "zero":
+            y_NE = targets[destination]
+            point_E = geometric_median(y_NE) if spec.init_b_dec == "median" else y_NE.double().mean(0)
+            coder.b_dec[destination] = point_E.to(coder.b_dec)
+    for source, names in enumerate(coder.inputs):
+        encoder = coder.encoder(source)
+        coder.draw(source, generator(seed, spec.kind, *names))
+        coder.constrain(source)
+        if not spec.pre_bias and spec.init_b_enc == "centred":
             encoder.b_enc.copy_(-(encoder.W_enc @ reads[source].mean.to(encoder.W_enc)))
         a_NF = encoder.preactivations(samples[source], coder.bias(source))
         encoder.rule.start(float(a_NF.var(0).mean().sqrt()), encoder.b_enc)
-
-
-def _encoder_bound(coder: Coder) -> float:
-    spec = coder.spec
-    return (spec.n_latents if spec.kind == "clt" else spec.d_in) ** -0.5
-
-
-def _uniform(shape: torch.Size, bound: float, rng: torch.Generator) -> Tensor:
-    return (torch.rand(shape, generator=rng) * 2 - 1) * bound

@@ -14,9 +14,10 @@ from typing import Literal, cast
 from thresher.cache.errors import UserError
 from thresher.train.dictionary import rules
 from thresher.train.dictionary.objective import Objective, check_objective, check_prefix_ends, prefix_ends
+from thresher.train.dictionary.special import check_topology
+from thresher.train.dictionary.topologies import topology
 from thresher.train.normalise import Mode
 
-Kind = Literal["sae", "transcoder", "clt"]
 Penalty = Literal["l1", "l0", "target_l0", "tanh", "lp"]
 
 
@@ -24,12 +25,12 @@ Penalty = Literal["l1", "l0", "target_l0", "tanh", "lp"]
 class _Settings(Objective):
     """Settings that a recipe and a concrete dictionary share."""
 
-    firing: str = "batchtopk"
+    firing: str = "auto"
     """Firing rule, of those below or of a --plugin. topk: the k largest per token; groupmax: the largest of each of k
     groups of neighbours; batchtopk: k per token on average over the batch, and a frozen threshold afterwards; global:
     all above one threshold, driven to k per token; relu: every positive pre-activation, kept few by an L1 penalty;
     gated: a gate under an L1 penalty and a magnitude of its own; jumprelu: every pre-activation above a learned
-    threshold."""
+    threshold. auto: batchtopk, for molt jumprelu."""
     k: float | None = None
     """Active latents per token for topk and groupmax (integer), batchtopk and global (may be fractional), per layer for
     a CLT; the target of the target_l0 penalty."""
@@ -45,11 +46,21 @@ class _Settings(Objective):
     row over all its targets. Codes are a either way."""
     pre_bias: bool = False
     """SAE only: subtract the decoder's bias from the input before encoding."""
+    skip: bool = False
+    """transcoder and clt: add a linear map of the layer's own input to each reconstruction, zero at first."""
+    norm: Literal["joined", "sum"] = "joined"
+    """crosscoder: norm n_f of a latent's row, that of the row over all sites or the sum of its sites' norms."""
+    transforms: int | None = None
+    """molt: number N of transforms of the first rank (times its multiple); or give n_latents or expansion."""
+    ranks: tuple[int, ...] = (512, 256, 128, 64, 32)
+    """molt: ranks of the transforms."""
+    multiples: tuple[int, ...] | None = None
+    """molt: how many times N transforms there are of each rank; 1, 2, 4, … when not given."""
     normalise: Mode = "scale"
     """Training space, from the cache's statistics: none, raw activations; scale, one factor per site that makes the
     mean norm √d; per_dim, every dimension centred and divided by its standard deviation. Saved weights act on raw
     activations anyway. per_token (SAE only): every row centred and divided by its own standard deviation, in training
-    and whenever the dictionary is used; per_token_in (not SAE): the rows read, those written staying raw."""
+    and whenever the dictionary is used; per_token_in (not SAE, crosscoder): what is read alone."""
     penalty: Penalty | None = None
     """Sparsity penalty: l1 (default) or lp for relu; l0 (default), target_l0 or tanh for jumprelu."""
     sparsity: float = 0.0
@@ -79,42 +90,54 @@ class _Settings(Objective):
     """Training tokens without firing after which a latent counts as dead."""
     threshold_decay: float = 0.99
     """batchtopk: decay per step of the running mean of the smallest kept value."""
+    init_encoder: Literal["auto", "tied", "width", "latents", "kaiming"] = "auto"
+    """Initial encoder. tied: the decoder's rows (auto for sae and crosscoder); width: uniform in ±1/√d_in (auto for
+    transcoder and molt); latents: in ±1/√F (auto for clt); kaiming: in ±√(6/F)."""
+    init_decoder: Literal["auto", "rows", "tied", "zero", "uniform"] = "auto"
+    """Initial decoder. rows: random directions of norm 1 (auto for sae and crosscoder); tied: the encoder's rows, where
+    widths match (a CLT's for every target); zero (auto for a transcoder with free rows); uniform: in
+    ±1/√(layers · d_out) (auto otherwise)."""
+    init_b_dec: Literal["mean", "sample_mean", "median", "zero"] = "mean"
+    """Initial decoder bias: the destination's mean over the cache, its mean or geometric median over 1024 training
+    rows, or 0."""
+    init_b_enc: Literal["centred", "zero"] = "centred"
+    """Initial encoder bias: such that the encoder sees centred inputs (0 with a pre-bias, which does that), or 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryConfig(_Settings):
     """The [dictionary] table of a recipe."""
 
-    kind: Kind = "transcoder"
+    kind: str = "transcoder"
     """sae: reconstructs the site it reads. transcoder: reads one site, reconstructs another of the same layer.
-    clt: cross-layer transcoder over all matched layers; each layer's latents write to that layer and all later ones."""
+    clt: cross-layer transcoder over all matched layers; each layer's latents write to that layer and all later ones.
+    crosscoder: one code that reads all matched sites at once and reconstructs them. molt: mixture of linear transforms,
+    sparsely gated low-rank maps from one site to another. Or a topology of your own (--plugin)."""
     reads: str = ""
-    """Site the encoder reads: a tap such as `mlp_in`, a site name, a hook name or a glob. Default: `mlp_in` for
-    transcoder and clt; an SAE reads what it writes."""
+    """Site the encoder reads: a tap such as `mlp_in`, a site name, a hook name or a glob. Default: `mlp_in`; sae and
+    crosscoder read what they write."""
     writes: str = ""
     """Site that is reconstructed; default `mlp_out`."""
     layers: tuple[int, ...] | None = None
     """Layers to use; all that the cache has when not given."""
     n_latents: int | None = None
-    """Number of latents F, per layer for a CLT. Give this or `expansion`."""
+    """Number of latents F, per layer for a CLT. Give this or `expansion`. molt: the equivalent number Σ_t r_t of its
+    transforms' ranks, from which `transforms` follows."""
     expansion: float | None = None
     """Latents per dimension of the site read: F = expansion · width."""
-    decoder: Literal["auto", "unit", "free"] = "auto"
-    """unit: decoder rows keep norm 1 (a CLT's over all its targets together). free: no constraint. auto: unit for SAEs,
-    free otherwise."""
+    decoder: Literal["auto", "unit", "free", "unit_per_target"] = "auto"
+    """unit: decoder rows keep norm 1 (over all their destinations together). free: no constraint. auto: unit for SAEs,
+    free otherwise. unit_per_target (clt): every layer's part of a row keeps norm 1, so that a latent must write as much
+    to each later layer; a fault of published CLTs, for comparison with them."""
 
     def __post_init__(self) -> None:
-        if (self.n_latents is None) == (self.expansion is None):
+        cls = topology(self.kind)
+        _settle_firing(self, cls.firing)
+        cls.check(self)
+        if cls.own_site and self.reads and self.writes and self.reads != self.writes:
             raise UserError(
-                "[dictionary] needs exactly one of n_latents and expansion: "
-                f"got n_latents = {self.n_latents}, expansion = {self.expansion}. Remove one or add one."
-            )
-        if self.expansion is not None and self.expansion <= 0:
-            raise UserError(f"dictionary.expansion is {self.expansion}; expected a number above 0.")
-        if self.kind == "sae" and self.reads and self.writes and self.reads != self.writes:
-            raise UserError(
-                f"dictionary.kind is 'sae', which reconstructs what it reads, but reads = {self.reads!r} and writes = "
-                f"{self.writes!r}. Give one of them, or set kind = 'transcoder'."
+                f"dictionary.kind is {self.kind!r}, which reconstructs what it reads, but reads = {self.reads!r} and "
+                f"writes = {self.writes!r}. Give one of them, or set kind = 'transcoder'."
             )
         rules.known(self.firing)
         check_settings(self, self.kind)
@@ -124,25 +147,30 @@ class DictionaryConfig(_Settings):
 class DictionarySpec(_Settings):
     """One dictionary with everything resolved."""
 
-    kind: Kind
+    kind: str
     """Topology."""
     reads: tuple[str, ...]
-    """Site names of the sources, in forward order."""
+    """Names of the sites read, in forward order."""
     writes: tuple[str, ...]
     """Site names of the destinations, in forward order."""
     layers: tuple[int, ...]
-    """Layer of each source."""
+    """Layer of each site read."""
     d_in: int
-    """Width of every source."""
+    """Width of every source: its site's, a crosscoder's sites' together."""
     d_out: int
     """Width of every destination."""
     n_latents: int
     """F, per source."""
     unit_norm: bool
     """Whether decoder rows keep norm 1 in training space."""
+    unit_per_target: bool = False
+    """Whether every destination's part of a decoder row keeps norm 1 instead."""
 
     def __post_init__(self) -> None:
+        cls = topology(self.kind)
+        _settle_firing(self, cls.firing)
         check_settings(self, self.kind)
+        cls.check_spec(self)
         if self.k is not None and rules.facts(self.firing).by_count and self.k > self.n_latents:
             raise UserError(
                 f"dictionary.k is {self.k:g} but the dictionary has only {self.n_latents} latents; lower k or raise "
@@ -194,6 +222,11 @@ class DictionarySpec(_Settings):
         return 1.5
 
     @property
+    def row_work(self) -> int:
+        """Multiply-adds per token of the largest product."""
+        return topology(self.kind).work(self)
+
+    @property
     def resolved_aux_k(self) -> int:
         """Dead latents per token in AuxK."""
         return self.aux_k if self.aux_k is not None else max(1, self.d_out // 2)
@@ -202,7 +235,28 @@ class DictionarySpec(_Settings):
 def concrete(config: DictionaryConfig, **resolved: object) -> DictionarySpec:
     """The spec that carries `config`'s settings and the resolved names and widths."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(_Settings)}
-    return DictionarySpec(**shared, **resolved)  # type: ignore[arg-type]
+    return DictionarySpec(**(shared | resolved))
+
+
+def _settle_firing(settings: _Settings, auto: str) -> None:
+    if settings.firing == "auto":
+        object.__setattr__(settings, "firing", auto)  # frozen, but not yet seen by anyone
+
+
+def check_one_size(config: DictionaryConfig) -> None:
+    """Raise UserError unless the number of latents is told in one way."""
+    if (config.n_latents is None) == (config.expansion is None):
+        raise UserError(
+            "[dictionary] needs exactly one of n_latents and expansion: "
+            f"got n_latents = {config.n_latents}, expansion = {config.expansion}. Remove one or add one."
+        )
+    if config.expansion is not None and config.expansion <= 0:
+        raise UserError(f"dictionary.expansion is {config.expansion}; expected a number above 0.")
+
+
+def latents_asked(config: DictionaryConfig, width: int) -> int:
+    """The number of latents that a table asks for, for a site of a width."""
+    return config.n_latents if config.n_latents is not None else round((config.expansion or 0) * width)
 
 
 def check_settings(settings: _Settings, kind: str) -> None:
@@ -212,11 +266,7 @@ def check_settings(settings: _Settings, kind: str) -> None:
         _check_penalty(settings)
         rules.known(settings.firing).check(settings)
     check_objective(settings, kind)
-    if settings.pre_bias and kind != "sae":
-        raise UserError(
-            f"dictionary.pre_bias is true for kind = {kind!r}, but subtracting the decoder's bias from the input only "
-            "means something when input and output are the same site. Remove pre_bias or set kind = 'sae'."
-        )
+    check_topology(settings, kind)
     _check_normalise(settings, kind)
     for name in ("sparsity", "preact", "aux", "penalty_warmup", "k_anneal"):
         if getattr(settings, name) != "run" and getattr(settings, name) < 0:
@@ -232,16 +282,18 @@ def check_settings(settings: _Settings, kind: str) -> None:
 
 
 def _check_normalise(settings: _Settings, kind: str) -> None:
-    if settings.normalise == "per_token" and kind != "sae":
+    cls = topology(kind)
+    if settings.normalise == "per_token" and not (cls.own_site and not cls.joint):
         raise UserError(
             f"dictionary.normalise is 'per_token' for kind = {kind!r}: what is written would be in units of its own "
             "mean and spread on each token, which nobody knows where the dictionary is used. Set normalise = "
             "'per_token_in', which leaves what is written raw, or kind = 'sae'."
         )
-    if settings.normalise == "per_token_in" and kind == "sae":
+    if settings.normalise == "per_token_in" and cls.own_site:
+        other = "'scale' or 'per_dim'" if cls.joint else "'per_token'"
         raise UserError(
-            "dictionary.normalise is 'per_token_in' for kind = 'sae', which writes what it reads. Set normalise = "
-            "'per_token'."
+            f"dictionary.normalise is 'per_token_in' for kind = {kind!r}, which writes what it reads. Set normalise = "
+            f"{other}."
         )
 
 

@@ -9,8 +9,12 @@ The normalisation is the new recipe's: the saved weights do not know another. Wh
 n_f, W_dec ← W_dec / n, W_enc ← W_enc n, b_enc ← b_enc n, θ ← θ n: the same reconstruction wherever a latent decides by
 its own threshold; TopK and BatchTopK choose by a, so their choice changes with n. All sums are float64.
 
-Every parameter is one function of `PARAMETERS`: a topology with more of them adds its own there. What a rule makes of
-the thresholds is its own `adopt`.
+A skip connection's and a MoLT's own follow `fold.py` backwards: W_skip ← diag(1/τ) W_skip diag(σ), with W_skip μ added
+to b_dec before; V ← V diag(σ), U ← diag(1/τ) U, c ← (c − μ)/σ. Rows that are to have norm 1 for every target apart are
+set to it, whatever that changes.
+
+Every parameter is one function of `PARAMETERS`; what a topology has beside those is its own `unfold` (coder.py). What a
+rule makes of the thresholds is its own `adopt`.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,25 +87,33 @@ def _encoders(given: Spaces, coder: Coder) -> None:
 
 def _decoders(given: Spaces, coder: Coder) -> None:
     """W_dec, rows that have no norm left out."""
-    for source, norms in enumerate(given.norms):
+    for source, norms in enumerate(given.norms if coder.by_rows else ()):
         rows = _decoder(given, source) / _safe(norms)[:, None, None]
         fresh = coder.W_dec[source].double().cpu()
         coder.W_dec[source].copy_(torch.where((norms > 0)[:, None, None], rows, fresh))
+        if coder.spec.unit_per_target:
+            coder.constrain(source)
 
 
 def _biases(given: Spaces, coder: Coder) -> None:
     """b_dec, and what a pre-bias took from b_enc."""
     for destination, site in enumerate(given.writes):
-        coder.b_dec[destination] = ((given.saved.b_dec[destination].double().cpu() - site.shift) / site.scale).to(
-            coder.b_dec
-        )
+        b_dec = given.saved.b_dec[destination].double().cpu()
+        if given.saved.W_skip is not None:
+            b_dec = b_dec + given.saved.W_skip[destination].double().cpu() @ given.reads[destination].shift
+        coder.b_dec[destination] = ((b_dec - site.shift) / site.scale).to(coder.b_dec)
     if coder.spec.pre_bias:
         for source in range(len(given.reads)):
             new = coder.encoder(source)
             new.b_enc.add_((new.W_enc.double() @ coder.b_dec[source].double()).to(new.b_enc))
 
 
-PARAMETERS: tuple[Callable[[Spaces, Coder], None], ...] = (_encoders, _decoders, _biases)
+def _own(given: Spaces, coder: Coder) -> None:
+    """What the topology has beside these."""
+    coder.unfold(given.saved, given.reads, given.writes)
+
+
+PARAMETERS: tuple[Callable[[Spaces, Coder], None], ...] = (_encoders, _decoders, _biases, _own)
 """In this order."""
 
 

@@ -35,7 +35,7 @@ class _Sums:
     """What a step gathers over parts and passes."""
 
     def __init__(self, fits: Sequence[Fit]) -> None:
-        self.tallies: list[list[list[Tally]]] = [[[] for _ in fit.plan.spec.reads] for fit in fits]
+        self.tallies: list[list[list[Tally]]] = [[[] for _ in fit.coder.inputs] for fit in fits]
         self.terms: list[list[Losses]] = [[] for _ in fits]
         self.short: list[Tensor] = []
         self.losses: list[Tensor] = []
@@ -133,10 +133,11 @@ class Group(NamedTuple):
 
         def encode(i: int, source: int, x_ND: Tensor) -> None:
             if watch is not None:
-                watch[members[i].fit.plan.spec.reads[source]] = x_ND
+                sites = members[i].fit.coder.inputs[source]
+                watch.update(zip(sites, x_ND.chunk(len(sites), dim=1), strict=True))
             members[i].encode(source, x_ND)
 
-        reads = [[(site,) for site in fit.plan.spec.reads] for fit in self.fits]
+        reads = [fit.coder.inputs for fit in self.fits]
         writes = [fit.plan.spec.writes for fit in self.fits]
         edits = stream_edits(reads, writes, part.at, encode, lambda i, j: members[i].decode(j))
         return members, self.target.logits(part.tokens, edits)
@@ -262,6 +263,11 @@ def _check_codes(plan: RunPlan) -> None:
 
 def _check_cascade(fit: Fit, in_parts: bool) -> None:
     spec = fit.plan.spec
+    if not fit.coder.causal:
+        raise UserError(
+            f"dictionary.kind of {fit.plan.name!r} is {spec.kind!r}, which reads sites that the model reaches only "
+            "after those it writes, so it cannot run along in a pass. Set train.mode = 'clean_input' or 'single_site'."
+        )
     if spec.pool == "joint":
         raise UserError(
             f"dictionary.pool of {fit.plan.name!r} is 'joint', but in mode = 'cascade' what later layers read follows "

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from thresher.cache.contracts import side_by_side
 from thresher.train.dictionary.coder import Pass
 from thresher.train.dictionary.encoder import Fired
 from thresher.train.fit import Fit, Inputs
@@ -34,7 +35,7 @@ class Member:
 
     def raw(self, rows: Mapping[str, Tensor]) -> list[Tensor]:
         """Clean rows of all sources in training space."""
-        return [self._read(source, rows[site]) for source, site in enumerate(self.fit.plan.spec.reads)]
+        return [self._read(s, side_by_side(rows, sites)) for s, sites in enumerate(self.fit.coder.inputs)]
 
     def encode(self, source: int, x_ND: Tensor) -> None:
         """Take raw activations of the next source in forward order, and write what follows from them."""
@@ -44,6 +45,7 @@ class Member:
         with stage("decode"):
             if self.y_NSE is None:
                 self.y_NSE = self.fit.coder.begin(x_ND.shape[0])
+            self.y_NSE = self.fit.coder.skip(self.y_NSE, source, self.xs[-1])
             self.y_NSE = self.fit.coder.add(self.y_NSE, source, self.fired[-1], self.xs[-1])
 
     def encode_all(self, rows: Mapping[str, Tensor]) -> None:

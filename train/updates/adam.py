@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from thresher.train.config import TrainConfig
 from thresher.train.kernels import cpu
 from thresher.train.kernels.choice import Implementation
-from thresher.train.updates.rule import Parameters, Rule, Turn, count, rows
+from thresher.train.updates.rule import Parameters, Rule, Turn, count
 
 _OF = type[torch.optim.Adam] | type[torch.optim.AdamW]
 
@@ -80,8 +80,9 @@ class Adam(Rule):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
-        weight, grad = rows(parameter), rows(parameter.grad)
-        return weight, grad, rows(state["exp_avg"]), rows(state["exp_avg_sq"]), state["step"]
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        weight, grad, m, v = (self.parameters.rows(parameter, tensor) for tensor in tensors)
+        return weight, grad, m, v, state["step"]
 
     def move(self, rate: float, norm: Tensor) -> None:
         """By torch's fused kernel."""

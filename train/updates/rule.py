@@ -41,10 +41,11 @@ class Parameters:
     def __init__(self, coder: Coder) -> None:
         self.all = list(coder.parameters())
         self.sinks = coder.gather()
-        self.unit = list(coder.W_dec) if coder.spec.unit_norm else []
+        self.unit = list(coder.W_dec) if coder.spec.unit_norm or coder.spec.unit_per_target else []
+        self.apart = coder.spec.unit_per_target
         named = list(coder.named_parameters())
         self.matrices = [p for name, p in named if p.dim() > 1 and not _is_bias(name)]
-        self._encoders = {(encoder := coder.encoder(source)).W_enc: encoder for source in range(len(coder.reads))}
+        self._encoders = {(encoder := coder.encoder(source)).W_enc: encoder for source in range(len(coder.inputs))}
 
     def with_gradient(self) -> list[nn.Parameter]:
         """Those that have one."""
@@ -61,14 +62,24 @@ class Parameters:
     def noted(self, parameter: nn.Parameter) -> tuple[Tensor | None, Facts | None, bool]:
         """Multiples of the weight that its gradient lacks, facts of what it has, and whether rows keep norm 1."""
         sink, unit = self.sinks.find(parameter), self.is_unit(parameter)
+        if sink is not None and unit and self.apart:  # facts of rows over all destinations say nothing of their parts
+            along = None if sink.along is None else sink.along.repeat_interleave(parameter.shape[1])
+            return along, None, unit
         return (None, None, unit) if sink is None else (sink.along, sink.facts(), unit)
+
+    def rows(self, parameter: nn.Parameter, tensor: Tensor | None) -> Tensor:
+        """A parameter, or its gradient or state, by the rows that an update goes through: of a decoder whose rows keep
+        norm 1 for every destination apart, those parts."""
+        assert tensor is not None
+        apart = self.apart and self.is_unit(parameter)
+        return rows(tensor.flatten(0, 1) if apart else tensor)
 
     def turn(self, parameter: nn.Parameter) -> Turn:
         """What a parameter's update needs to know of its gradient's rows."""
         noted, facts, unit = self.noted(parameter)
         assert parameter.grad is not None
         if facts is None:
-            facts = cpu.facts_of(rows(parameter), rows(parameter.grad))
+            facts = cpu.facts_of(self.rows(parameter, parameter), self.rows(parameter, parameter.grad))
         if not unit and noted is None:
             return Turn(parameter, unit, None, float(facts.squares.sum()))
         along = torch.zeros_like(facts.dots) if noted is None else noted.double()

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from thresher.train.config import TrainConfig
 from thresher.train.kernels import cpu
 from thresher.train.kernels.choice import Implementation
-from thresher.train.updates.rule import Parameters, Rule, Turn, count, rows
+from thresher.train.updates.rule import Parameters, Rule, Turn, count
 
 
 class Signum(Rule):
@@ -50,7 +50,8 @@ class Signum(Rule):
             assert parameter.grad is not None
             state["step"] += 1
             share = 1 / float(state["step"])
-            places = (rows(tensor) for tensor in (parameter, parameter.grad, state["u"], state["mean"]))
+            tensors = (parameter, parameter.grad, state["u"], state["mean"])
+            places = (self.parameters.rows(parameter, tensor) for tensor in tensors)
             cpu.signum(*places, turn.along, rate, share, self.momentum, turn.unit)  # type: ignore[call-arg, arg-type]
 
         return self.by_cpu_rows(finite, update)
@@ -67,8 +68,9 @@ class Signum(Rule):
             state["mean"].lerp_(state["u"], share.to(parameter.dtype))
             if self.parameters.is_unit(parameter):
                 for kept in ("u", "mean"):
-                    norms = torch.linalg.vector_norm(rows(state[kept]), dim=1, keepdim=True)
-                    rows(state[kept]).div_(torch.where(go, norms, 1.0))
+                    rows = self.parameters.rows(parameter, state[kept])
+                    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+                    rows.div_(torch.where(go, norms, 1.0))
             torch.mul(state["u"], 1 - self.momentum, out=parameter.detach())  # v; its norm is the frame's matter
             parameter.detach().add_(state["mean"], alpha=self.momentum)
 
@@ -120,5 +122,6 @@ class PlainSignum:
             state["mean"] = (1 - c) * state["mean"] + c * state["u"]
             if self.rule.parameters.is_unit(parameter):
                 for kept in ("u", "mean"):
-                    state[kept] = normalize(state[kept].flatten(1), dim=1).view_as(parameter)
+                    rows = self.rule.parameters.rows(parameter, state[kept])
+                    state[kept] = normalize(rows, dim=1).view_as(parameter)
             parameter.copy_((1 - momentum) * state["u"] + momentum * state["mean"])
