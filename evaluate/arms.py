@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from thresher.cache.errors import UserError
 from thresher.evaluate import splice
 from thresher.evaluate.checks import Replacement
 
@@ -23,6 +24,42 @@ class Plan(NamedTuple):
     """Of `identity`, `zero`, `mean`, `error_added`; `clean` and the replacements always run."""
     batch_contexts: int
     single_site_share: float
+
+
+def protocols_of(replacement: Replacement, protocols: Sequence[splice.Protocol]) -> tuple[splice.Protocol, ...]:
+    """Those that a replacement can be judged under: not `cascade`, where a dictionary reads what comes only later."""
+    able = replacement.protocols
+    if able is None:
+        able = tuple(p for p in splice.PROTOCOLS if p != "cascade" or all(d.causal for d in replacement.dictionaries))
+    return tuple(protocol for protocol in protocols if protocol in able)
+
+
+def protocols_that_fit(
+    replacements: Sequence[Replacement], protocols: tuple[splice.Protocol, ...]
+) -> tuple[tuple[splice.Protocol, ...], list[str]]:
+    """Those that some replacement can be judged under, and notes on who is left out of which.
+
+    Raises UserError for a replacement that none is left for.
+    """
+    notes = []
+    for replacement in replacements:
+        own = protocols_of(replacement, protocols)
+        reason = (
+            f"{replacement.name!r} reads sites that the model reaches only after what is computed from them, so it "
+            "cannot run along in a forward pass"
+        )
+        if not own:
+            raise UserError(f"evaluate.protocols is {list(protocols)}, but {reason}. Add clean_input or single_site.")
+        if own != protocols:
+            notes.append(f"{reason[0].upper()}{reason[1:]}: it is left out of cascade.")
+    possible = {protocol for replacement in replacements for protocol in protocols_of(replacement, protocols)}
+    return tuple(protocol for protocol in protocols if protocol in possible), notes
+
+
+def has_error_arm(replacement: Replacement, plan: Plan) -> bool:
+    """Whether its errors are added back under cascade, as a check."""
+    causal = all(dictionary.causal for dictionary in replacement.dictionaries)
+    return "error_added" in plan.arms and not replacement.baseline and causal
 
 
 class Ablation(NamedTuple):
@@ -65,11 +102,10 @@ def means_of(replacement: Replacement) -> dict[str, Tensor]:
 def ablations(replacements: Sequence[Replacement], plan: Plan) -> dict[str, Ablation]:
     """Every zero and mean ablation needed, by label."""
     out: dict[str, Ablation] = {}
-    whole = "cascade" in plan.protocols or "clean_input" in plan.protocols
     for replacement in replacements:
-        means = means_of(replacement)
-        sets = [(tuple(means), False)] if whole else []
-        if "single_site" in plan.protocols:
+        means, protocols = means_of(replacement), protocols_of(replacement, plan.protocols)
+        sets = [(tuple(means), False)] if "cascade" in protocols or "clean_input" in protocols else []
+        if "single_site" in protocols:
             sets += [((site,), True) for site in means]
         for sites, single in sets:
             for arm, label in (("zero", zero_label(sites)), ("mean", mean_label(sites, means))):

@@ -40,7 +40,7 @@ def pairs(dictionaries: Sequence[Dictionary]) -> list[Pair]:
     found: list[Pair] = []
     for dictionary in dictionaries:
         for j, written in enumerate(dictionary.writes):
-            sources = [dictionary.reads[s] for s in dictionary.sources(j)]
+            sources = [site for s in dictionary.sources(j) for site in dictionary.inputs[s]]
             if written not in sources:
                 found.append(Pair(sources[-1], written))
     return list(dict.fromkeys(found))
@@ -68,6 +68,7 @@ class Neurons:
             )
         self.name, self.k = f"{site.name}-top{k}", k
         self.reads = self.writes = (site.name,)
+        self.inputs, self.causal, self.fixed_cost = (self.reads,), True, 0
         self.n_latents, self.n_parameters = site.width, 0
         self.means: Mapping[str, Tensor] = {}
         """Empty: the sites ablated beside this baseline are those of `mlp_out`."""
@@ -79,6 +80,10 @@ class Neurons:
     def write_norms(self) -> Tensor:
         """[1, 1]: one unit row per neuron."""
         return torch.tensor([[float(self.n_latents)]])
+
+    def latent_costs(self, source: int) -> Tensor:
+        """0: what neurons cost, the model's own matrices say (costs.py)."""
+        return torch.zeros(self.n_latents, dtype=torch.float64)
 
     def encode(self, source: int, x_ND: Tensor) -> Codes:
         """The k entries of largest magnitude, with their signs; the lowest index among equals."""
@@ -110,6 +115,8 @@ class Affine:
         """`weight_ED` B, `bias_E` c, `mean_E` the mean of v over the rows it was fitted on."""
         self.name = f"affine-{pair.written}"
         self.reads, self.writes = (pair.read,), (pair.written,)
+        self.inputs, self.causal = (self.reads,), True
+        self.fixed_cost = weight_ED.numel()
         self.weight_ED, self.bias_E, self.mean_E = weight_ED, bias_E, mean_E
         self.n_latents, self.n_parameters = weight_ED.shape[1], weight_ED.numel() + bias_E.numel()
         self.means: Mapping[str, Tensor] = {pair.written: mean_E}
@@ -121,6 +128,10 @@ class Affine:
     def write_norms(self) -> Tensor:
         """[1, 1]: ‖B‖²."""
         return self.weight_ED.double().square().sum().reshape(1, 1)
+
+    def latent_costs(self, source: int) -> Tensor:
+        """0: all of B is used on every token."""
+        return torch.zeros(self.n_latents, dtype=torch.float64)
 
     def encode(self, source: int, x_ND: Tensor) -> Codes:
         """All D entries of every token."""

@@ -33,6 +33,8 @@ class Causality(NamedTuple):
 def check_causality(target: Target, replacements: Sequence[Replacement], scored: Scored) -> Causality | None:
     """Try the model, bare and with each replacement under cascade; None for text of one position.
 
+    A replacement that cannot run along is tried with its reconstructions of clean values in place.
+
     Raises UserError naming who is not causal.
     """
     real = (scored.patch | (scored.outside > 0)).sum(axis=1)
@@ -46,16 +48,21 @@ def check_causality(target: Target, replacements: Sequence[Replacement], scored:
     after_BT = before_BT.clone()
     after_BT[0, position] = (after_BT[0, position] + 1) % target.n_vocab
     largest = 0.0
-    tried: list[tuple[str, Callable[[], Mapping[str, Edit] | None]]] = [("The target itself", lambda: None)]
+    tried: list[tuple[str, Callable[[Tensor], Mapping[str, Edit] | None]]] = [("The target itself", lambda _: None)]
     for replacement in replacements:
 
-        def edits(dictionaries: Sequence[Dictionary] = replacement.dictionaries) -> Mapping[str, Edit]:
-            return splice.cascade_edits(dictionaries, patch_BT)
+        def edits(tokens: Tensor, dictionaries: Sequence[Dictionary] = replacement.dictionaries) -> Mapping[str, Edit]:
+            if all(dictionary.causal for dictionary in dictionaries):
+                return splice.cascade_edits(dictionaries, patch_BT)
+            clean: dict[str, Tensor] = {}
+            target.logits(tokens, splice.recording_edits(splice.reads(dictionaries), patch_BT, clean))
+            codes = splice.encode_clean(dictionaries, clean)
+            return splice.constant_edits(splice.decode_all(dictionaries, codes), patch_BT)
 
         tried.append((f"The model with the replacement {replacement.name!r} in place", edits))
     with torch.inference_mode():
         for who, make in tried:
-            first, second = (target.logits(tokens, make()) for tokens in (before_BT, after_BT))
+            first, second = (target.logits(tokens, make(tokens)) for tokens in (before_BT, after_BT))
             change = _change(first, second, position)
             if change > TOLERANCE.get(target.dtype, 4 * TOLERANCE[torch.float32]):  # NaN is told by the passes
                 raise UserError(

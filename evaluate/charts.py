@@ -11,7 +11,7 @@ from typing import Any
 
 from thresher.evaluate import scales, svg
 from thresher.evaluate.columns import chance_text, count, l0_text, sites_label
-from thresher.evaluate.headline import main_protocol
+from thresher.evaluate.headline import each_once, main_protocol
 from thresher.evaluate.results import Results, Row
 from thresher.evaluate.scales import Form, Scale
 from thresher.evaluate.svg import Frame, Mark, Series
@@ -229,7 +229,7 @@ def _positions(results: Results, protocol: str, key: str, y_title: str, form: Fo
 def densities(results: Results) -> str:
     """How often latents fire: a small histogram per replacement, all to one scale."""
     known, order = keys(results), families(results)
-    rows = [row for row in results.table(main_protocol(results)) if row.kind == "replacement"]
+    rows = each_once(results)
     totals = {key_of(row, known): (row, found) for row in rows if (found := _density(row)) is not None}
     if not totals:
         return ""
@@ -269,7 +269,7 @@ TRAINING = {
 def training(results: Results) -> str:
     """What was logged along training, one line per replacement."""
     known, order = keys(results), families(results)
-    rows = [r for r in results.table(main_protocol(results)) if r.kind == "replacement" and r.facts.get("curves")]
+    rows = [row for row in each_once(results) if row.facts.get("curves")]
     out = []
     for key, (title, y_title, log, form) in TRAINING.items():
         series = []

@@ -31,6 +31,9 @@ class Replacement(NamedTuple):
     means: Mapping[str, Tensor] | None = None
     """Training means [E] by the sites that it stands for, in the order of the written ones: those of the dictionaries
     that a baseline stands beside. None: the dictionaries' own."""
+    protocols: tuple[str, ...] | None = None
+    """Protocols that it is run under, of those asked for: of a baseline, those of the dictionaries that it stands
+    beside. None: all that its dictionaries allow."""
 
     @property
     def stands_for_others(self) -> bool:
@@ -75,7 +78,8 @@ def check_replacements(replacements: Sequence[Replacement], target: Target) -> d
     sites = resolve_sites(replacements, target)
     for replacement in replacements:
         for dictionary in replacement.dictionaries:
-            _check_order(replacement, dictionary, list(sites))
+            if dictionary.causal:
+                _check_order(replacement, dictionary, list(sites))
             _check_widths(replacement, dictionary, sites, target)
     return sites
 
@@ -113,8 +117,7 @@ def _check_writers(replacement: Replacement) -> None:
 
 def _check_order(replacement: Replacement, dictionary: Dictionary, order: Sequence[str]) -> None:
     for j, destination in enumerate(dictionary.writes):
-        for s in dictionary.sources(j):
-            source = dictionary.reads[s]
+        for source in (site for s in dictionary.sources(j) for site in dictionary.inputs[s]):
             if order.index(source) > order.index(destination):
                 raise UserError(
                     f"{_who(replacement, dictionary)} writes {destination!r} from {source!r}, which the model only "
@@ -126,15 +129,16 @@ def _check_order(replacement: Replacement, dictionary: Dictionary, order: Sequen
 def _check_widths(replacement: Replacement, dictionary: Dictionary, sites: Mapping[str, Site], target: Target) -> None:
     dtype = torch.promote_types(target.dtype, torch.float32)
     codes: list[Codes] = []
-    for s, name in enumerate(dictionary.reads):
-        zeros_1D = torch.zeros(1, sites[name].width, dtype=dtype, device=target.device)
+    for s, names in enumerate(dictionary.inputs):
+        width = sum(sites[name].width for name in names)
+        zeros_1D = torch.zeros(1, width, dtype=dtype, device=target.device)
         try:
             codes.append(dictionary.encode(s, zeros_1D))
         except (RuntimeError, ValueError, IndexError) as error:
+            where, why = " + ".join(names), str(error).splitlines()[0]
             raise UserError(
-                f"{_who(replacement, dictionary)} cannot read the site {name!r} of the target {target.name!r}, which "
-                f"is {sites[name].width} wide on {target.device}: {str(error).splitlines()[0]} Evaluate it in the "
-                "model it was trained on."
+                f"{_who(replacement, dictionary)} cannot read the site {where!r} of the target {target.name!r}, which "
+                f"is {width} wide on {target.device}: {why} Evaluate it in the model it was trained on."
             ) from error
     for j, name in enumerate(dictionary.writes):
         written: Tensor = dictionary.decode(j, [codes[s] for s in dictionary.sources(j)])

@@ -3,12 +3,12 @@
 Other tools' explained variances stand beside them under `compat`; nothing is ranked by those.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from thresher.cache.contracts import Site
+from thresher.cache.contracts import Dictionary
 from thresher.evaluate import metrics
 from thresher.evaluate.checks import Replacement
 from thresher.evaluate.compat import COMPAT
@@ -29,9 +29,7 @@ class CleanFacts(NamedTuple):
     cost: dict[str, float]
 
 
-def clean_input_facts(
-    replacement: Replacement, tally: Tally, written: Sequence[str], sites: Mapping[str, Site]
-) -> CleanFacts:
+def clean_input_facts(replacement: Replacement, tally: Tally, written: Sequence[str]) -> CleanFacts:
     """Reconstruction by written site, codes by source, costs, and their summary."""
     own = tally.own[replacement.name]
     per_site = tuple({"site": site} | site_facts(tally, own, site) for site in written)
@@ -43,16 +41,17 @@ def clean_input_facts(
         given = replacement.facts.get("cost", {})
         assert isinstance(given, dict)
         return CleanFacts({**shared, **given}, per_site, (), given)
-    sources, l0 = [], []
+    sources, l0, used = [], [], []
     for i, dictionary in enumerate(replacement.dictionaries):
-        codes = [own.codes[i, s] for s in range(len(dictionary.reads))]
+        codes = [own.codes[i, s] for s in range(len(dictionary.inputs))]
         numbers = [metrics.code_metrics(sums) for sums in codes]
         l0.append([n["l0"] for n in numbers])
-        for name, sums, n in zip(dictionary.reads, codes, numbers, strict=True):
+        used.append([_weights_used(dictionary, s, sums) for s, sums in enumerate(codes)])
+        for name, sums, n in zip(source_labels(dictionary), codes, numbers, strict=True):
             assert not isinstance(sums.firings, int)
             density = metrics.density_histogram(sums.firings.cpu().numpy(), sums.tokens)
             sources.append({"dictionary": dictionary.name, "site": name, **n, "density": density})
-    cost = costs(replacement.dictionaries, l0, {name: site.width for name, site in sites.items()})
+    cost = costs(replacement.dictionaries, l0, used)
     total = metrics.l0_metrics(own.counts["total_l0"].cpu().numpy())
     shared |= cost
     shared |= {f"{key}_total": value for key, value in total.items()}
@@ -62,6 +61,17 @@ def clean_input_facts(
         shared[key] = float(np.average([source[key] for source in sources], weights=latents))
     shared["n_latents"] = float(latents.sum())
     return CleanFacts(shared, per_site, tuple(sources), cost)
+
+
+def source_labels(dictionary: Dictionary) -> list[str]:
+    """By source, the site that it reads; `all sites` for one that reads several."""
+    return [sites[0] if len(sites) == 1 else "all sites" for sites in dictionary.inputs]
+
+
+def _weights_used(dictionary: Dictionary, source: int, sums: metrics.CodeSums) -> float:
+    """Weights that the active latents of a source bring into play, mean over tokens."""
+    assert not isinstance(sums.firings, int)
+    return float(sums.firings.double().cpu() @ dictionary.latent_costs(source).double().cpu()) / sums.tokens
 
 
 RECONSTRUCTION = (
@@ -117,7 +127,7 @@ def write_norms(replacement: Replacement) -> tuple[dict[str, Any], ...]:
             norms = dictionary.write_norms().double().cpu().numpy()
             share = norms / np.nansum(norms)
             table = [[finite_or_none(float(value)) for value in row] for row in share]
-            names = {"reads": list(dictionary.reads), "writes": list(dictionary.writes)}
+            names = {"reads": source_labels(dictionary), "writes": list(dictionary.writes)}
             out.append({"dictionary": dictionary.name, **names, "share": table})
     return tuple(out)
 

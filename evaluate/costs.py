@@ -1,11 +1,12 @@
 """What a replacement costs per token, on three axes that rank topologies differently.
 
-From what a dictionary reads, writes and connects, so SAEs, transcoders and cross-layer transcoders share one formula.
-The target's own neurons are counted like the latents of a transcoder. Biases are ignored, as is a dense skip
-connection, which the protocols do not show.
+From what a dictionary says its latents bring into play, so all topologies share one formula: a latent of an SAE or a
+transcoder its encoder and decoder row, a transform of a MoLT its gate's row and both factors. A skip connection is used
+on every token, so all of it counts. The target's own neurons are counted like the latents of a transcoder. Biases are
+ignored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,23 +16,21 @@ AXES = ("l0", "active_per_mlp", "active_parameters")
 
 
 def costs(
-    dictionaries: Sequence[Dictionary], l0: Sequence[Sequence[float]], width: Mapping[str, int]
+    dictionaries: Sequence[Dictionary], l0: Sequence[Sequence[float]], used: Sequence[Sequence[float]]
 ) -> dict[str, float]:
-    """Cost by axis, from the mean L0 of every source of every dictionary.
+    """Cost by axis, from the mean L0 and the mean weights used per token of every source of every dictionary.
 
     - `l0`: active latents per source, averaged over sources.
     - `active_per_mlp`: active latents that a reconstruction sums over, averaged over written sites; a latent that
       writes to several sites counts in each.
-    - `active_parameters`: encoder row plus every decoder row of the active latents, summed.
+    - `active_parameters`: weights of the active latents (`Dictionary.latent_costs`) and of what is always active,
+      summed.
     """
     per_source, per_destination, parameters = [], [], 0.0
-    for dictionary, own in zip(dictionaries, l0, strict=True):
-        reached = [list(dictionary.sources(j)) for j in range(len(dictionary.writes))]
+    for dictionary, own, weights in zip(dictionaries, l0, used, strict=True):
         per_source += list(own)
-        per_destination += [sum(own[s] for s in sources) for sources in reached]
-        for s, site in enumerate(dictionary.reads):
-            written = sum(width[w] for w, sources in zip(dictionary.writes, reached, strict=True) if s in sources)
-            parameters += own[s] * (width[site] + written)
+        per_destination += [sum(own[s] for s in dictionary.sources(j)) for j in range(len(dictionary.writes))]
+        parameters += sum(weights) + dictionary.fixed_cost
     return {
         "l0": float(np.mean(per_source)),
         "active_per_mlp": float(np.mean(per_destination)),

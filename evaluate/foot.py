@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from thresher.evaluate.columns import filled, l0_text, meaning, sites_label
+from thresher.evaluate.headline import each_once
 from thresher.evaluate.results import Results, Row
 
 
@@ -28,12 +29,7 @@ def provenance(results: Results) -> str:
         f"{'equals clean as it must' if check['passed'] else 'does not equal clean'}</dd>"
         for check in results.checks
     )
-    first = next(iter(results.protocols))
-    runs = "".join(
-        f"<dt>{escape(row.name)}</dt><dd>{escape(_facts(row))}</dd>"
-        for row in results.table(first)
-        if row.kind == "replacement"
-    )
+    runs = "".join(f"<dt>{escape(row.name)}</dt><dd>{escape(_facts(row))}</dd>" for row in each_once(results))
     text = escape(json.dumps(results.provenance, indent=2, ensure_ascii=False, default=str))
     parts = [f"<details><summary>Runs</summary><dl>{runs}</dl></details>"]
     if checks:

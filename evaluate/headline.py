@@ -30,6 +30,16 @@ def main_protocol(results: Results) -> str:
     return "cascade" if "cascade" in results.protocols else next(iter(results.protocols))
 
 
+def each_once(results: Results) -> list[Row]:
+    """Replacements for what does not depend on the protocol: those of the main table, then those that are not in it."""
+    first = main_protocol(results)
+    tables = [results.table(p) for p in (first, *(p for p in results.protocols if p != first))]
+    out: dict[str, Row] = {}
+    for row in (row for table in tables for row in table if row.kind == "replacement"):
+        out.setdefault(row.name, row)
+    return list(out.values())
+
+
 def headline(results: Results) -> list[Line]:
     """The findings, for every set of written sites."""
     protocol = main_protocol(results)

@@ -86,6 +86,7 @@ def _facts(members: Sequence[Run]) -> dict[str, object]:
     spec, training = first["dictionary"], first["training"]
     return {
         "kind": spec["kind"],
+        **({"skip": True} if spec.get("skip") else {}),
         "firing": spec["firing"],
         "sparsity": members[0].sparsity,
         "k": spec.get("k"),

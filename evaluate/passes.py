@@ -19,7 +19,16 @@ from torch import Tensor
 from thresher.cache.contracts import Codes, Edit, Target
 from thresher.cache.errors import UserError
 from thresher.evaluate import splice
-from thresher.evaluate.arms import CLEAN, CLEAN_SINGLE, Plan, error_label, means_of, patched_label
+from thresher.evaluate.arms import (
+    CLEAN,
+    CLEAN_SINGLE,
+    Plan,
+    error_label,
+    has_error_arm,
+    means_of,
+    patched_label,
+    protocols_of,
+)
 from thresher.evaluate.checks import Replacement
 from thresher.evaluate.compat import BatchTruth, batch_truth, compat
 from thresher.evaluate.ledger import BESIDE, FIRST, OUTLIERS, PATCHED, SPECIAL, Ledger
@@ -276,16 +285,17 @@ class BatchRunner:
         """All protocols of one replacement on this batch."""
         name, dictionaries, patch_BT = replacement.name, replacement.dictionaries, self.batch.patch
         plan, who = self.tally.plan, f"The replacement {name!r}"
+        protocols = protocols_of(replacement, plan.protocols)
         yhats, known = self.measure(ledger, replacement, clean)
-        if "cascade" in plan.protocols:
+        if "cascade" in protocols:
             self.cascade(ledger, replacement, known)
-        if "error_added" in plan.arms and not replacement.baseline:
+        if has_error_arm(replacement, plan):
             errors = {site: clean.patched[site] - yhat_NE for site, yhat_NE in yhats.items()}
             edits = splice.cascade_edits(dictionaries, patch_BT, errors=errors, known=known)
             self.run(ledger, error_label(name), edits, f"{who} with its errors added")
         places = list(zip(means_of(replacement), yhats.items(), strict=True))
-        single = "single_site" in plan.protocols and self.batch.single
-        if "clean_input" in plan.protocols:
+        single = "single_site" in protocols and self.batch.single
+        if "clean_input" in protocols:
             edits, seen = splice.constant_edits(yhats, patch_BT), dict[str, Tensor]()
             if replacement.stands_for_others:  # which follows from what it writes, whatever the stream
                 edits |= splice.recording_edits([site for site, _ in places], patch_BT, seen)

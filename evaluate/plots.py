@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from thresher.evaluate import scales
 from thresher.evaluate.columns import sites_label
-from thresher.evaluate.headline import main_protocol
+from thresher.evaluate.headline import each_once, main_protocol
 from thresher.evaluate.palette import CARD_LIGHT, hue
 from thresher.evaluate.results import Results, Row
 from thresher.evaluate.scales import Scale
@@ -41,7 +41,7 @@ def write_plots(results: Results, folder: Path) -> tuple[Path, ...]:
         "fvu_sites": sites_figure(results, first, "fvu", "FVU on clean inputs"),
         "delta_sites": sites_figure(results, "single_site", "delta", "δ with one site patched at a time, nats"),
         "delta_positions": positions_figure(results, first),
-        "write_norms": norms_figure(results, first),
+        "write_norms": norms_figure(results),
     }
     paths: list[Path] = []
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "thresher"}):
@@ -222,9 +222,9 @@ def _strip(
 # --- write norms ----------------------------------------------------------------------------------------------------
 
 
-def norms_figure(results: Results, protocol: str) -> Figure | None:
+def norms_figure(results: Results) -> Figure | None:
     """Share of squared decoder norm by source and target layer, of dictionaries that write to several sites."""
-    maps = [(row.name, one) for row in results.table(protocol) for one in row.write_norms][:MAPS]
+    maps = [(row.name, one) for row in each_once(results) for one in row.write_norms][:MAPS]
     if not maps:
         return None
     side = 1.2 + 0.42 * max(len(one["writes"]) for _, one in maps)

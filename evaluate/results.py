@@ -52,7 +52,8 @@ DEFINITIONS: dict[str, str] = {
     "dense_1": "Share of latents firing on more than 1 % of tokens.",
     "dense_10": "Share of latents firing on more than 10 % of tokens.",
     "active_per_mlp": "Active latents that one reconstruction sums over, mean over written sites.",
-    "active_parameters": "Encoder and decoder parameters of the active latents per token, summed over sites.",
+    "active_parameters": "Weights of the active latents per token (encoder, decoder, transforms), and of "
+    "skip connections, of all sites together.",
     "ev_legacy_token": "SAELens up to 6.17 and SAEBench's paper: mean over tokens of 1 - ‖r‖²/‖y - ȳ‖², ȳ the batch's "
     "mean, then the mean over batches. Never ranked.",
     "fve_centred": "dictionary_learning: mean over batches of 1 - Σ_d var(r_d)/Σ_d var(y_d). Does not see a constant "

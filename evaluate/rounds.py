@@ -16,7 +16,7 @@ from torch import Tensor
 from thresher.cache.contracts import Target
 from thresher.cache.interrupts import Interrupted, StopFlag, deferred_interrupts
 from thresher.evaluate import splice
-from thresher.evaluate.arms import CLEAN, IDENTITY, Plan, ablations, means_of
+from thresher.evaluate.arms import CLEAN, IDENTITY, Plan, ablations, has_error_arm, means_of, protocols_of
 from thresher.evaluate.checks import Replacement
 from thresher.evaluate.ledger import Ledger
 from thresher.evaluate.masks import Scored
@@ -75,10 +75,11 @@ def jobs(tally: Tally, replacements: Sequence[Replacement]) -> list[Job]:
 
 
 def _passes(replacement: Replacement, plan: Plan) -> tuple[int, int]:
-    every = sum(p in plan.protocols for p in ("cascade", "clean_input"))
-    every += "error_added" in plan.arms and not replacement.baseline
+    protocols = protocols_of(replacement, plan.protocols)
+    every = sum(p in protocols for p in ("cascade", "clean_input"))
+    every += has_error_arm(replacement, plan)
     sites = len(means_of(replacement))
-    extra = sites if "single_site" in plan.protocols and (sites > 1 or "clean_input" not in plan.protocols) else 0
+    extra = sites if "single_site" in protocols and (sites > 1 or "clean_input" not in protocols) else 0
     return every, every + extra
 
 

@@ -18,7 +18,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.records import fingerprint, to_dict
 from thresher.evaluate import comparison, verdict
-from thresher.evaluate.arms import Plan
+from thresher.evaluate.arms import Plan, protocols_that_fit
 from thresher.evaluate.causality import check_causality
 from thresher.evaluate.checks import Replacement, check_replacements, check_tokens
 from thresher.evaluate.masks import Scored, scored
@@ -104,6 +104,7 @@ def evaluate(
     finite.
     """
     sites = check_replacements(replacements, target)
+    protocols, left_out = protocols_that_fit(replacements, config.protocols)
     text = scored(contexts, config.tokens)
     check_tokens(text, target)
     causality = check_causality(target, replacements, text)
@@ -111,7 +112,7 @@ def evaluate(
     beside = baselines(replacements, target, fitted, config.neurons)
     judged, replacements = list(replacements), [*replacements, *beside.replacements]
     sites = {site.name: site for site in target.sites(list({**sites, **beside.sites}))}
-    plan = Plan(config.protocols, config.arms, config.batch_contexts, config.single_site_share)
+    plan = Plan(protocols, config.arms, config.batch_contexts, config.single_site_share)
     with _progress(console) as progress:
 
         def begin(passes: int, known: int) -> Callable[[], None]:
@@ -126,9 +127,7 @@ def evaluate(
     buckets = buckets_of(text, tally)
     segments = verdict.segments_of(text, tally)
     draw = verdict.Draw(config.resamples, config.seed)
-    judges: dict[str, verdict.Judge] = {
-        p: verdict.Judge(segments, p, text.has_documents, draw) for p in config.protocols
-    }
+    judges: dict[str, verdict.Judge] = {p: verdict.Judge(segments, p, text.has_documents, draw) for p in protocols}
     whole = verdict.Judge(segments, "cascade", text.has_documents, draw)
     rows = verdict.baseline_rows(judged, tally, plan, judges, buckets)
     rows += verdict.replacement_rows(replacements, tally, plan, sites, judges, buckets)
@@ -136,7 +135,7 @@ def evaluate(
     excluded = comparison.mark_fronts(rows, (target_hash, text_hash, *_mask_rules(text)))
     groups = comparison.groups(judged, rows, judges)
     comparison.mark_chances(groups)
-    protocols = verdict.protocol_facts(plan, judges)
+    facts = verdict.protocol_facts(plan, judges)
     checks = verdict.check_rows(judged, whole)
     return Results(
         provenance={
@@ -152,7 +151,7 @@ def evaluate(
             "evaluate_versions": versions(),
         },
         masks=text.facts,
-        protocols=protocols,
+        protocols=facts,
         rows=tuple(rows),
         pairs=comparison.ranked_pairs(judged, rows, judges),
         checks=checks,
@@ -160,7 +159,7 @@ def evaluate(
         hypervolumes=comparison.hypervolumes(groups, rows),
         matched=comparison.matched(groups),
         excluded=tuple(excluded),
-        notes=tuple(beside.notes + _notes(protocols, checks, str(text.facts["unit"]))),
+        notes=tuple(left_out + beside.notes + _notes(facts, checks, str(text.facts["unit"]))),
         segments=segments,
     )
 

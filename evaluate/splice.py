@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from thresher.cache import patching
-from thresher.cache.contracts import Codes, Dictionary, Edit
+from thresher.cache.contracts import Codes, Dictionary, Edit, side_by_side
 from thresher.cache.patching import places, positions, read_rows, write_rows
 
 Protocol = Literal["cascade", "clean_input", "single_site"]
@@ -49,7 +49,7 @@ def identity_edits(sites: Sequence[str], patch_BT: Tensor) -> dict[str, Edit]:
 
 def encode_clean(dictionaries: Sequence[Dictionary], clean: Mapping[str, Tensor]) -> list[list[Codes]]:
     """Codes by dictionary and source of the clean values [N, D] by site."""
-    return [[d.encode(s, clean[site]) for s, site in enumerate(d.reads)] for d in dictionaries]
+    return [[d.encode(s, side_by_side(clean, sites)) for s, sites in enumerate(d.inputs)] for d in dictionaries]
 
 
 def decode_all(dictionaries: Sequence[Dictionary], codes: Sequence[Sequence[Codes]]) -> dict[str, Tensor]:
@@ -85,8 +85,8 @@ def settled(
     known = {
         (i, s): codes[i][s]
         for i, d in enumerate(dictionaries)
-        for s, site in enumerate(d.reads)
-        if rank[site] < first or (rank[site] == first and site in d.writes)
+        for s, sites in enumerate(d.inputs)
+        if all(rank[site] < first or (rank[site] == first and site in d.writes) for site in sites)
     }
     values = {
         site: yhats[site]
@@ -128,7 +128,7 @@ def cascade_edits(
         return yhat_NE if errors is None else yhat_NE + errors[site]
 
     unknown = [
-        [() if (i, s) in known.codes else (site,) for s, site in enumerate(d.reads)] for i, d in enumerate(dictionaries)
+        [() if (i, s) in known.codes else sites for s, sites in enumerate(d.inputs)] for i, d in enumerate(dictionaries)
     ]
     return patching.stream_edits(unknown, [d.writes for d in dictionaries], positions(patch_BT), encode, decode)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from thresher.evaluate import svg
 from thresher.evaluate.columns import STAR, Column, chance_text, filled, label, meaning, sites_label, star
-from thresher.evaluate.headline import main_protocol
+from thresher.evaluate.headline import each_once
 from thresher.evaluate.palette import HUES
 from thresher.evaluate.results import Results, Row
 from thresher.evaluate.scales import brief
@@ -228,7 +228,7 @@ def _where(results: Results, protocol: str, axis: str, sites: tuple[str, ...]) -
 def write_norms(results: Results) -> str:
     """A map per dictionary with several destinations: share of squared decoder norm from each source to each site."""
     known, maps = keys(results), []
-    for row in results.table(main_protocol(results)):
+    for row in each_once(results):
         maps += [_write_map(row, one, key_of(row, known)) for one in row.write_norms]
     return f'<div class="charts">{"".join(maps)}</div>' if maps else ""
 
@@ -301,8 +301,7 @@ def compat(results: Results) -> str:
 
 
 def _sites(results: Results) -> list[tuple[Row, Mapping[str, Any]]]:
-    rows = results.table(main_protocol(results))
-    return [(row, site) for row in rows if row.kind == "replacement" for site in row.per_site]
+    return [(row, site) for row in each_once(results) for site in row.per_site]
 
 
 def _number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from thresher.cache.contracts import Target
 from thresher.cache.records import fingerprint
 from thresher.evaluate import splice
-from thresher.evaluate.arms import CLEAN, IDENTITY, Plan, ablations, means_of
+from thresher.evaluate.arms import CLEAN, IDENTITY, Plan, ablations, means_of, protocols_of
 from thresher.evaluate.checks import Replacement
 from thresher.evaluate.ledger import Ledger
 from thresher.evaluate.masks import Scored, spread
@@ -70,7 +70,7 @@ class Tally:
             reads=splice.reads(replacement.dictionaries),
             sites=sites,
             outliers={site: self.norms.get(site) for site in sites},
-            protocols=list(self.plan.protocols),
+            protocols=list(protocols_of(replacement, self.plan.protocols)),
             error_added="error_added" in self.plan.arms,
         )
 

@@ -21,6 +21,7 @@ from thresher.evaluate.arms import (
     mean_label,
     means_of,
     patched_label,
+    protocols_of,
     zero_label,
 )
 from thresher.evaluate.checks import Replacement
@@ -35,7 +36,15 @@ INTERVALS = ("ce", "delta", "ppl_ratio", "kl", "acc_drop", "agree", "recovered_z
 TRANSPARENT = 1e-5
 """|δ| in nats up to which an arm that should change nothing counts as doing so in float32."""
 
-SPELLED = {"sae": "SAE", "clt": "CLT", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
+SPELLED = {
+    "sae": "SAE",
+    "clt": "CLT",
+    "molt": "MoLT",
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "jumprelu": "JumpReLU",
+    "relu": "ReLU",
+}
 
 
 class Draw(NamedTuple):
@@ -117,7 +126,8 @@ class Judge:
 def family(replacement: Replacement) -> str:
     """`transcoder BatchTopK`: the label under which rows are grouped."""
     facts = replacement.facts
-    words = [SPELLED.get(str(facts[key]), str(facts[key])) for key in ("kind", "firing") if key in facts]
+    words = ["skip"] if facts.get("skip") else []
+    words += [SPELLED.get(str(facts[key]), str(facts[key])) for key in ("kind", "firing") if key in facts]
     return str(facts.get("family") or " ".join(words) or "–")
 
 
@@ -134,8 +144,8 @@ def replacement_rows(
     rows = []
     for replacement in replacements:
         written = tuple(sorted(means_of(replacement), key=order.index))
-        own = clean_input_facts(replacement, tally, written, sites)
-        for protocol in plan.protocols:
+        own = clean_input_facts(replacement, tally, written)
+        for protocol in protocols_of(replacement, plan.protocols):
             judge = judges[protocol]
             all_sites = tuple(means_of(replacement))
             language, intervals = judge.metrics(_sums(judge, replacement, protocol, all_sites))
@@ -205,6 +215,8 @@ def baseline_rows(
         judge = judges[protocol]
         seen: set[tuple[str, ...]] = set()
         for replacement in replacements:
+            if protocol not in protocols_of(replacement, plan.protocols):
+                continue
             sites = tuple(means_of(replacement))
             sums = _sums(judge, replacement, protocol, sites)
             means, parts = means_of(replacement), [sites]

@@ -11,7 +11,8 @@ from thresher.cache.contracts import Site, Target
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.records import fingerprint
-from thresher.evaluate.arms import means_of
+from thresher.evaluate import splice
+from thresher.evaluate.arms import means_of, protocols_of
 from thresher.evaluate.baselines import Neurons, Pair, neuron_sites, pairs
 from thresher.evaluate.checks import Replacement
 from thresher.evaluate.costs import neuron_costs
@@ -61,20 +62,27 @@ def learned(
 def baselines(replacements: Sequence[Replacement], target: Target, fitted: Fitted, neurons: Sequence[int]) -> Baselines:
     """Neurons and affine maps for every set of written sites, each once."""
     out = Baselines([], {}, [])
+    run: dict[tuple[str, ...], tuple[str, ...]] = {}  # by written sites, protocols that some replacement is run under
+    for replacement in replacements:
+        written = tuple(means_of(replacement))
+        own = protocols_of(replacement, splice.PROTOCOLS)
+        run[written] = tuple(p for p in splice.PROTOCOLS if p in own or p in run.get(written, ()))
     seen: set[tuple[object, ...]] = set()
     for replacement in replacements:
         written = tuple(means_of(replacement))
         if neurons and written not in seen:
             seen.add(written)
-            _add_neurons(out, replacement, target, neurons)
+            _add_neurons(out, replacement, target, neurons, run[written])
         read = tuple(pair for pair in pairs(replacement.dictionaries) if pair in fitted.affine)
         if len(read) == len(written) and read not in seen:
             seen.add(read)
-            out.replacements.append(_affine(replacement, fitted, read))
+            out.replacements.append(_affine(replacement, fitted, read)._replace(protocols=run[written]))
     return out
 
 
-def _add_neurons(out: Baselines, replacement: Replacement, target: Target, neurons: Sequence[int]) -> None:
+def _add_neurons(
+    out: Baselines, replacement: Replacement, target: Target, neurons: Sequence[int], protocols: tuple[str, ...]
+) -> None:
     means = means_of(replacement)
     outputs = {site.name: site for site in target.sites(list(means))}
     names = neuron_sites([outputs[site] for site in means])
@@ -96,7 +104,7 @@ def _add_neurons(out: Baselines, replacement: Replacement, target: Target, neuro
         facts: dict[str, object] = {"title": f"neurons k={k}", "k": k, "cost": cost}
         parts = tuple(Neurons(hidden[name], k) for name in names)
         name = f"neurons k={k} at {','.join(means)}"
-        out.replacements.append(Replacement(name, parts, facts, f"neurons {k}", baseline=True, means=means))
+        out.replacements.append(Replacement(name, parts, facts, f"neurons {k}", True, means, protocols))
 
 
 def _affine(replacement: Replacement, fitted: Fitted, read: Sequence[Pair]) -> Replacement:

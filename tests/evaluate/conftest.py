@@ -117,6 +117,7 @@ class Base:
     def __init__(self, reads: Sequence[str], writes: Sequence[str], d: int = 8, name: str = "", means=None) -> None:
         self.reads, self.writes, self.d = tuple(reads), tuple(writes), d
         self.name = name or f"{type(self).__name__}-{'-'.join(writes)}"
+        self.inputs, self.causal, self.fixed_cost = tuple((site,) for site in reads), True, 0
         self.n_latents, self.n_parameters = 2 * d, 4 * d * d
         self.means = means or {site: torch.full((d,), 0.25) for site in writes}
 
@@ -128,6 +129,10 @@ class Base:
         for j in range(len(self.writes)):
             out[list(self.sources(j)), j] = 1.0 + j
         return out
+
+    def latent_costs(self, source: int) -> Tensor:
+        written = sum(source in self.sources(j) for j in range(len(self.writes)))
+        return torch.full((self.n_latents,), self.d * (1.0 + written), dtype=torch.float64)
 
     def encode(self, source: int, x_ND: Tensor) -> Codes:
         if x_ND.shape[1] != self.d:

@@ -195,9 +195,10 @@ def test_scores_are_pooled_over_tokens_not_over_documents(kit, scan):
 @pytest.mark.parametrize(("clt", "parameters", "per_mlp"), [(False, 98_304, 16), (True, 172_032, 40)])
 def test_cost_axes(kit, clt, parameters, per_mlp):
     ins, outs = [f"L{i:02d}.mlp_in" for i in range(4)], [f"L{i:02d}.mlp_out" for i in range(4)]
-    width = dict.fromkeys(ins + outs, 768)
-    dictionaries = [kit.Base(ins, outs)] if clt else [kit.Base([a], [b]) for a, b in zip(ins, outs, strict=True)]
-    found = costs(dictionaries, [[16.0] * 4] if clt else [[16.0]] * 4, width)
+    pairs = [(ins, outs)] if clt else [([a], [b]) for a, b in zip(ins, outs, strict=True)]
+    dictionaries = [kit.Base(*pair, d=768) for pair in pairs]
+    used = [[16 * float(d.latent_costs(s)[0]) for s in range(len(d.inputs))] for d in dictionaries]
+    found = costs(dictionaries, [[16.0] * 4] if clt else [[16.0]] * 4, used)
     assert found == {"l0": 16, "active_per_mlp": per_mlp, "active_parameters": parameters}
 
 
