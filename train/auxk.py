@@ -65,9 +65,13 @@ def auxiliary(
     for source, x_ND in enumerate(xs):
         dead = dead_latents(coder, source, done)
         if dead is not None:
-            span = list(coder.explained(source))
+            span = coder.explained(source)
             own = [lefts[destination] for destination in span]
-            apart_S = torch.stack([left.variation() for left in own]) if divisor_S is None else divisor_S[span]
+            apart_S = (
+                torch.stack([left.variation() for left in own])
+                if divisor_S is None
+                else divisor_S[span.start : span.stop]
+            )
             residual_NE = own[0].residual if len(own) == 1 else torch.cat([left.residual for left in own], 1)
             terms.append(_share(coder, source, dead, done.fired[source].silent, x_ND, residual_NE, apart_S.sum()))
             counts += [] if dead.number is None else [dead.number]
