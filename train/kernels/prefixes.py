@@ -92,7 +92,7 @@ class _AddSegments(torch.autograd.Function):
         ctx.parts, ctx.first, ctx.ways = parts, first, ways
         W_FM = W_dec_FTE.flatten(1)
         for part, out_NSE in zip(parts, outs_NSE, strict=True):
-            codes, rows, out_NM = part.take(z), W_FM[part.latents], _destinations(out_NSE, first)
+            codes, rows, out_NM = part.take(z), W_FM[part.latents], _destinations(out_NSE, first, W_dec_FTE)
             module = _module("decode", codes, part, ways, W_FM.shape[1])
             if module is None:
                 out_NM += decoded(codes, rows, part.selection)
@@ -106,7 +106,7 @@ class _AddSegments(torch.autograd.Function):
     def backward(ctx: Any, *gs_NSE: Tensor) -> tuple[Tensor | None, ...]:
         z, W_dec_FTE = ctx.saved_tensors
         W_FM = W_dec_FTE.flatten(1)
-        gs_NM = [_destinations(g_NSE.contiguous(), ctx.first) for g_NSE in gs_NSE]
+        gs_NM = [_destinations(g_NSE.contiguous(), ctx.first, W_dec_FTE) for g_NSE in gs_NSE]
         grad_z, grad_W = torch.zeros_like(z), None
         if ctx.needs_input_grad[1]:
             grad_W = _gradients(z, gs_NM, W_FM, ctx.parts, ctx.ways, grad_z)

@@ -250,9 +250,10 @@ class _AddDecoded(torch.autograd.Function):
         W_FM = W_dec_FTE.flatten(1)
         module = None if selection is None else ways.primitives("decode", z, selection, W_FM.shape[1])
         if module is None:
-            y_NSE[:, first:] += decoded(z, W_FM, selection).view(-1, *W_dec_FTE.shape[1:])
+            last = first + W_dec_FTE.shape[1]
+            y_NSE[:, first:last] += decoded(z, W_FM, selection).view(-1, *W_dec_FTE.shape[1:])
         else:
-            module.decode(_destinations(y_NSE, first), z.contiguous(), W_FM, selection)
+            module.decode(_destinations(y_NSE, first, W_dec_FTE), z.contiguous(), W_FM, selection)
         ctx.mark_dirty(y_NSE)
         return y_NSE
 
@@ -262,7 +263,7 @@ class _AddDecoded(torch.autograd.Function):
         z, W_dec_FTE = ctx.saved_tensors
         selection, ways = ctx.selection, ctx.ways
         g_NSE = g_NSE.contiguous()
-        g_NM = _destinations(g_NSE, ctx.first)  # M = T·E: one gather serves all destinations
+        g_NM = _destinations(g_NSE, ctx.first, W_dec_FTE)  # M = T·E: one gather serves all destinations
         W_FM = W_dec_FTE.flatten(1)
         grad_z = grad_W = None
         if ctx.needs_input_grad[2]:
@@ -273,9 +274,10 @@ class _AddDecoded(torch.autograd.Function):
         return g_NSE, grad_z, grad_W, None, None, None
 
 
-def _destinations(y_NSE: Tensor, first: int) -> Tensor:
-    """[N, T·E] view of the destinations from `first` on."""
-    return y_NSE.view(y_NSE.shape[0], -1)[:, first * y_NSE.shape[2] :]
+def _destinations(y_NSE: Tensor, first: int, W_dec_FTE: Tensor) -> Tensor:
+    """[N, T·E] view of the T destinations from `first` on that a decoder writes to."""
+    width = y_NSE.shape[2]
+    return y_NSE.view(y_NSE.shape[0], -1)[:, first * width : (first + W_dec_FTE.shape[1]) * width]
 
 
 def _decoder_gradients(
@@ -313,9 +315,9 @@ def add_decoded(
     kernels: Kernels | None = None,
     sink: Sink | None = None,
 ) -> Tensor:
-    """Add one source's contribution to destinations first, first + 1, … in place; gradients to y, z and W_dec.
+    """Add one source's contribution to T destinations from `first` on in place; gradients to y, z and W_dec.
 
-    z [A] (or [N, F]), W_dec [F, T, E] with first + T = S. y must not be a leaf that requires grad, and is contiguous.
+    z [A] (or [N, F]), W_dec [F, T, E] with first + T ≤ S. y must not be a leaf that requires grad, and is contiguous.
     W_dec's gradient goes to its sink where there is one. Specification: `plain_add_decoded`.
     """
     kernels = kernels or Kernels()
@@ -332,7 +334,8 @@ def plain_add_decoded(y_NSE: Tensor, z: Tensor, W_dec_FTE: Tensor, selection: Se
     if selection is not None:
         z_NF = z.new_zeros(selection.tokens, selection.width).index_put((selection.rows, selection.latents), z)
     part_NTE = torch.einsum("nf,fte->nte", z_NF, W_dec_FTE)
-    return torch.cat([y_NSE[:, :first], y_NSE[:, first:] + part_NTE], 1)
+    last = first + W_dec_FTE.shape[1]
+    return torch.cat([y_NSE[:, :first], y_NSE[:, first:last] + part_NTE, y_NSE[:, last:]], 1)
 
 
 class _Spread(torch.autograd.Function):
