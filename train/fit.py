@@ -135,6 +135,7 @@ class Fit:
         self.total = plan.train.total_steps(reader.rows("train")) if total is None else total
         if self.coder.anneal is not None:
             self.coder.anneal.steps(self.total)  # or it is too short, which is said before the first step
+        spec.check_steps(self.total)
         self.done = 0
         self.position = 0
         self._window = _Window(len(self.coder.inputs), len(spec.writes), device)

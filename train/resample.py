@@ -81,12 +81,12 @@ def _restart(
     norm = norms_F[living].mean() if bool(living.any()) else norms_F.mean()
     x_nD = x_ND[tokens] - coder.b_dec[source] if coder.spec.pre_bias else x_ND[tokens]
     x_nD = torch.nn.functional.normalize(x_nD, dim=1)
-    tied = coder.spec.kind == "sae"
-    w_nM = x_nD if tied else torch.nn.functional.normalize(e_NTE[tokens].flatten(1), dim=1)
+    w_nM = x_nD if coder.own_site else torch.nn.functional.normalize(e_NTE[tokens].flatten(1), dim=1)
     W_dec = coder.W_dec[source]
     encoder.W_enc.index_copy_(0, silent, SHARE * norm * x_nD)
     encoder.b_enc.index_fill_(0, silent, 0.0)
-    W_dec.index_copy_(0, silent, w_nM.view(number, *W_dec.shape[1:]))
+    w_nTE = w_nM.view(number, *W_dec.shape[1:])
+    W_dec.index_copy_(0, silent, torch.nn.functional.normalize(w_nTE, dim=2) if coder.spec.unit_per_target else w_nTE)
     encoder.tokens_since_fired.index_fill_(0, silent, 0)
     encoder.changed()
     for parameter in (encoder.W_enc, encoder.b_enc, W_dec):

@@ -174,7 +174,8 @@ def test_a_step_whose_update_was_left_out_is_not_measured() -> None:
 
 def test_the_power_penalty_begins_as_l1_and_its_gradient_at_zero_is_finite(cache: CacheReader) -> None:
     left, right = (
-        fit(cache, "sae", RELU | {"penalty": penalty, "p_start": 4, "p_updates": 2}) for penalty in ("l1", "lp")
+        fit(cache, "sae", RELU | penalty)
+        for penalty in ({"penalty": "l1"}, {"penalty": "lp", "p_start": 4, "p_updates": 2})
     )
     a, b = stepped(cache, left), stepped(cache, right)
     torch.testing.assert_close(a["model.encoders.0.W_enc"], b["model.encoders.0.W_enc"])

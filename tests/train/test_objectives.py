@@ -127,7 +127,7 @@ def test_the_tanh_penalty_teaches_codes_thresholds_and_norms() -> None:
         ({"prefixes": (4, 16), "prefix_weights": (1.0,)}, "prefix_weights is .1.0. for 2 prefixes"),
         ({"prefix_weights": (1.0,)}, "without prefixes"),
         ({"multi_topk": 0.125, "firing": "batchtopk"}, "only 'topk' counts"),
-        ({"aux_scope": "all"}, "aux_scope is 'all' with kind = 'sae'"),
+        ({"aux_scope": "all"}, "aux_scope is 'all' for kind = 'sae'"),
         ({"resample": 1}, "expected 0 .never. or 2"),
         ({"resample": 100}, "with firing = 'topk'"),
         ({"p_end": 0.0}, "at 0 nothing is penalised"),

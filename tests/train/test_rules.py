@@ -118,6 +118,13 @@ def test_a_schedule_that_does_not_come_down_is_refused(settings: dict[str, Any])
         spec("sae", **({"firing": "topk", "k": 3, "k_anneal": 5} | settings))
 
 
+def test_a_run_that_would_end_before_k_has_come_down_is_refused(cache: CacheReader) -> None:
+    settings: dict[str, Any] = {"kind": "sae", "firing": "topk", "k": 2, "k_anneal": 30}
+    fit(cache, train_settings={"steps": 30}, **settings)
+    with pytest.raises(UserError, match=r"k_anneal is 30, but the run has 29 steps"):
+        fit(cache, train_settings={"steps": 29}, **settings)
+
+
 # GroupMax.
 
 
@@ -326,7 +333,7 @@ def test_ranked_count_rules_serve_what_they_trained_and_carry_their_norms(
         ({"firing": "jumprelu", "k": None, "sparsity": 1.0, "rank_by": "norm"}, "no use for it"),
         ({"firing": "gated", "k": None, "sparsity": 1.0, "k_anneal": 5}, "no use for it"),
         ({"firing": "gated", "k": None}, "nothing would make its codes sparse"),
-        ({"firing": "batchtopk", "k": 2.5, "pool": "joint"}, "nothing to share"),
+        ({"firing": "batchtopk", "k": 2.5, "pool": "joint"}, "one source for each dictionary"),
         ({"firing": "global", "k": 2.5, "theta_unit": "raw"}, "expected jumprelu"),
         ({"firing": "jumprelu", "k": None, "sparsity": 1.0, "theta_unit": "raw"}, "theta is missing"),
     ],

@@ -47,7 +47,10 @@ ROWS = 96
 def plans(cache: CacheReader, name: str, firing: str = "topk", **settings: Any) -> list[RunPlan]:
     train_settings = {"batch_rows": ROWS, "steps": 8, **settings.pop("train", {})}
     label = name.replace(" ", "-").replace(",", "")
-    return plans_for(cache, label, train_settings, **{"aux_k": 4, **TOPOLOGIES[name], **FIRING[firing], **settings})
+    given = {"aux_k": 4, **TOPOLOGIES[name], **FIRING[firing], **settings}
+    if "sparsity" not in given:  # nothing weighs with norms then, and the setting is refused
+        given.pop("norm", None)
+    return plans_for(cache, label, train_settings, **given)
 
 
 def randomised(cache: CacheReader, plan: RunPlan) -> Fit:
@@ -288,7 +291,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kind": "sae", "skip": True}, "skip is True for kind = 'sae'.*'clt' or 'transcoder'"),
     ({"kind": "crosscoder", "skip": True}, "one input for each output"),
     ({"kind": "crosscoder", "pre_bias": True}, "pre_bias"),
-    ({"kind": "crosscoder", "norm": "sum", "decoder": "unit"}, "norm is 'sum' with decoder = 'unit'"),
+    (
+        {"kind": "crosscoder", "norm": "sum", "decoder": "unit", "firing": "relu", "k": None, "sparsity": 0.1},
+        "norm is 'sum' with decoder = 'unit'",
+    ),
     ({"kind": "clt", "norm": "sum"}, "norm is 'sum' for kind = 'clt'"),
     ({"kind": "transcoder", "decoder": "unit_per_target"}, "decoder is 'unit_per_target'"),
     ({"kind": "transcoder", "ranks": (4,)}, "only a MoLT"),

@@ -14,7 +14,7 @@ class CrossLayer(Coder):
     """L sources and L destinations, the former writing forward."""
 
     joint = True
-    admits = frozenset({"skip", "unit_per_target", "tied"})
+    admits = frozenset({"skip", "unit_per_target", "tied", "aux_scope", "pool"})
     starts = ("latents", "uniform")
 
     def written(self, source: int) -> range:

@@ -85,11 +85,6 @@ def check_objective(settings: "_Settings", kind: str) -> None:
             f"dictionary.multi_topk is {settings.multi_topk:g} with firing = {settings.firing!r}; the second code is "
             "one of more entries per token, which only 'topk' counts. Remove multi_topk or set firing = 'topk'."
         )
-    if settings.aux_scope == "all" and kind != "clt":
-        raise UserError(
-            f"dictionary.aux_scope is 'all' with kind = {kind!r}, where dead latents have one residual to explain. "
-            "Remove it or set kind = 'clt'."
-        )
     if settings.resample < 0 or settings.resample == 1:
         raise UserError(f"dictionary.resample is {settings.resample}; expected 0 (never) or 2 steps or more.")
     if settings.resample and settings.firing != "relu":

@@ -13,6 +13,7 @@ from typing import Literal, cast
 
 from thresher.cache.errors import UserError
 from thresher.train.dictionary import rules
+from thresher.train.dictionary.idle import refuse_idle
 from thresher.train.dictionary.objective import Objective, check_objective, check_prefix_ends, prefix_ends
 from thresher.train.dictionary.special import check_topology
 from thresher.train.dictionary.topologies import topology
@@ -141,6 +142,7 @@ class DictionaryConfig(_Settings):
             )
         rules.known(self.firing)
         check_settings(self, self.kind)
+        refuse_idle(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +190,14 @@ class DictionarySpec(_Settings):
     def prefix_ends(self) -> tuple[int, ...]:
         """Ends of Matryoshka's prefixes, the last F; () without."""
         return prefix_ends(self.prefixes, self.n_latents)
+
+    def check_steps(self, total: int) -> None:
+        """Raise UserError when a run of so many steps would end before k has come down: it is served with k."""
+        if self.k_anneal > total:
+            raise UserError(
+                f"dictionary.k_anneal is {self.k_anneal}, but the run has {total} steps, so it would end with "
+                f"another k than k = {self.k:g}, under which the dictionary is used. Lower k_anneal or train longer."
+            )
 
     @property
     def resolved_k_start(self) -> float:

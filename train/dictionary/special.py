@@ -51,8 +51,25 @@ SPECIAL = {
     "transforms": Special("transforms", lambda s: s.transforms is not None, "only a MoLT is made of transforms"),
     "multiples": Special("multiples", lambda s: s.multiples is not None, "only a MoLT is made of transforms"),
     "ranks": Special("ranks", lambda s: s.ranks != type(s).ranks, "only a MoLT is made of transforms"),
+    "aux_scope": Special(
+        "aux_scope",
+        lambda s: s.aux_scope == "all",
+        "its dead latents have the residual of one source to explain anyway",
+    ),
+    "pool": Special("pool", lambda s: s.pool == "joint", "there is one source for each dictionary: nothing to share"),
 }
 """By the name under which a topology `admits` it."""
+
+OF_ROWS = (
+    Special(
+        "prefixes",
+        lambda s: s.prefixes is not None,
+        "its latents stand in order of rank, so that a prefix would be the largest ranks alone",
+    ),
+    Special("resample", lambda s: s.resample > 0, "a new latent starts with a decoder row, and here it has none"),
+    Special("penalty_norm", lambda s: s.penalty_norm == "l1", "that is a norm of decoder rows, and here are none"),
+)
+"""Settings for topologies whose latents write by rows (`Coder.by_rows`)."""
 
 
 def check_topology(settings: Any, kind: str) -> None:
@@ -66,6 +83,12 @@ def check_topology(settings: Any, kind: str) -> None:
             raise UserError(
                 f"dictionary.{special.field} is {value!r} for kind = {kind!r}, but {special.reason}. Remove it or set "
                 f"kind = {takers}."
+            )
+    for special in () if cls.by_rows else OF_ROWS:
+        if special.asked(settings):
+            raise UserError(
+                f"dictionary.{special.field} is {getattr(settings, special.field)!r} for kind = {kind!r}, but "
+                f"{special.reason}. Remove it, or choose another kind."
             )
     if settings.firing in cls.refuses:
         raise UserError(

@@ -22,7 +22,7 @@ from thresher.train.dictionary.rules.controlled import Global
 from thresher.train.dictionary.rules.counted import BatchTopK, GroupMax, TopK
 from thresher.train.dictionary.rules.gated import Gated
 from thresher.train.dictionary.rules.penalised import JumpReLU, ReLU
-from thresher.train.dictionary.rules.registry import facts, known, names, register
+from thresher.train.dictionary.rules.registry import facts, known, names, register, users
 
 if TYPE_CHECKING:
     from thresher.train.dictionary.spec import DictionarySpec
@@ -43,6 +43,7 @@ __all__ = [
     "names",
     "register",
     "rule",
+    "users",
 ]
 
 

@@ -123,7 +123,7 @@ class BatchTopK(Rule):
 
     name = "batchtopk"
     by_count = bounded = follows = calibrated = True
-    uses = ("pool", "rank_by", "k_anneal", "k_start")
+    uses = ("pool", "rank_by", "k_anneal", "k_start", "threshold_decay")
 
     def __init__(self, spec: "DictionarySpec") -> None:
         super().__init__(spec)
@@ -134,15 +134,6 @@ class BatchTopK(Rule):
         self.by_norm = spec.rank_by == "norm"
         self.register_buffer("threshold", torch.tensor(float("nan"), dtype=torch.float64))
         self.threshold: Tensor
-
-    @classmethod
-    def check_size(cls, spec: "DictionarySpec") -> None:
-        """A pool of several layers needs several."""
-        if spec.pool == "joint" and spec.kind != "clt":
-            raise UserError(
-                f"dictionary.pool is 'joint' for kind = {spec.kind!r}, which has a dictionary for each layer: there is "
-                "nothing to share. Remove pool or set kind = 'clt'."
-            )
 
     def adopt(self, theta_F: Tensor, b_enc: Tensor) -> None:
         """The running threshold, one for all latents; ranked by norm the scores are others, and the first batch sets

@@ -30,7 +30,7 @@ class JumpReLU(Rule):
 
     name = "jumprelu"
     penalties = ("l0", "target_l0", "tanh")
-    uses = ("preact", "theta_unit")
+    uses = ("preact", "theta", "bandwidth", "theta_unit")
 
     def __init__(self, spec: "DictionarySpec") -> None:
         super().__init__(spec)

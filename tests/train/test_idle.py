@@ -1,0 +1,44 @@
+"""A setting that would have no effect is refused, with what it waits for."""
+
+from typing import Any
+
+import pytest
+
+from thresher.cache.errors import UserError
+from thresher.train.dictionary.spec import DictionaryConfig
+
+JUMP: dict[str, Any] = {"firing": "jumprelu", "sparsity": 0.1}
+L1: dict[str, Any] = {"firing": "relu", "sparsity": 0.1}
+COUNT: dict[str, Any] = {"firing": "topk", "k": 2}
+
+CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
+    ({"theta": 1.0}, COUNT, JUMP, "firing = 'jumprelu'"),
+    ({"bandwidth": 0.5}, L1, JUMP, "firing = 'jumprelu'"),
+    ({"threshold_decay": 0.5}, COUNT, COUNT | {"firing": "batchtopk"}, "firing = 'batchtopk'"),
+    ({"k_start": 6.0}, COUNT, COUNT | {"k_anneal": 5}, "k_anneal above 0"),
+    ({"tanh_scale": 2.0}, JUMP, JUMP | {"penalty": "tanh"}, "penalty = 'tanh'"),
+    ({"p_end": 0.5}, L1, L1 | {"penalty": "lp"}, "penalty = 'lp'"),
+    ({"p_start": 5}, JUMP, L1 | {"penalty": "lp"}, "penalty = 'lp'"),
+    ({"penalty_warmup": 5}, COUNT, L1, "a sparsity penalty"),
+    ({"penalty_warmup": "run"}, COUNT, JUMP, "a sparsity penalty"),
+    ({"preact_on": "all"}, JUMP, JUMP | {"preact": 0.1}, "preact above 0"),
+    ({"preact_form": "zero"}, JUMP, JUMP | {"preact": 0.1}, "preact above 0"),
+    ({"penalty_norm": "l1"}, COUNT, L1, "weighs with norms"),
+    ({"penalty_norm": "none"}, JUMP, JUMP | {"preact": 0.1}, "weighs with norms"),
+    ({"penalty_norm": "none"}, JUMP | {"preact": 0.1, "preact_form": "zero"}, JUMP | {"penalty": "tanh"}, "weighs"),
+]
+
+
+@pytest.mark.parametrize(("setting", "idle", "used", "needs"), CASES, ids=lambda value: str(value))
+def test_a_setting_without_effect_is_refused_and_one_with_is_not(
+    setting: dict[str, Any], idle: dict[str, Any], used: dict[str, Any], needs: str
+) -> None:
+    ((field, _),) = setting.items()
+    DictionaryConfig(n_latents=8, **used, **setting)
+    DictionaryConfig(n_latents=8, **idle)
+    with pytest.raises(UserError, match=f"dictionary.{field} is .* no effect .*{needs}"):
+        DictionaryConfig(n_latents=8, **idle, **setting)
+
+
+def test_auxk_that_is_turned_off_leaves_its_settings_be() -> None:
+    assert DictionaryConfig(n_latents=8, **COUNT, aux=0.0, aux_k=4, aux_scale=False).aux_k == 4
