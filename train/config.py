@@ -108,12 +108,20 @@ class TrainConfig:
                 )
         if self.local_weight < 0:
             raise UserError(f"train.local_weight is {self.local_weight:g}; expected 0 or more.")
-        if self.objective == "local" and (self.local_weight > 0 or self.clean_from != "model"):
+        if self.objective == "local" and (
+            self.local_weight > 0 or self.clean_from != "model" or self.mode != TrainConfig.mode
+        ):
             raise UserError(
-                f"train.local_weight = {self.local_weight:g} and train.clean_from = {self.clean_from!r} belong to "
-                "training through the language model, but train.objective is 'local'. Set objective = 'kl' or 'ce', "
-                "or remove them."
+                f"train.mode = {self.mode!r}, train.local_weight = {self.local_weight:g} and train.clean_from = "
+                f"{self.clean_from!r} belong to training through the language model, but train.objective is 'local'. "
+                "Set objective = 'kl' or 'ce', or remove them."
             )
+        for name in ("beta1", "beta2", "eps", "clip") if self.optimiser == "signum" else ():
+            if getattr(self, name) not in (getattr(TrainConfig, name), None):
+                raise UserError(
+                    f"train.{name} is {getattr(self, name)} with optimiser = 'signum', which takes the signs of "
+                    "gradients alone: neither their size nor their moments. Remove it, or choose another optimiser."
+                )
 
     @property
     def resolved_momentum(self) -> float:

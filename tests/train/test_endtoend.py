@@ -293,6 +293,8 @@ def test_what_cannot_be_trained_so_is_refused_with_the_reason(
         train(plans, cache, out=tmp_path, device="cpu", console=console)
     with pytest.raises(UserError, match="belong to training through the language model"):
         TrainConfig(local_weight=0.5)
+    with pytest.raises(UserError, match=r"train\.mode = 'single_site'"):
+        TrainConfig(mode="single_site")
     changed = plans[1]._replace(train=TrainConfig(objective="kl", lr=1e-3))
     with pytest.raises(UserError, match="are trained together, so they must agree"):
         train([plans[0], changed], cache, out=tmp_path, device="cpu", console=console, target=small)

@@ -157,9 +157,10 @@ def test_a_run_belongs_to_its_company(go: Any, tmp_path: Path, target: Any) -> N
 def test_one_that_fails_sets_its_group_aside_and_no_other(
     go: Any, tmp_path: Path, target: Any, monkeypatch: Any
 ) -> None:
+    through = {"objective": "kl", "mode": "clean_input"}
     bad, good, local = (
-        tiny.plans_for(target, label, {"objective": objective, "mode": "clean_input"}, **KINDS["cascade"])
-        for label, objective in (("bad", "kl"), ("good", "kl"), ("local", "local"))
+        tiny.plans_for(target, label, way, **KINDS["cascade"])
+        for label, way in (("bad", through), ("good", through), ("local", {"objective": "local"}))
     )
     real = Group.step
 

@@ -36,6 +36,11 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
 }
 
 
+def _clipped(name: str, norm: float) -> dict[str, Any]:
+    """Settings of an optimiser, with clipping where it has a use for it."""
+    return OPTIMISERS[name] | ({} if name == "signum" else {"clip": norm})
+
+
 class Reference:
     """One parameter under methods.md §5 in float64, NumPy alone; `sheets` are its matrices, none for a vector."""
 
@@ -99,7 +104,7 @@ def _random(coder: Coder, seed: int) -> torch.Generator:
 @pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_every_rule_is_its_equation(name: str, unit: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainConfig(clip=0.5, **OPTIMISERS[name])
+    config = TrainConfig(**_clipped(name, 0.5))
     if way == "calls":  # as on CUDA, where nothing is read back
         monkeypatch.setattr(UPDATES[name], "own", ())
     coder = build(spec("clt", unit_norm=unit, firing="jumprelu", k=None, sparsity=0.1)).double()
@@ -174,7 +179,7 @@ def test_steps_with_kernels_equal_steps_in_plain_formulas(name: str, unit: bool)
         coder = build(one).double()
         coder.use(Kernels(forced))  # type: ignore[arg-type]
         rng = _random(coder, 0)
-        optimiser = Optimiser(coder, TrainConfig(clip=0.1, **OPTIMISERS[name]))
+        optimiser = Optimiser(coder, TrainConfig(**_clipped(name, 0.1)))
         for _ in range(3):
             xs = [torch.randn(9, 4, generator=rng, dtype=torch.float64) for _ in one.reads]
             terms = losses(coder, coder(xs), xs, xs, [1.0] * len(xs), 1.0)
@@ -303,6 +308,11 @@ def test_signum_has_no_schedule_unless_asked() -> None:
         ({"weight_decay": 0.1}, "train.weight_decay is 0.1 with optimiser = 'adam', which has none.*adamw or muon"),
         ({"momentum": 0.9, "optimiser": "adamw"}, "train.momentum is 0.9.*signum or muon"),
         ({"momentum": 1.0, "optimiser": "muon"}, "train.momentum is 1.0; expected 0 ≤ value < 1"),
+        (
+            {"beta1": 0.0, "optimiser": "signum"},
+            "train.beta1 is 0.0.*'signum'.*signs of gradients alone",
+        ),
+        ({"clip": 0.5, "optimiser": "signum"}, "train.clip is 0.5 with optimiser = 'signum'"),
         ({"weight_decay": -1.0, "optimiser": "muon"}, "train.weight_decay is -1.0; expected 0 or more"),
     ],
 )
