@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from thresher.cache.errors import UserError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from thresher.harvest.run import HarvestResult
     from thresher.harvest.target import TransformerTarget
     from thresher.harvest.texts import Texts
+    from thresher.recipes.checking import Checked
     from thresher.recipes.reading import Recipe
     from thresher.train.plan import RunPlan
     from thresher.train.run import RunResult
@@ -371,13 +373,10 @@ def cache_prune(
 @recipes_app.command("list")
 def recipes_list() -> None:
     """The bundled recipes."""
+    from thresher.recipes.display import print_list
     from thresher.recipes.reading import bundled_names
 
-    table = Table("recipe", "dictionaries", "about", box=None, header_style="bold")
-    for name in bundled_names():
-        recipe = _read(name, None)
-        table.add_row(name, str(len(recipe.variants)) if recipe.variants else "a target", recipe.about)
-    out.print(table)
+    print_list([_read(name, None) for name in bundled_names()], out)
 
 
 @recipes_app.command("show")
@@ -389,17 +388,42 @@ def recipes_show(name: RecipeName) -> None:
 
 
 @recipes_app.command("check")
-def recipes_check(name: RecipeName, assignments: Assignments = None) -> None:
-    """Resolve a recipe with every default written out, without loading anything."""
+def recipes_check(
+    name: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe file or a bundled one's name; none: all bundled.")
+    ] = None,
+    assignments: Assignments = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All recipes as the tables of docs/recipes.md.")] = False,
+) -> None:
+    """Resolve a recipe with every default written out, or all bundled ones, without network or model."""
     from thresher.cache.records import to_dict
+    from thresher.recipes.display import page, print_checked, print_reference
+    from thresher.recipes.reading import bundled_names
 
-    recipe = _read(name, assignments)
-    for variant in recipe.variants:
-        out.print(f"[bold]{variant.label}[/]")
-        sys.stdout.write(json.dumps(variant.resolved, indent=1) + "\n")
-    if not recipe.variants:
-        wanted = ("target", "data", "pretrain")
-        sys.stdout.write(json.dumps({table: to_dict(recipe.tables[table]) for table in wanted}, indent=1) + "\n")
+    recipes, checked, failed = [], [], False
+    for each in bundled_names() if name is None else [name]:
+        try:
+            recipe = _read(each, assignments)
+            checked.append(check_recipe(recipe))
+            recipes.append(recipe)
+        except UserError as error:
+            if name is not None:
+                raise
+            failed = True
+            err.print(f"[bold red]error:[/] recipe {each}: {escape(str(error))}", highlight=False, soft_wrap=True)
+    if markdown:
+        sys.stdout.write(page(recipes, checked))
+        raise typer.Exit(int(failed))
+    for recipe in recipes if name is not None else ():
+        for variant in recipe.variants:
+            out.print(f"[bold]{variant.label}[/]")
+            sys.stdout.write(json.dumps(variant.resolved, indent=1) + "\n")
+        if not recipe.variants:
+            wanted = ("target", "data", "pretrain")
+            sys.stdout.write(json.dumps({table: to_dict(recipe.tables[table]) for table in wanted}, indent=1) + "\n")
+        print_reference(recipe, out)
+    print_checked(checked, out)
+    raise typer.Exit(int(failed))
 
 
 @recipes_app.command("keys")
@@ -418,6 +442,22 @@ def recipes_keys(
             for row in described(kind):
                 grid.add_row(*(cell.replace("[", "\\[") for cell in row))
             out.print(grid, "")
+
+
+def check_recipe(recipe: "Recipe") -> "Checked":
+    """Resolve a recipe's dictionaries against sites made from its [reference]; see recipes/checking.py."""
+    from thresher.harvest.sites import TAPS
+    from thresher.recipes.checking import Planned, check
+    from thresher.train.outlook import outlook
+
+    data = recipe.tables["data"]
+    share = 1 - data.test_fraction - data.validation_fraction
+    rows = None if data.max_tokens is None else round(data.max_tokens * share)
+
+    def plan(recipe: "Recipe", sites: "Mapping[str, Site]") -> "list[Planned]":
+        return [Planned(*outlook(each, rows)) for each in _plans(recipe, sites)]
+
+    return check(recipe, TAPS, plan)
 
 
 def harvest_recipe(recipe: "Recipe", cache: Path | None, *, extend: bool = False) -> "HarvestResult":
@@ -665,6 +705,7 @@ def _tables() -> dict[str, type]:
     from thresher.harvest.pretraining.settings import PretrainConfig
     from thresher.harvest.run import HarvestConfig
     from thresher.harvest.target import TargetConfig
+    from thresher.recipes.reference import ReferenceConfig
     from thresher.train.config import TrainConfig
     from thresher.train.dictionary.spec import DictionaryConfig
 
@@ -676,6 +717,7 @@ def _tables() -> dict[str, type]:
         "train": TrainConfig,
         "evaluate": EvaluateConfig,
         "pretrain": PretrainConfig,
+        "reference": ReferenceConfig,
     }
 
 

@@ -19,6 +19,8 @@ BUNDLED = Path(__file__).parent
 SWEEPABLE = ("dictionary", "train")
 """Tables a sweep may vary: the others change the cache, which a sweep shares."""
 
+UNSTORED = ("reference",)
+"""Tables that say something about the recipe and change nothing: no run stores them."""
 
 ASIDE = ("pretrain",)
 """Tables that dictionaries do not depend on: left out of what a run stores where the recipe has none of them."""
@@ -32,7 +34,7 @@ class Variant(NamedTuple):
     tables: dict[str, Any]
     """Every table, by name, as an instance of its class."""
     resolved: dict[str, Any]
-    """The same as JSON values with every default written out: what a run directory stores."""
+    """The same as JSON values with every default written out, [reference] apart: what a run directory stores."""
 
 
 class Recipe(NamedTuple):
@@ -140,7 +142,8 @@ def _variants(
         built = _built(override(base, {**row, **fixed}), tables, "recipe")
         varied = [key for key, value in row.items() if isinstance(_at(block, key), list) and key not in fixed]
         label = _label(block.get("name"), built, {key: row[key] for key in varied})
-        stored = {table: to_dict(value) for table, value in built.items() if table not in ASIDE or table in base}
+        left_out = {*UNSTORED, *(table for table in ASIDE if table not in base)}
+        stored = {table: to_dict(value) for table, value in built.items() if table not in left_out}
         found.append(Variant(label, built, stored))
     return found
 
