@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 LONGEST_CONTEXT = 1024
 """Context length when the recipe gives none and the model allows more."""
 
+_KEEP = {"content": "position 0 and special tokens apart", "all": "every position"}
+"""By what a cache is known."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -65,6 +68,11 @@ class DataConfig:
 
     separator: Literal["eos", "bos", "none"] = "eos"
     """Token behind (eos) or in front of (bos) every document."""
+
+    keep: Literal["content", "all"] = "content"
+    """Positions that count: for statistics, training and evaluation alike. content: all but padding, position 0 and
+    special tokens, whose norms are 10 to 100 times those of others and would hide what happens at them. all: every
+    position but padding, as many published runs have it; evaluation still leaves the first of a context alone."""
 
     max_tokens: int | None = None
     """Stop after this many tokens of documents, all splits together; the last document is cut."""
@@ -142,7 +150,7 @@ def data_identity(config: DataConfig) -> dict[str, Any]:
         "test_fraction": config.test_fraction,
         "validation_fraction": config.validation_fraction,
         "split_seed": config.split_seed,
-        "keep": "position 0 and special tokens apart",
+        "keep": _KEEP[config.keep],
     }
 
 
@@ -199,7 +207,11 @@ def make_packers(config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None"
     """An empty packer for each split. Raises UserError when the tokenizer lacks a token that is to be put in."""
     marks = _marks(config, tokenizer)
     special = np.unique([mark for mark in marks if mark is not None] + list(_special_ids(tokenizer))).astype(np.int64)
-    return {split: Packer(context=context, packing=config.packing, marks=marks, special=special) for split in SPLITS}
+    keep_all = config.keep == "all"
+    return {
+        split: Packer(context=context, packing=config.packing, marks=marks, special=special, keep_all=keep_all)
+        for split in SPLITS
+    }
 
 
 def context_length(config: DataConfig, n_ctx: int) -> int:

@@ -34,15 +34,23 @@ class Packer:
     """Collects the documents of one split; `contexts` gives what they make."""
 
     def __init__(
-        self, *, context: int, packing: Literal["packed", "document"], marks: Marks, special: np.ndarray
+        self,
+        *,
+        context: int,
+        packing: Literal["packed", "document"],
+        marks: Marks,
+        special: np.ndarray,
+        keep_all: bool = False,
     ) -> None:
-        """`special` are the token ids that are marked as special wherever they stand."""
+        """`special` are the token ids that are marked as special wherever they stand, as position 0 is; `keep_all`:
+        neither is."""
         self.context, self.packing, self.marks, self.special = context, packing, marks, special
         self.documents = 0
         self.tokens = 0
         """Taken so far, marks between documents included, BOS of contexts not."""
         self.dropped = 0
         """Cut off at the end of documents or of the stream."""
+        self._keep_all = keep_all
         self._waiting: list[tuple[np.ndarray, int]] = []
         self._waiting_tokens = 0
         self._blocks: list[Contexts] = []
@@ -106,7 +114,9 @@ class Packer:
         if self.marks.bos is not None:
             bos = np.full((len(token_id), 1), self.marks.bos, np.int32)
             token_id, document_id = np.hstack([bos, token_id]), np.hstack([document_id[:, :1], document_id])
-        keep = np.where(np.isin(token_id, self.special), SPECIAL, KEPT).astype(np.uint8)
-        keep[:, 0] = SPECIAL
+        keep = np.full(token_id.shape, KEPT, np.uint8)
+        if not self._keep_all:
+            keep[np.isin(token_id, self.special)] = SPECIAL
+            keep[:, 0] = SPECIAL
         keep[document_id < 0] = 0
         return Contexts(token_id, document_id, keep)

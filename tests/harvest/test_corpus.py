@@ -140,6 +140,7 @@ def test_identity_follows_content_and_settings(tmp_path: Path, jsonl: Path) -> N
     (other / "texts.jsonl").write_bytes(jsonl.read_bytes())
     assert data_identity(config) == data_identity(DataConfig(source=str(other / "texts.jsonl"), streaming=True))
     assert data_identity(config) != data_identity(DataConfig(source=str(jsonl), split_seed=1))
+    assert data_identity(config) != data_identity(DataConfig(source=str(jsonl), keep="all"))
     before = content_digest(jsonl)
     jsonl.write_text(jsonl.read_text().replace("59th", "58th"))
     assert content_digest(jsonl) != before

@@ -43,6 +43,16 @@ def test_a_bos_between_documents_belongs_to_the_one_it_begins() -> None:
     assert contexts.keep.tolist() == [[2, 1], [2, 1]], "position 0 is special with or without a BOS"
 
 
+def test_keeping_all_marks_nothing_but_padding_as_left_out() -> None:
+    packer = Packer(
+        context=4, packing="document", marks=Marks(BOS, None, EOS), special=np.array([BOS, EOS]), keep_all=True
+    )
+    packer.add(np.array([20]), 0)
+    contexts = packer.contexts()
+    assert contexts.token_id.tolist() == [[BOS, 20, EOS, 0]]
+    assert contexts.keep.tolist() == [[1, 1, 1, 0]]
+
+
 @pytest.mark.parametrize("flush", [1, 7, 1 << 20])
 def test_flushing_changes_nothing(flush: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_FLUSH_TOKENS", flush)
