@@ -1,7 +1,8 @@
 """Whether a recipe holds together, found out without a model, a network or a cache.
 
 Reading a recipe checks every table. Beyond that, its dictionaries are resolved against the sites that a target of
-`reference.layers` blocks, `reference.width` wide, has, and what they come to is added up.
+`reference.layers` blocks, `reference.width` wide, has (or the target that the recipe itself makes), and what they come
+to is added up.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,6 @@ from thresher.cache.errors import UserError
 from thresher.cache.records import nearest
 from thresher.cache.sites import matches
 from thresher.recipes.reading import Recipe
-from thresher.recipes.reference import ReferenceConfig
 
 HIDDEN = "mlp_hidden"
 
@@ -64,33 +64,48 @@ def check(
     """Resolve a recipe's dictionaries by `plan`. Raises UserError when they do not fit its sites."""
     if not recipe.variants:
         return Checked(recipe.name, 0, (), "makes a target")
-    reference, harvest = recipe.tables["reference"], recipe.tables["harvest"]
-    if reference.layers is None:
+    shape, harvest = _shape(recipe), recipe.tables["harvest"]
+    if shape is None:
         return Checked(recipe.name, len(recipe.variants), (), "tables only: no [reference] layers and width")
-    sites = sites_of(reference, harvest.sites, harvest.layers, tuple(taps))
+    sites = sites_of(shape, harvest.sites, harvest.layers, tuple(taps))
     if sites is None:
         return Checked(recipe.name, len(recipe.variants), (), "tables only: harvest.sites names more than taps")
     return Checked(recipe.name, len(recipe.variants), tuple(plan(recipe, sites)), "")
 
 
+class Shape(NamedTuple):
+    """Of a target."""
+
+    layers: int
+    """Blocks."""
+    width: int
+    """Dimensions of the residual stream; MLPs are taken to be four times as wide."""
+
+
+def _shape(recipe: Recipe) -> Shape | None:
+    reference = recipe.tables["reference"]
+    if reference.layers is not None:
+        return Shape(reference.layers, reference.width)
+    made = recipe.tables.get("pretrain") if "pretrain" in recipe.given else None
+    return None if made is None else Shape(made.n_layers, made.width)
+
+
 def sites_of(
-    reference: ReferenceConfig, patterns: Sequence[str], layers: Sequence[int] | None, taps: Sequence[str]
+    shape: Shape, patterns: Sequence[str], layers: Sequence[int] | None, taps: Sequence[str]
 ) -> dict[str, Site] | None:
     """By name, the sites that patterns mean in a target of that shape; None where only the target knows a name.
 
     Raises UserError for a tap that there is not, and for layers that it has not.
     """
-    assert reference.layers is not None
-    assert reference.width is not None
-    beyond = sorted(layer for layer in layers or () if not 0 <= layer < reference.layers)
+    beyond = sorted(layer for layer in layers or () if not 0 <= layer < shape.layers)
     if beyond:
         raise UserError(
-            f"harvest.layers asks for layers {beyond}, but reference.layers is {reference.layers}: there are 0 to "
-            f"{reference.layers - 1}. Correct one of them."
+            f"harvest.layers asks for layers {beyond}, but reference.layers is {shape.layers}: there are 0 to "
+            f"{shape.layers - 1}. Correct one of them."
         )
     every = [
-        Site(f"L{layer:02d}.{tap}", layer, tap, reference.width * (4 if tap == HIDDEN else 1))
-        for layer in range(reference.layers)
+        Site(f"L{layer:02d}.{tap}", layer, tap, shape.width * (4 if tap == HIDDEN else 1))
+        for layer in range(shape.layers)
         for tap in taps
     ]
     found: dict[str, Site] = {}

@@ -10,11 +10,11 @@ from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.records import from_dict
 from thresher.recipes import reading
-from thresher.recipes.checking import Checked, Planned, check, sites_of
+from thresher.recipes.checking import Checked, Planned, Shape, check, sites_of
 from thresher.recipes.reading import read
 from thresher.recipes.reference import ReferenceConfig
 
-SHAPE = ReferenceConfig(layers=2, width=8)
+SHAPE = Shape(layers=2, width=8)
 TAPS = ("resid_pre", "mlp_in", "mlp_hidden", "mlp_out")
 RECIPE = """
 about = "mine"
