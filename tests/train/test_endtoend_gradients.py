@@ -217,10 +217,23 @@ def test_selections_of_fixed_capacity_give_the_same(
     compare(target, "clt", firing, monkeypatch, mode="cascade", objective="kl")
 
 
-def compare(target: TransformerTarget, kind: str, firing: str, monkeypatch: pytest.MonkeyPatch, **train: Any) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_raw_activations_give_the_same(target: TransformerTarget, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = {"normalise": "none"}  # what is written is then a part of the sums that later sources add to in place
+    compare(target, "clt", "batchtopk", monkeypatch, raw, mode=mode, objective="kl")
+
+
+def compare(
+    target: TransformerTarget,
+    kind: str,
+    firing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    dictionary: dict[str, Any] | None = None,
+    **train: Any,
+) -> None:
     mode, objective = train["mode"], train["objective"]
     text = tiny.contexts(6)
-    made = fits(target, kind, firing, batch_rows=60, **train)
+    made = fits(target, kind, firing, dictionary, batch_rows=60, **train)
     dense = [Dictionary(fit, firing) for fit in made]
     kl, ce, ce_clean = reference(target, dense, text, mode, objective)
     found = gradients(joined(made, target, text), monkeypatch)

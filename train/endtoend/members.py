@@ -58,7 +58,9 @@ class Member:
         """[N, E] raw activations of a destination, once all of its sources were read."""
         assert self.y_NSE is not None
         space, y_NE = self.fit.writes[destination], self.y_NSE[:, destination]
-        return space.undo(y_NE) if space.raw_mean is None else self.frames[destination].leave(y_NE)
+        out_NE = space.undo(y_NE) if space.raw_mean is None else self.frames[destination].leave(y_NE)
+        # Later sources of a CLT add to y in place: a pass whose gradients need what was written keeps it by itself.
+        return out_NE.clone() if out_NE is y_NE else out_NE
 
     def terms(self, rows: Mapping[str, Tensor], weight: float, whole: Whole | None) -> Losses:
         """The dictionary's own terms, in training space: β times its reconstruction loss, AuxK and penalties.
