@@ -46,15 +46,18 @@ def print_reference(recipe: Recipe, console: Console) -> None:
 
 
 def print_checked(checked: Sequence[Checked], console: Console) -> None:
-    """A line per recipe that holds together."""
+    """A line per recipe that holds together, and what could not be seen of some."""
     table = Table(box=None, header_style="bold")
     table.add_column("recipe", no_wrap=True)
     for name in ("sets", "dicts", "params", "steps", "FLOP"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=False)
+    table.add_column("", no_wrap=True)
     for each in checked:
-        table.add_row(each.name, *_numbers(each), "[green]OK[/]" + (f" ({escape(each.note)})" if each.note else ""))
+        table.add_row(each.name, *_numbers(each), "[green]OK[/]")
     console.print(table)
+    for each in checked:
+        if each.note:
+            console.print(f"{each.name}: {each.note}.", markup=False, highlight=False)
 
 
 def page(recipes: Iterable[Recipe], checked: Iterable[Checked]) -> str:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from thresher.train.dictionary.crosslayer import build
+from thresher.train.dictionary.topologies import build
 from thresher.train.plan import RunPlan
 
 
