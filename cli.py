@@ -448,6 +448,7 @@ def check_recipe(recipe: "Recipe") -> "Checked":
     """Resolve a recipe's dictionaries against sites made from its [reference]; see recipes/checking.py."""
     from thresher.harvest.sites import TAPS
     from thresher.recipes.checking import Planned, check
+    from thresher.train.endtoend.setting import together
     from thresher.train.outlook import outlook
 
     data = recipe.tables["data"]
@@ -455,7 +456,9 @@ def check_recipe(recipe: "Recipe") -> "Checked":
     rows = None if data.max_tokens is None else round(data.max_tokens * share)
 
     def plan(recipe: "Recipe", sites: "Mapping[str, Site]") -> "list[Planned]":
-        return [Planned(*outlook(each, rows)) for each in _plans(recipe, sites)]
+        plans = _plans(recipe, sites)
+        together(plans)  # raises for what training would refuse
+        return [Planned(*outlook(each, rows)) for each in plans]
 
     return check(recipe, TAPS, plan)
 

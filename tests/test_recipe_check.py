@@ -84,6 +84,23 @@ def test_sizes_and_lengths_are_those_of_the_training(tmp_path: Path) -> None:
     assert (unknown.steps, unknown.flop) == ((), None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["train.micro_rows=50"], "cuts the batches of 'transcoder-batchtopk-kl-cascade-L00' into parts"),
+        (["dictionary.prefixes=[0.5, 1.0]"], "only the main one is patched into the model"),
+        (["dictionary.kind=crosscoder"], "cannot run along in a pass"),
+        (["dictionary.kind=clt", "dictionary.pool=joint"], "so they cannot compete"),
+        (["dictionary.k_anneal=20", "train.steps=10"], "k_anneal is 20, but the run has 10 steps"),
+    ],
+)
+def test_what_training_refuses_is_no_recipe_that_holds_together(tmp_path: Path, changes: list[str], words: str) -> None:
+    path = recipe(tmp_path)
+    cli.check_recipe(cli._read(path, ["train.objective=kl"]))
+    with pytest.raises(UserError, match=words):
+        cli.check_recipe(cli._read(path, ["train.objective=kl", *changes]))
+
+
 def test_a_recipe_of_unknown_shape_is_checked_as_far_as_its_tables_go(tmp_path: Path) -> None:
     plain = read(recipe(tmp_path, RECIPE.replace("layers = 2\nwidth = 8", "")), [], cli._tables())
     assert "tables only" in check(plain, TAPS, lambda *_: pytest.fail("nothing to plan on")).note

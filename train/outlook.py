@@ -20,11 +20,15 @@ class Outlook(NamedTuple):
 
 
 def outlook(plan: RunPlan, cached_rows: int | None) -> Outlook:
-    """Size and length of a plan, for a cache of so many training rows, or an unknown number."""
+    """Size and length of a plan, for a cache of so many training rows, or an unknown number.
+
+    Raises UserError for schedules that do not fit into a known number of steps.
+    """
     with torch.device("meta"):
         parameters = build(plan.spec).n_parameters
     told = plan.train.steps is not None or plan.train.rows is not None
     if cached_rows is None and not told:
         return Outlook(parameters, None, None)
     steps = plan.train.total_steps(cached_rows or 0)
+    plan.spec.check_steps(steps)
     return Outlook(parameters, steps, steps * plan.train.batch_rows)

@@ -1,5 +1,6 @@
 """Laws of training through the language model: scores, masks, parts, the order of contexts, what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from tests.train import tiny
-from tests.train.test_endtoend_gradients import MODES, fits, joined
+from tests.train.test_endtoend_gradients import MODES, fits, joined, planned
 from thresher.cache.contracts import Edit
 from thresher.cache.errors import UserError
 from thresher.cache.reader import CacheReader
@@ -22,7 +23,7 @@ from thresher.train.dictionary.spec import DictionaryConfig
 from thresher.train.endtoend.clean import Cached, clean
 from thresher.train.endtoend.contexts import Text
 from thresher.train.endtoend.scores import plain_scores, scores
-from thresher.train.endtoend.setting import Setting
+from thresher.train.endtoend.setting import Setting, together
 from thresher.train.fit import Fit
 from thresher.train.run import train
 
@@ -187,9 +188,10 @@ def test_parts_make_the_step_of_the_whole(
 def test_a_cascade_in_parts_is_refused_where_it_would_be_another_step(
     target: TransformerTarget, firing: str, why: str
 ) -> None:
-    made = fits(target, "transcoder", firing, mode="cascade", batch_rows=60, micro_rows=20)
+    plans = planned(target, "transcoder", firing, mode="cascade", batch_rows=60, micro_rows=20)
     with pytest.raises(UserError, match=f"micro_rows = 20.*{why}.*smaller batch_rows"):
-        joined(made, target, tiny.contexts(6))
+        together(plans)
+    together([plan._replace(train=replace(plan.train, micro_rows=60)) for plan in plans])
 
 
 @pytest.mark.parametrize("setting", [{"prefixes": (0.5, 1.0)}, {"multi_topk": 0.125}])
@@ -197,13 +199,13 @@ def test_further_reconstructions_are_refused_through_the_model(
     target: TransformerTarget, setting: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError, match=f"dictionary.{next(iter(setting))} .* only the main one is patched"):
-        joined(fits(target, "transcoder", "topk", setting), target, tiny.contexts(6))
+        together(planned(target, "transcoder", "topk", setting))
 
 
 def test_a_joint_pool_is_refused_where_layers_follow_one_another(target: TransformerTarget) -> None:
     joined(fits(target, "clt", "batchtopk", {"pool": "joint"}, mode="clean_input"), target, tiny.contexts(6)).step()
     with pytest.raises(UserError, match="pool of 'g' is 'joint', but in mode = 'cascade'"):
-        joined(fits(target, "clt", "batchtopk", {"pool": "joint"}, mode="cascade"), target, tiny.contexts(6))
+        together(planned(target, "clt", "batchtopk", {"pool": "joint"}, mode="cascade"))
 
 
 # The order.

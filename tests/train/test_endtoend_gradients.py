@@ -21,6 +21,7 @@ from thresher.train.endtoend.group import Group, group
 from thresher.train.fit import Fit, Gradients
 from thresher.train.kernels import firing as kernels_of_firing
 from thresher.train.kernels import padded
+from thresher.train.plan import RunPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -39,15 +40,21 @@ def target() -> TransformerTarget:
     return tiny.gpt2(torch.float64)
 
 
+def planned(
+    target: TransformerTarget, kind: str, firing: str, dictionary: dict[str, Any] | None = None, **train: Any
+) -> list[RunPlan]:
+    """Dictionaries of two layers; `dictionary`: further settings of them."""
+    settings: dict[str, Any] = {"kind": kind, "writes": "mlp_out", "normalise": "per_dim", "pre_bias": kind == "sae"}
+    settings |= FIRING[firing] | (dictionary or {})
+    return tiny.plans_for(target, "g", {"local_weight": BETA} | train, **settings)
+
+
 def fits(
     target: TransformerTarget, kind: str, firing: str, dictionary: dict[str, Any] | None = None, **train: Any
 ) -> list[Fit]:
-    """Random dictionaries of two layers, every fifth latent dead; `dictionary`: further settings of them."""
-    settings: dict[str, Any] = {"kind": kind, "writes": "mlp_out", "normalise": "per_dim", "pre_bias": kind == "sae"}
-    settings |= FIRING[firing] | (dictionary or {})
-    plans = tiny.plans_for(target, "g", {"local_weight": BETA} | train, **settings)
+    """The same with random weights, every fifth latent dead."""
     made, rng = [], torch.Generator().manual_seed(11)
-    for plan in plans:
+    for plan in planned(target, kind, firing, dictionary, **train):
         fit = Fit(plan, tiny.Statistics(), torch.device("cpu"))
         fit.coder.double()
         with torch.no_grad():

@@ -14,7 +14,8 @@ trained together, in one of three modes, each the training form of the protocol 
 
 The model's own parameters get no gradient: the target is frozen, and autograd starts at the first edit.
 
-`contexts.py` which contexts a step takes; `scores.py` KL and CE; `clean.py` clean rows, from the model or the cache;
+`admission.py` what is refused; `contexts.py` which contexts a step takes; `scores.py` KL and CE; `clean.py` clean rows,
+from the model or the cache;
 `members.py` a dictionary in the pass; `group.py` the step; `feed.py` the loop.
 
 Left out: a clean pass shared by the groups of a sweep; gradient checkpointing within the model (`train.micro_rows`

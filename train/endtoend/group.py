@@ -6,7 +6,7 @@ pass through the dictionaries follows. Memory stays at one pass, however many si
 couples the tokens of a batch sees all of them whatever `train.micro_rows` says.
 
 In `cascade` codes of later sources follow from earlier ones of the same part, so what couples tokens of a batch would
-only see its part; such dictionaries are refused parts.
+only see its part; such dictionaries are refused parts (admission.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from thresher.cache.contracts import Target
-from thresher.cache.errors import UserError
 from thresher.cache.patching import constant_edits, stream_edits
 from thresher.train.dictionary.encoder import Tally
 from thresher.train.dictionary.pools import shared
@@ -27,7 +26,6 @@ from thresher.train.endtoend.members import Member, detached, sites_of
 from thresher.train.endtoend.scores import Scores, scores
 from thresher.train.fit import Fit, Gradients, Inputs, lacking_room
 from thresher.train.losses import Losses, Whole
-from thresher.train.plan import RunPlan
 from thresher.train.stages import stage
 
 
@@ -219,70 +217,14 @@ class Group(NamedTuple):
 
 
 def group(fits: Sequence[Fit], target: Target, text: Text, cached: Cached | None) -> Group:
-    """Put dictionaries together. Raises UserError for what cannot be trained so."""
+    """Put dictionaries together, whose plans were admitted (admission.py). Raises UserError for an unknown site."""
     config = fits[0].plan.train
     contexts = contexts_per_step(config.batch_rows, text.length)
     part = None if config.micro_rows is None else max(1, config.micro_rows // text.length)
-    made = Group(list(fits), target, text, cached, contexts, part if part is not None and part < contexts else None)
-    _check_sites(fits, target)
-    for fit in fits:
-        _check_codes(fit.plan)
-        if config.mode == "cascade":
-            _check_cascade(fit, made.part is not None)
-    return made
+    target.sites(sites_of(fits))  # raises for what the model does not have
+    return Group(list(fits), target, text, cached, contexts, part if part is not None and part < contexts else None)
 
 
 def contexts_per_step(batch_rows: int, length: int) -> int:
     """Whole contexts in place of so many rows; at least one."""
     return max(1, batch_rows // length)
-
-
-def _check_sites(fits: Sequence[Fit], target: Target) -> None:
-    written = [site for fit in fits for site in fit.plan.spec.writes]
-    twice = sorted({site for site in written if written.count(site) > 1})
-    if twice:
-        raise UserError(
-            f"Dictionaries of the group {fits[0].plan.group!r} write to the same site ({', '.join(twice)}), so they "
-            "cannot be patched in together. Expected one writer per site: narrow dictionary.reads, or give them names "
-            "of their own in [[sweep]] blocks."
-        )
-    target.sites(sites_of(fits))  # raises for what the model does not have
-
-
-def _check_codes(plan: RunPlan) -> None:
-    """Raise UserError for further codes of a dictionary, each of which would need a pass of the model."""
-    further = {"prefixes": plan.spec.prefixes is not None, "multi_topk": plan.spec.multi_topk > 0}
-    for name, given in further.items():
-        if given:
-            raise UserError(
-                f"dictionary.{name} of {plan.name!r} asks for reconstructions beside the main one, but with "
-                f"train.objective = {plan.train.objective!r} only the main one is patched into the model. Remove it, "
-                "or train with objective = 'local'."
-            )
-
-
-def _check_cascade(fit: Fit, in_parts: bool) -> None:
-    spec = fit.plan.spec
-    if not fit.coder.causal:
-        raise UserError(
-            f"dictionary.kind of {fit.plan.name!r} is {spec.kind!r}, which reads sites that the model reaches only "
-            "after those it writes, so it cannot run along in a pass. Set train.mode = 'clean_input' or 'single_site'."
-        )
-    if spec.pool == "joint":
-        raise UserError(
-            f"dictionary.pool of {fit.plan.name!r} is 'joint', but in mode = 'cascade' what later layers read follows "
-            "from what earlier ones have selected, so they cannot compete. Set pool = 'layer' or another mode."
-        )
-    couplings = {
-        f"firing = {spec.firing!r} selects over the whole batch": fit.coder.encoder(0).rule.budget(1024) is not None,
-        "penalty = 'target_l0' takes the mean L0 of the whole batch": spec.resolved_penalty == "target_l0",
-        "AuxK divides by the residual's variance over the whole batch (aux_divisor)": spec.aux > 0
-        and spec.aux_divisor == "residual",
-    }
-    found = [why for why, holds in couplings.items() if holds]
-    if in_parts and found:
-        raise UserError(
-            f"train.micro_rows = {fit.plan.train.micro_rows} cuts the batches of {fit.plan.name!r} into parts, but in "
-            f"mode = 'cascade' {'; '.join(found)}, which a part does not see: what later sites read follows from "
-            "earlier selections of the same part. Leave micro_rows out and take a smaller batch_rows, or change that."
-        )

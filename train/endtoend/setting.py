@@ -11,6 +11,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.records import differences
 from thresher.cache.source import Source
+from thresher.train.endtoend.admission import check_group
 from thresher.train.endtoend.clean import Cached
 from thresher.train.endtoend.contexts import Text
 from thresher.train.endtoend.group import Group, contexts_per_step, group
@@ -26,7 +27,7 @@ def needs_target(plans: Sequence[RunPlan]) -> bool:
 def together(plans: Sequence[RunPlan]) -> dict[str, list[RunPlan]]:
     """Plans that are trained through the language model, by group.
 
-    Raises UserError for a group whose plans differ in how they are trained.
+    Raises UserError for a group whose plans differ in how they are trained, and for what cannot be trained so.
     """
     groups: dict[str, list[RunPlan]] = {}
     for plan in plans:
@@ -38,6 +39,7 @@ def together(plans: Sequence[RunPlan]) -> dict[str, list[RunPlan]]:
                 f"The dictionaries of group {name!r} are trained together, so they must agree in [train]; they differ. "
                 "Give what differs a [[sweep]] block with a name of its own."
             )
+        check_group(members)
     return groups
 
 
