@@ -84,6 +84,12 @@ def test_sizes_and_lengths_are_those_of_the_training(tmp_path: Path) -> None:
     assert (unknown.steps, unknown.flop) == ((), None)
 
 
+LP = [
+    f"dictionary.{setting}"
+    for setting in ("firing=relu", "penalty=lp", "sparsity=0.1", "p_start=5", "p_updates=8", "p_end=0.5")
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -92,11 +98,13 @@ def test_sizes_and_lengths_are_those_of_the_training(tmp_path: Path) -> None:
         (["dictionary.kind=crosscoder"], "cannot run along in a pass"),
         (["dictionary.kind=clt", "dictionary.pool=joint"], "so they cannot compete"),
         (["dictionary.k_anneal=20", "train.steps=10"], "k_anneal is 20, but the run has 10 steps"),
+        ([*LP, "train.steps=10"], "p_updates is 8, but the run has 10 steps"),
     ],
 )
 def test_what_training_refuses_is_no_recipe_that_holds_together(tmp_path: Path, changes: list[str], words: str) -> None:
-    path = recipe(tmp_path)
-    cli.check_recipe(cli._read(path, ["train.objective=kl"]))
+    counts = "dictionary.firing=relu" not in changes
+    path = recipe(tmp_path, RECIPE if counts else RECIPE.replace("k = 2\n", ""))
+    cli.check_recipe(cli._read(recipe(tmp_path, name="fine"), ["train.objective=kl"]))
     with pytest.raises(UserError, match=words):
         cli.check_recipe(cli._read(path, ["train.objective=kl", *changes]))
 

@@ -25,10 +25,13 @@ def outlook(plan: RunPlan, cached_rows: int | None) -> Outlook:
     Raises UserError for schedules that do not fit into a known number of steps.
     """
     with torch.device("meta"):
-        parameters = build(plan.spec).n_parameters
+        coder = build(plan.spec)
+    parameters = coder.n_parameters
     told = plan.train.steps is not None or plan.train.rows is not None
     if cached_rows is None and not told:
         return Outlook(parameters, None, None)
     steps = plan.train.total_steps(cached_rows or 0)
     plan.spec.check_steps(steps)
+    if coder.anneal is not None:
+        coder.anneal.steps(steps)
     return Outlook(parameters, steps, steps * plan.train.batch_rows)

@@ -50,25 +50,40 @@ class Dense:
 
     def __call__(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
         self.xs, self.ys = xs, ys
-        s, codes = self.s, self.codes()
-        F = codes[0].a.shape[1]
+        codes = self.codes()
+        left = [y - self.guess(j, [c.z for c in codes]) for j, y in enumerate(ys)]
+        return self.reconstruction(codes) + self.rest(codes, left)
+
+    def units(self) -> list[float]:
+        """Of the squared error, by destination."""
+        named = {"fvu": self.V, "mse": [y.shape[1] for y in self.ys], "sum": [1.0] * len(self.ys)}
+        return list(named[self.s["loss"]])
+
+    def reconstruction(self, codes: Sequence[Codes]) -> Tensor:
+        """Of all prefixes and codes."""
+        s, F = self.s, codes[0].a.shape[1]
         ends = [F] if s["prefixes"] is None else [round(end * F) for end in s["prefixes"]]
         weights = s["prefix_weights"] or [1 / len(ends)] * len(ends)
-        units = [{"fvu": v, "mse": y.shape[1], "sum": 1.0}[s["loss"]] for y, v in zip(ys, self.V, strict=True)]
-        total, left = torch.zeros((), dtype=torch.float64), []
-        for j, (y, unit) in enumerate(zip(ys, units, strict=True)):
+        total = torch.zeros((), dtype=torch.float64)
+        for j, (y, unit) in enumerate(zip(self.ys, self.units(), strict=True)):
             for end, weight in zip(ends, weights, strict=True):
-                left_NE = y - self.guess(j, [c.z[:, :end] for c in codes])
-                total = total + weight * squares(left_NE) / unit / len(ys)
-            left.append(left_NE.detach())
+                total = total + weight * squares(y - self.guess(j, [c.z[:, :end] for c in codes])) / unit / len(self.ys)
             if s["multi_topk"]:
                 wide = squares(y - self.guess(j, [c.wide for c in codes]))
-                total = total + s["multi_topk"] * wide / unit / len(ys)
+                total = total + s["multi_topk"] * wide / unit / len(self.ys)
+        return total
+
+    def rest(self, codes: Sequence[Codes], left: Sequence[Tensor]) -> Tensor:
+        """What is minimised whichever the reconstruction; `left`: y − ŷ, which AuxK explains without teaching xs."""
+        s, units = self.s, self.units()
+        total, left = torch.zeros((), dtype=torch.float64), [e.detach() for e in left]
+        for j, (y, unit) in enumerate(zip(self.ys, units, strict=True)):
             if s["firing"] == "gated":
                 gates = [c.a.clamp_min(0) for c in codes]
-                total = total + squares(y - self.guess(j, gates, frozen=True)) / unit / len(ys)
+                total = total + squares(y - self.guess(j, gates, frozen=True)) / unit / len(self.ys)
         for i, c in enumerate(codes):
             total = total + (self.penalty(i, c) + self.preact(i, c)) / len(codes)
+        self.xs = [x.detach() for x in self.xs]
         return total + s["aux"] * (self.joint if s["aux_scope"] == "all" else self.own)(left, units)
 
     def codes(self) -> list[Codes]:

@@ -4,8 +4,8 @@ The model's blocks are called one after the other with a replacement in the plac
 sparse code, no kernel of ours. Dictionaries are those of tests/train/dense.py.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -104,6 +104,17 @@ def run(target: TransformerTarget, tokens: Tensor, edit: Edit) -> Tensor:
     return model.lm_head(model.transformer.ln_f(h))
 
 
+class Replacement(Protocol):
+    """What `reference` asks of a dictionary."""
+
+    layers: list[int]
+    sae: bool
+
+    def taken(self, layer: int, us: Mapping[int, Tensor], vs: Mapping[int, Tensor]) -> Tensor: ...
+    def value(self, layer: int, x_ND: Tensor) -> Tensor: ...
+    def terms(self, clean: dict[int, Tensor]) -> Tensor: ...
+
+
 class Dictionary:
     """A dense dictionary with its changes of coordinates; sources and destinations by layer."""
 
@@ -120,6 +131,10 @@ class Dictionary:
         self.xs: dict[int, Tensor] = {}
         self.codes: dict[int, tuple[Tensor, Tensor]] = {}
         self.guesses: dict[int, Tensor] = {}
+
+    def taken(self, layer: int, us: Mapping[int, Tensor], vs: Mapping[int, Tensor]) -> Tensor:
+        """What is read for a layer, of clean inputs and outputs of MLPs."""
+        return (vs if self.sae else us)[layer]
 
     def value(self, layer: int, x_ND: Tensor) -> Tensor:
         """Raw reconstruction of a layer; what its own source reads is `x_ND`, earlier ones have been asked before."""
@@ -155,7 +170,7 @@ class Dictionary:
 
 
 def reference(
-    target: TransformerTarget, dictionaries: list[Dictionary], text: Contexts, mode: str, objective: str
+    target: TransformerTarget, dictionaries: Sequence[Replacement], text: Contexts, mode: str, objective: str
 ) -> tuple[float, float, float]:
     """Backward of the whole loss; KL, CE and clean CE per scored position (and per pass)."""
     tokens = torch.from_numpy(text.token_id.astype(np.int64))
@@ -187,7 +202,7 @@ def reference(
     if mode == "cascade":
         passes = [lambda layer, u, v: put(v, by_layer[layer].value(layer, (v if by_layer[layer].sae else u)[patch]))]
     else:
-        values = {layer: d.value(layer, (vs if d.sae else us)[layer]) for layer, d in sorted(by_layer.items())}
+        values = {layer: d.value(layer, d.taken(layer, us, vs)) for layer, d in sorted(by_layer.items())}
         passes = [lambda layer, u, v: put(v, values[layer])]
         if mode == "single_site":
             passes = [

@@ -99,25 +99,27 @@ def settings(name: str, rule: str, *chosen: str) -> dict[str, Any]:
     return out
 
 
-def spec_of(given: dict[str, Any]) -> DictionarySpec:
+def spec_of(given: dict[str, Any], unit: bool = False) -> DictionarySpec:
     cls = topology(given["kind"])
     many = SITES if cls.joint else 1
     reads = tuple(f"r{i}" for i in range(many))
     writes = reads if cls.own_site else tuple(f"w{i}" for i in range(many))
     return DictionarySpec(
         **given, reads=reads, writes=writes, layers=tuple(range(many)), d_in=cls.width(D, many), d_out=D,
-        n_latents=F, unit_norm=False, dead_after=100,
+        n_latents=F, unit_norm=unit, dead_after=100,
     )  # fmt: skip
 
 
-def coder_of(given: dict[str, Any]) -> Coder:
-    """In float64, with weights of no special form; a third of the latents is dead."""
-    coder, rng = build(spec_of(given)).double(), torch.Generator().manual_seed(0)
+def coder_of(given: dict[str, Any], unit: bool = False) -> Coder:
+    """In float64, with weights of no special form, but for the norm of `unit` rows; a third of the latents is dead."""
+    coder, rng = build(spec_of(given, unit)).double(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in coder.named_parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
             if name.endswith("log_theta"):
                 parameter.mul_(0.5).sub_(0.5)
+            if unit and name.startswith("W_dec"):
+                parameter.div_(parameter.flatten(1).norm(dim=1)[:, None, None])
         for source in range(len(coder.inputs)):
             encoder = coder.encoder(source)
             encoder.tokens_since_fired[::3] = 100
@@ -151,11 +153,30 @@ CASES = [
 ]
 
 
+UNIT = [
+    *(("sae", rule) for rule in ("relu", "jumprelu, tanh", "gated", "batchtopk")),
+    *(("clt", rule) for rule in ("relu", "jumprelu, tanh")),
+    ("crosscoder", "relu"),
+]
+"""Also with rows of norm 1."""
+
+
 @pytest.mark.parametrize(("name", "rule", "number"), CASES, ids=lambda value: str(value))
 def test_value_and_all_gradients_are_those_of_the_dense_formulas(name: str, rule: str, number: int) -> None:
+    compare(name, rule, number)
+
+
+@pytest.mark.parametrize("number", range(len(BUNDLES)))
+@pytest.mark.parametrize(("name", "rule"), UNIT)
+def test_rows_that_keep_norm_1_give_the_same_but_along_the_row(name: str, rule: str, number: int) -> None:
+    """Where norms are known to be 1, penalties need not compute them; the update takes that part out anyway."""
+    compare(name, rule, number, unit=True)
+
+
+def compare(name: str, rule: str, number: int, unit: bool = False) -> None:
     bundle = [loss for loss in BUNDLES[number] if admitted(name, rule, loss)]
     given = settings(name, rule, *bundle)
-    coder, rng = coder_of(given), torch.Generator().manual_seed(1)
+    coder, rng = coder_of(given, unit), torch.Generator().manual_seed(1)
     xs = [torch.randn(N, coder.spec.d_in, generator=rng, dtype=torch.float64) for _ in coder.inputs]
     ys = [torch.randn(N, D, generator=rng, dtype=torch.float64) for _ in coder.writes]
     variances = [2.0 + j for j in range(len(ys))]
@@ -168,6 +189,9 @@ def test_value_and_all_gradients_are_those_of_the_dense_formulas(name: str, rule
     torch.testing.assert_close(got, expected, msg=lambda text: f"{bundle}: {text}")
     right = torch.autograd.grad(expected, [p[n] for n in parameters], allow_unused=True, materialize_grads=True)
     for key, fast, plain in zip(parameters, left, right, strict=True):
+        if unit and key.startswith("W_dec"):
+            w = p[key].detach()
+            fast, plain = (g - (g * w).sum((1, 2), keepdim=True) * w for g in (fast, plain))
         torch.testing.assert_close(
             fast, plain, rtol=1e-8, atol=1e-11, msg=lambda text, key=key: f"{bundle}: {key}: {text}"
         )
