@@ -232,7 +232,7 @@ def target_train(
         Path | None, typer.Option("--out", help="The model's directory; by default the recipe's target.model.")
     ] = None,
 ) -> None:
-    """Train the recipe's language model ([pretrain]) on its text (resumes; a finished model is reused)."""
+    """Train the recipe's language model (\\[pretrain]) on its text (resumes; a finished model is reused)."""
     from thresher.harvest.pretraining.display import print_result
     from thresher.harvest.pretraining.run import target_folder, train_target
 

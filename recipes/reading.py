@@ -67,8 +67,8 @@ def find(name: str) -> Path:
     if bundled.is_file():
         return bundled
     raise UserError(
-        f"Recipe {name!r} is neither a file nor a bundled recipe.{nearest(name, bundled_names())} "
-        f"Bundled: {', '.join(bundled_names())}. See `thresher recipes list`."
+        f"Recipe {name!r} is neither a file nor a bundled recipe.{nearest(name, bundled_names())} Give the path of a "
+        "file or one of the names that `thresher recipes list` shows."
     )
 
 

@@ -8,10 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from thresher import cli
 
 SMALL = (
     "data.max_tokens=24000",
@@ -204,6 +209,27 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         done = thresher(tmp_path, *command, "--help", sets=())
         assert done.returncode == 0
         assert "Usage" in done.stdout
+
+
+def commands(group: Any, *names: str) -> Iterator[tuple[list[str], Any]]:
+    """Every command with the words that call it, groups among them."""
+    yield list(names), group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *names, name)
+
+
+def test_help_keeps_its_brackets() -> None:
+    """In help texts `[word]` is markup, which is not shown, unless it is escaped."""
+    seen = set()
+    for words, command in commands(typer.main.get_command(cli.app)):
+        shown = CliRunner().invoke(cli.app, [*words, "--help"]).output
+        below = getattr(command, "commands", {}).values()
+        texts = [each.help or "" for each in (command, *below)] + [getattr(p, "help", "") or "" for p in command.params]
+        for text in texts:
+            found = re.findall(r"\[[^\]\s]+\]", text)
+            assert all(bracket in shown for bracket in found), f"{words}: {found}"
+            seen.update(found)
+    assert "[pretrain]" in seen
 
 
 def test_bundled_recipes_check_without_loading_anything(tmp_path: Path) -> None:

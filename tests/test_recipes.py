@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from thresher.cache.errors import UserError
-from thresher.recipes.reading import read
+from thresher.recipes.reading import bundled_names, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,7 @@ def test_a_bad_recipe_says_what_and_where(tmp_path: Path, text: str, assignments
         assert word in str(caught.value)
 
 
-def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"(?s)neither a file nor a bundled recipe.*books-demo"):
+def test_an_unknown_recipe_is_told_the_nearest_ones_and_where_all_are() -> None:
+    with pytest.raises(UserError, match=r"neither a file nor a bundled recipe.*'books-demo'.*recipes list") as caught:
         read("boks-demo", [], TABLES)
+    assert sum(name in str(caught.value) for name in bundled_names()) <= 3
