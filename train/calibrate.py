@@ -23,6 +23,7 @@ from thresher.cache.contracts import Codes, side_by_side
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import StopFlag
 from thresher.cache.source import Source
+from thresher.train.counting import entries
 from thresher.train.crew import Crew, Task
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.fold import ranked
@@ -74,7 +75,7 @@ class RankSearch:
 
     def result(self) -> float | None:
         """The value once all blocks were shown; None: the window missed it, show them all again."""
-        rank = int(self.k * self.rows)
+        rank = entries(self.k, self.rows)
         if rank == 0:
             return float("inf")
         found = _holding(self.bins, rank)
@@ -97,7 +98,7 @@ class RankSearch:
         bins = torch.zeros(_BINS, dtype=torch.int64, device=a_NF.device)
         for bits in _bits_from(a_NF, 0):
             bins += torch.bincount(bits >> 16, minlength=_BINS)
-        found = _holding(bins, max(1, int(self.k * a_NF.shape[0])))
+        found = _holding(bins, max(1, entries(self.k, a_NF.shape[0])))
         first = 0 if found is None else max(0, found[0] - _WINDOW // 2)
         self._look(first, _WINDOW, first)
 

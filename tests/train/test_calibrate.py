@@ -1,6 +1,7 @@
 """The search for a value of given rank in a stream too long to keep."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_the_value_is_exact_even_when_the_first_block_misleads(
     seed: int, rows: int, k: float, scales: list[float]
 ) -> None:
     blocks = blocks_of(seed, rows, scales)
-    rank = int(k * rows * len(blocks))
+    rank = int(Fraction(str(k)) * rows * len(blocks))
     positive = torch.cat(blocks).flatten()
     positive = positive[positive > 0].sort(descending=True).values
     found, _ = searched(blocks, k)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from thresher.train.counting import entries
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.fold import code_factor
 from thresher.train.dictionary.rules.counted import TopK
@@ -130,4 +131,4 @@ def _safe(norms: Tensor) -> Tensor:
 def _of_rank(a_nF: Tensor, k: float) -> Tensor:
     """The value that k pre-activations per token reach, on average over some tokens."""
     values = torch.relu(a_nF).flatten()
-    return values.topk(max(1, int(k * a_nF.shape[0]))).values[-1]
+    return values.topk(max(1, entries(k, a_nF.shape[0]))).values[-1]

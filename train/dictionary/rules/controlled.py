@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.errors import UserError
+from thresher.train.counting import entries
 from thresher.train.dictionary.rules.base import Rule
 from thresher.train.dictionary.rules.counted import count_of, smallest_of
 from thresher.train.dictionary.rules.registry import register
@@ -68,7 +69,7 @@ class Global(Rule):
 
     def budget(self, tokens: int) -> int | None:
         """⌊kN⌋ for the first batch."""
-        return int(self.k * tokens) if self.step == 0 else None
+        return entries(self.k, tokens) if self.step == 0 else None
 
     def select(self, a_NF: Tensor) -> Selection | None:
         """Entries above the threshold; of the first batch the ⌊kN⌋ largest."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.errors import UserError
+from thresher.train.counting import entries
 from thresher.train.dictionary.rules.base import Rule
 from thresher.train.dictionary.rules.registry import register
 from thresher.train.kernels import firing, frozen
@@ -147,7 +148,7 @@ class BatchTopK(Rule):
 
     def budget(self, tokens: int) -> int:
         """⌊kN⌋, or ⌊kNL⌋ of all layers together."""
-        return int(self.k * tokens * self.sharing)
+        return entries(self.k, tokens * self.sharing)
 
     def select(self, a_NF: Tensor) -> Selection:
         """As many entries as the batch may keep, exactly; of a joint pool, candidates for them."""
