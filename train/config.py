@@ -56,8 +56,8 @@ class TrainConfig:
     decay: Literal["auto", "none", "step", "tail", "linear"] = "auto"
     """Learning rate towards the end. none: constant; step: a tenth from 80 % on; tail: linear to 0 over the last 20 %;
     linear: to 0 over the whole run; auto: tail, and none for signum, whose average takes a decay's place."""
-    clip: float | None = 1.0
-    """Largest global gradient norm of a dictionary, after the decoder's projection; none when not given."""
+    clip: float | Literal["none"] = 1.0
+    """Largest global gradient norm of a dictionary, after the decoder's projection; none: gradients are not clipped."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the encoder's matrix product; auto: bfloat16 on CUDA, float32 on CPU. All else is float32."""
     kernels: Forced = "auto"
@@ -88,7 +88,7 @@ class TrainConfig:
         if len(given) > 1:
             raise UserError(f"[train] takes one of epochs, rows and steps; got {given}. Remove all but one.")
         positive = {"batch_rows", "checkpoint_every", "log_every", "calibrate_rows", "heldout_rows", "eps", *given}
-        positive |= {name for name in ("clip", "micro_rows") if getattr(self, name) is not None}
+        positive |= {name for name in ("clip", "micro_rows") if getattr(self, name) not in (None, "none")}
         if self.lr != "auto":
             positive.add("lr")
         for name in sorted(positive):
@@ -117,7 +117,7 @@ class TrainConfig:
                 "Set objective = 'kl' or 'ce', or remove them."
             )
         for name in ("beta1", "beta2", "eps", "clip") if self.optimiser == "signum" else ():
-            if getattr(self, name) not in (getattr(TrainConfig, name), None):
+            if getattr(self, name) not in (getattr(TrainConfig, name), "none"):
                 raise UserError(
                     f"train.{name} is {getattr(self, name)} with optimiser = 'signum', which takes the signs of "
                     "gradients alone: neither their size nor their moments. Remove it, or choose another optimiser."
@@ -127,6 +127,11 @@ class TrainConfig:
     def resolved_momentum(self) -> float:
         """μ of signum and muon."""
         return 0.95 if self.momentum is None else self.momentum
+
+    @property
+    def resolved_clip(self) -> float | None:
+        """Largest gradient norm; None: any."""
+        return None if self.clip == "none" else self.clip
 
     @property
     def resolved_weight_decay(self) -> float:

@@ -58,7 +58,7 @@ class Optimiser:
     """One dictionary's update: the frame around a rule."""
 
     def __init__(self, coder: Coder, config: TrainConfig) -> None:
-        self.coder, self.clip = coder, config.clip
+        self.coder, self.clip = coder, config.resolved_clip
         self.parameters = Parameters(coder)
         self.rule = RULES[config.optimiser](self.parameters, config)
 

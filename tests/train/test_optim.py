@@ -1,9 +1,12 @@
 """The update: rates, clipping, unit rows, and the guard against what is not finite."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from thresher.cache.errors import UserError
+from thresher.cache.records import from_dict
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.dictionary.topologies import build
@@ -21,9 +24,17 @@ def spec(kind: str = "sae", **settings: object) -> DictionarySpec:
     return DictionarySpec(**(base | settings))  # type: ignore[arg-type]
 
 
+def test_a_recipe_can_turn_clipping_off() -> None:
+    assert from_dict(TrainConfig, {"clip": "none"}, "train").resolved_clip is None
+    assert from_dict(TrainConfig, {"clip": "none", "optimiser": "signum"}, "train").resolved_clip is None
+    assert TrainConfig().resolved_clip == 1.0
+    with pytest.raises(UserError, match=r"train\.clip"):
+        from_dict(TrainConfig, {"clip": "nothing"}, "train")
+
+
 @pytest.mark.parametrize("kind", ["sae", "clt"])
-@pytest.mark.parametrize("clip", [None, 0.05, 100.0])
-def test_the_step_equals_projection_clipping_adam_renormalisation_in_that_order(kind: str, clip: float | None) -> None:
+@pytest.mark.parametrize("clip", ["none", 0.05, 100.0])
+def test_the_step_equals_projection_clipping_adam_renormalisation_in_that_order(kind: str, clip: Any) -> None:
     fast, plain = build(spec(kind)), build(spec(kind))
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -37,7 +48,7 @@ def test_the_step_equals_projection_clipping_adam_renormalisation_in_that_order(
             left.grad = torch.randn(left.shape, generator=rng)
             right.grad = left.grad.clone()
         optimiser.step(0.01, torch.tensor(True))
-        plain_step(list(plain.parameters()), list(plain.W_dec), adam, clip)
+        plain_step(list(plain.parameters()), list(plain.W_dec), adam, None if clip == "none" else clip)
         for left, right in zip(fast.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(left, right)
     for weight in fast.W_dec:

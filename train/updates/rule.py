@@ -117,7 +117,7 @@ class Rule:
 
     def __init__(self, parameters: Parameters, config: TrainConfig) -> None:
         self.parameters, self.config = parameters, config
-        self.clip = config.clip
+        self.clip = config.resolved_clip
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     def by_rows(self, how: Implementation, rate: float, finite: Tensor) -> Tensor:
