@@ -10,11 +10,16 @@ from thresher.train.dictionary.spec import DictionaryConfig
 JUMP: dict[str, Any] = {"firing": "jumprelu", "sparsity": 0.1}
 L1: dict[str, Any] = {"firing": "relu", "sparsity": 0.1}
 COUNT: dict[str, Any] = {"firing": "topk", "k": 2}
+PER_TARGET: dict[str, Any] = {"kind": "clt", "decoder": "unit_per_target"}
+JOINT: dict[str, Any] = {"firing": "batchtopk", "pool": "joint"}
 
 CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ({"theta": 1.0}, COUNT, JUMP, "firing = 'jumprelu'"),
     ({"bandwidth": 0.5}, L1, JUMP, "firing = 'jumprelu'"),
     ({"threshold_decay": 0.5}, COUNT, COUNT | {"firing": "batchtopk"}, "firing = 'batchtopk'"),
+    ({"rank_by": "norm"}, COUNT | {"kind": "sae"}, COUNT | {"kind": "sae", "decoder": "free"}, "norms differ"),
+    ({"rank_by": "norm"}, COUNT | {"kind": "clt", "decoder": "unit"}, COUNT | {"kind": "clt"}, "norms differ"),
+    ({"rank_by": "norm"}, COUNT | PER_TARGET, COUNT | PER_TARGET | JOINT, "norms differ"),
     ({"k_start": 6.0}, COUNT, COUNT | {"k_anneal": 5}, "k_anneal above 0"),
     ({"tanh_scale": 2.0}, JUMP, JUMP | {"penalty": "tanh"}, "penalty = 'tanh'"),
     ({"p_end": 0.5}, L1, L1 | {"penalty": "lp"}, "penalty = 'lp'"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from thresher.cache.errors import UserError
 from thresher.train.dictionary import rules
+from thresher.train.dictionary.topologies import topology
 
 if TYPE_CHECKING:
     from thresher.train.dictionary.spec import DictionaryConfig
@@ -37,6 +38,13 @@ def sees_norms(settings: "DictionaryConfig") -> bool:
     return below or (settings.sparsity > 0 and penalty_of(settings) in ("l1", "tanh", "lp"))
 
 
+def norms_differ(settings: "DictionaryConfig") -> bool:
+    """Whether latents that compete can have decoder rows of different norms."""
+    if settings.decoder == "unit_per_target":  # all of a layer have as many parts of norm 1
+        return settings.pool == "joint"
+    return settings.decoder == "free" or (settings.decoder == "auto" and not topology(settings.kind).unit_rows)
+
+
 def _of_rule(field: str) -> Idle:
     return Idle(
         (field,),
@@ -49,6 +57,7 @@ def waiting() -> tuple[Idle, ...]:
     """All of them; after plugins, which may add rules with a use for some."""
     return (
         *(_of_rule(field) for field in ("theta", "bandwidth", "threshold_decay")),
+        Idle(("rank_by",), norms_differ, "decoder rows whose norms differ (decoder = 'free')"),
         Idle(("k_start",), lambda s: s.k_anneal > 0, "k_anneal above 0"),
         Idle(("tanh_scale",), lambda s: penalty_of(s) == "tanh", "penalty = 'tanh'"),
         Idle(("p_end", "p_start", "p_updates", "p_offset"), lambda s: penalty_of(s) == "lp", "penalty = 'lp'"),
@@ -75,6 +84,6 @@ def refuse_idle(settings: "DictionaryConfig") -> None:
             if value != getattr(type(settings), field) and not idle.used(settings):
                 raise UserError(
                     f"dictionary.{field} is {value!r}, which has no effect here: expected with it {idle.needs}; got "
-                    f"firing = {settings.firing!r}, penalty = {penalty_of(settings)!r}. Remove it, or set what it is "
-                    "for."
+                    f"firing = {settings.firing!r}, penalty = {penalty_of(settings)!r}, decoder = "
+                    f"{settings.decoder!r}. Remove it, or set what it is for."
                 )

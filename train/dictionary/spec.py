@@ -44,7 +44,7 @@ class _Settings(Objective):
     together, as they need."""
     rank_by: Literal["activation", "norm"] = "activation"
     """topk, groupmax, batchtopk: whether latents compete by pre-activation a or by a · n, n the norm of their decoder
-    row over all its targets. Codes are a either way."""
+    row over all its targets. Codes are a either way. Not where rows keep norm 1."""
     pre_bias: bool = False
     """SAE only: subtract the decoder's bias from the input before encoding."""
     skip: bool = False
