@@ -80,6 +80,21 @@ def side_by_side(acts: Mapping[str, Tensor], sites: Sequence[str]) -> Tensor:
     return acts[sites[0]] if len(sites) == 1 else torch.cat([acts[site] for site in sites], dim=1)
 
 
+class MLPMatrices(NamedTuple):
+    """The weights of an MLP second · act(first · x + first_bias) + second_bias of the target, with H neurons."""
+
+    first: Tensor
+    """[H, D]."""
+    first_bias: Tensor
+    """[H]; 0 where there is none."""
+    second: Tensor
+    """[E, H]."""
+    second_bias: Tensor
+    """[E]; 0 where there is none."""
+    activation: str
+    """`gelu_tanh`, `gelu`, `relu` or `silu`."""
+
+
 class Overwriting(NamedTuple):
     """An edit whose result does not depend on the live value at some positions: a target may leave that uncomputed, and
     pass anything there."""
@@ -138,6 +153,11 @@ class Target(Protocol):
         `layers` restricts bare taps such as `mlp_in` (None: all layers). Raises UserError with near misses for a
         pattern that matches nothing, and for a tap the architecture does not have.
         """
+        ...
+
+    def mlp_matrices(self, layer: int) -> MLPMatrices:
+        """The weights of a layer's MLP. Raises UserError for one that is not two matrices with a nonlinearity between
+        them."""
         ...
 
     def record(self, tokens: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -64,8 +64,12 @@ def clean_input_facts(replacement: Replacement, tally: Tally, written: Sequence[
 
 
 def source_labels(dictionary: Dictionary) -> list[str]:
-    """By source, the site that it reads; `all sites` for one that reads several."""
-    return [sites[0] if len(sites) == 1 else "all sites" for sites in dictionary.inputs]
+    """By source, the site that it reads, numbered where several read it; `all sites` for one that reads several."""
+    labels = [sites[0] if len(sites) == 1 else "all sites" for sites in dictionary.inputs]
+    return [
+        f"{label} ({labels[: s + 1].count(label)})" if labels.count(label) > 1 else label
+        for s, label in enumerate(labels)
+    ]
 
 
 def _weights_used(dictionary: Dictionary, source: int, sums: metrics.CodeSums) -> float:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import Edit, Overwriting, Site
+from thresher.cache.contracts import Edit, MLPMatrices, Overwriting, Site
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
 from thresher.harvest.checkpoint import (
@@ -38,6 +38,7 @@ from thresher.harvest.checkpoint import (
     weight_files,
 )
 from thresher.harvest.hooking import Keep, PassEnded, Visit, attached, batched, editing, limited, taking
+from thresher.harvest.matrices import read_matrices
 from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet
 from thresher.harvest.simple_mlp_files import load_simple_mlp
 from thresher.harvest.sites import TAPS, Located, Point, resolve
@@ -162,6 +163,10 @@ class TransformerTarget:
     def gated_mlp(self) -> bool:
         """As `contracts.Target.gated_mlp`."""
         return self.structure.gated_mlp
+
+    def mlp_matrices(self, layer: int) -> MLPMatrices:
+        """As `contracts.Target.mlp_matrices`."""
+        return read_matrices(self.model, self.structure, layer)
 
     def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:
         """As `contracts.Target.sites`."""

@@ -58,6 +58,10 @@ def reduced(name: str) -> Recipe:
     if dictionary.kind == "molt":
         del sets["dictionary.n_latents"]
         sets |= {"dictionary.transforms": 2, "dictionary.ranks": [16, 8]}
+    if dictionary.kind == "decomposition":
+        del sets["dictionary.n_latents"]
+        sets |= {"dictionary.components": [48, 64], "dictionary.mlp_width": 512, "dictionary.gate_width": 32}
+        sets["dictionary.faithfulness_warmup"] = 20
     if dictionary.k is not None:
         sets["dictionary.k"] = 8
     if dictionary.aux_k is not None:

@@ -53,9 +53,10 @@ class TrainConfig:
     """Adam's ε."""
     warmup: int | Literal["auto"] = "auto"
     """Steps over which the learning rate rises linearly; auto: 100, and none for signum."""
-    decay: Literal["auto", "none", "step", "tail", "linear"] = "auto"
+    decay: Literal["auto", "none", "step", "tail", "linear", "cosine"] = "auto"
     """Learning rate towards the end. none: constant; step: a tenth from 80 % on; tail: linear to 0 over the last 20 %;
-    linear: to 0 over the whole run; auto: tail, and none for signum, whose average takes a decay's place."""
+    linear: to 0 over the whole run; cosine: to a tenth over the whole run; auto: tail, and none for signum, whose
+    average takes a decay's place."""
     clip: float | Literal["none"] = 1.0
     """Largest global gradient norm of a dictionary, after the decoder's projection; none: gradients are not clipped."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -15,7 +15,8 @@ neighbours, chosen by pre · norm where there is a norm, with pre = W_enc x + b_
 With a skip connection `W_skip.i` [E, D] on the raw input of destination i's own source. A crosscoder has one source,
 which reads its sites side by side (D = S·E, in the order of `reads`) and writes all of them (T = S). A MoLT has no
 W_dec but, r counting ranks in the order of `ranks`, `V.r` [C, rank, D] and `U.r` [C, rank, E] of the C transforms of
-that rank, and `centre.0` [D]: latent t, counted through the ranks, writes z_t U_tᵀ V_t (x − centre).
+that rank, and `centre.0` [D]: latent t, counted through the ranks, writes z_t U_tᵀ V_t (x − centre). A decomposition
+has neither W_dec nor thresholds but `V.i`, `U.i`, `W_gate`, `b_gate` and `b_first` (dictionary/decomposition.py).
 
 config.json says `finished: true` last, after the weights are on the disk: an unfinished directory is never loaded as
 a dictionary. Only safetensors and JSON are read, so loading runs no foreign code.

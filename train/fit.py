@@ -131,7 +131,7 @@ class Fit:
             self.coder.encoder(source).matmul_dtype = torch.bfloat16 if low else None
             self.coder.encoder(source).workspace = workspace or Workspace()
         self.coder.use(Kernels(plan.train.kernels))
-        self.optimiser = Optimiser(self.coder, plan.train)
+        self.optimiser = self.make_optimiser()
         self.total = plan.train.total_steps(reader.rows("train")) if total is None else total
         if self.coder.anneal is not None:
             self.coder.anneal.steps(self.total)  # or it is too short, which is said before the first step
@@ -140,6 +140,10 @@ class Fit:
         self.position = 0
         self._window = _Window(len(self.coder.inputs), len(spec.writes), device)
         self._rate = 0.0
+
+    def make_optimiser(self) -> Optimiser:
+        """The update of the dictionary that was just built."""
+        return Optimiser(self.coder, self.plan.train)
 
     def start(self, reader: Source, parent: Coder | None = None) -> None:
         """Draw the initial weights, with a sample of training rows for what depends on data; or take a `parent`'s."""
@@ -300,6 +304,8 @@ class Fit:
         out |= {name: (pair[0] / pair[1]).item() for name, pair in self._window.ratios.items()}
         if len(spec.layers) > sources:
             out |= {f"fvu.{site}": value for site, value in zip(spec.writes, numbers[2], strict=True)}
+        elif sources > len(spec.layers):
+            out |= {f"l0.S{source}": value for source, value in enumerate(numbers[1])}
         elif sources > 1:
             for index, layer in enumerate(spec.layers):
                 per_layer = {"fvu": numbers[2][index], "l0": numbers[1][index], "dead": shares[index]}

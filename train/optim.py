@@ -50,6 +50,7 @@ def rate_factor(config: TrainConfig, step: int, total: int) -> float:
         "step": 0.1 if done >= 0.8 else 1.0,
         "tail": min(1.0, (1 - done) / 0.2),
         "linear": 1 - done,
+        "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * done)),
     }[config.resolved_decay]
     return rise * fall
 

@@ -44,6 +44,7 @@ def plan_runs(
     Raises UserError when a pattern matches nothing there, when sources and destinations cannot be paired by layer, and
     when the sites of a joint dictionary differ in width.
     """
+    topology(dictionary.kind).check_training(train)
     pairs = _pairs(dictionary, sites)
     if topology(dictionary.kind).joint:
         return [RunPlan(label, label, _spec(dictionary, pairs), train, train.seed, dict(recipe))]
@@ -130,7 +131,7 @@ def _spec(config: DictionaryConfig, pairs: list[tuple[Site, Site]]) -> Dictionar
             )
     kind, (read, written) = topology(config.kind), pairs[0]
     sizes = kind.sizes(config, read.width)
-    if sizes["n_latents"] < 1:
+    if not isinstance(latents := sizes["n_latents"], int) or latents < 1:
         raise UserError(f"dictionary.n_latents resolves to {sizes['n_latents']}; expected 1 or more.")
     unit = kind.unit_rows if config.decoder == "auto" else config.decoder == "unit"
     return concrete(

@@ -29,6 +29,8 @@ from thresher.cache.source import Source
 from thresher.train.calibrate import HeldOut, RowsOf, calibrate, difference, held_out
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew
+from thresher.train.dictionary.topologies import topology
+from thresher.train.endtoend.decomposed import DecompositionFit
 from thresher.train.endtoend.feed import common_step, feed_group
 from thresher.train.endtoend.setting import Setting, together
 from thresher.train.feed import Shared, Stream, feed
@@ -116,7 +118,7 @@ def train(
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         workspace = Workspace()
         jobs = [
-            _open(plan, config, out / plan.name, origins[plan.name], reader, where, workspace, wandb, stack)
+            _open(plan, config, out / plan.name, origins[plan.name], reader, where, workspace, wandb, stack, target)
             for plan, config in todo
         ]
         streams: dict[Stream, list[Job]] = {}
@@ -219,6 +221,16 @@ def _reusable(plan: RunPlan, config: dict[str, Any], path: Path, resume: bool) -
     return None
 
 
+def _fit(
+    plan: RunPlan, reader: Source, device: torch.device, workspace: Workspace, total: int, target: Target | None
+) -> Fit:
+    """A plan's dictionary, not yet begun."""
+    if topology(plan.spec.kind).decomposes:
+        assert target is not None, "its objective asks for the model"
+        return DecompositionFit(plan, reader, device, workspace, total, target)
+    return Fit(plan, reader, device, workspace, total)
+
+
 def _open(
     plan: RunPlan,
     config: dict[str, Any],
@@ -229,10 +241,11 @@ def _open(
     workspace: Workspace,
     wandb: WandbMode,
     stack: ExitStack,
+    target: Target | None,
 ) -> Job:
     """Build a run, at its beginning or at its last checkpoint."""
     checkpoint = load_checkpoint(path)
-    fit = Fit(plan, reader, device, workspace, config["training"]["total_steps"])
+    fit = _fit(plan, reader, device, workspace, config["training"]["total_steps"], target)
     if checkpoint is not None:
         fit.load(checkpoint)
     elif begun_from is not None:
@@ -306,8 +319,10 @@ def _outcome(job: Job, check: HeldOut | None) -> dict[str, Any]:
     final = job.last or last_metrics(job.path)
     compared: dict[str, Any] = {}
     if check is not None:
-        by_layer = [final.get(f"l0.L{layer:02d}", final["l0"]) for layer in job.plan.spec.layers]
-        trained = by_layer if len(by_layer) == len(check.l0) else [final["l0"]] * len(check.l0)
+        layers = job.plan.spec.layers
+        names = [f"L{layer:02d}" for layer in layers] if len(layers) == len(check.l0) else []
+        names = names or [f"S{source}" for source in range(len(check.l0))]
+        trained = [final.get(f"l0.{name}", final["l0"]) for name in names]
         compared = {"trained_l0": trained, "note": difference(check, trained)}
     return {
         "finished": True,

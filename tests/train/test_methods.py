@@ -23,6 +23,7 @@ RULES: dict[str, dict[str, Any]] = {
     "global": {"k": 4},
     "jumprelu": {"sparsity": 0.1},
     "gated": {"sparsity": 0.1},
+    "gate": {"sparsity": 0.1},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "sae": {}, "transcoder": {}, "clt": {}, "crosscoder": {}, "molt": {"transforms": 8, "ranks": (4, 2)},

@@ -313,7 +313,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kind": "crosscoder", "normalise": "per_token"}, "'per_token' for kind = 'crosscoder'"),
     ({"kind": "crosscoder", "normalise": "per_token_in"}, "'scale' or 'per_dim'"),
     ({"kind": "molt", "firing": "groupmax", "n_latents": None, "transforms": 2}, "compete across ranks"),
-    ({"kind": "clan"}, "expected one of clt, crosscoder, molt, sae, transcoder. Did you mean 'clt'"),
+    ({"kind": "clan"}, "expected one of clt, crosscoder, decomposition, molt, sae, transcoder. Did you mean 'clt'"),
 ]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from thresher.cache.contracts import Codes
 from thresher.train.anneal import Anneal
+from thresher.train.config import TrainConfig
 from thresher.train.dictionary import drawing
 from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.pools import choose
@@ -69,6 +70,8 @@ class Coder(nn.Module):
     """The firing rule of `firing = "auto"`."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Firing rules that make no sense here, with the reason."""
+    decomposes: ClassVar[bool] = False
+    """Whether it is made of the target's matrices, and trained by train/endtoend/decomposed.py."""
     starts: ClassVar[tuple[str, str]] = ("width", "zero")
     """Initial encoder and decoder of `"auto"` (drawing.py)."""
 
@@ -118,7 +121,11 @@ class Coder(nn.Module):
         drawing.resolved(spec, cls.starts)
 
     @classmethod
-    def sizes(cls, config: DictionaryConfig, width: int) -> dict[str, int]:
+    def check_training(cls, train: TrainConfig) -> None:
+        """Raise UserError for a recipe's [train] table under which it cannot be trained."""
+
+    @classmethod
+    def sizes(cls, config: DictionaryConfig, width: int) -> dict[str, object]:
         """`n_latents`, and whatever else of a spec follows from a recipe's table and the width of a site read."""
         return {"n_latents": latents_asked(config, width)}
 

@@ -131,7 +131,7 @@ class Molt(Coder):
             )
 
     @classmethod
-    def sizes(cls, config: DictionaryConfig, width: int) -> dict[str, int]:
+    def sizes(cls, config: DictionaryConfig, width: int) -> dict[str, object]:
         """The number of transforms of all ranks, and N; of n_latents or expansion as near as whole N come."""
         one = dataclasses.replace(config, transforms=1, n_latents=None, expansion=None)
         wanted = latents_asked(config, width) / equivalent_latents(one)

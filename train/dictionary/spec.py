@@ -13,17 +13,18 @@ from typing import Literal, cast
 
 from thresher.cache.errors import UserError
 from thresher.train.dictionary import rules
+from thresher.train.dictionary.components import Components
 from thresher.train.dictionary.idle import refuse_idle
 from thresher.train.dictionary.objective import Objective, check_objective, check_prefix_ends, prefix_ends
 from thresher.train.dictionary.special import check_topology
 from thresher.train.dictionary.topologies import topology
 from thresher.train.normalise import Mode
 
-Penalty = Literal["l1", "l0", "target_l0", "tanh", "lp"]
+Penalty = Literal["l1", "l0", "target_l0", "tanh", "lp", "minimality"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings(Objective):
+class _Settings(Objective, Components):
     """Settings that a recipe and a concrete dictionary share."""
 
     firing: str = "auto"
@@ -31,7 +32,7 @@ class _Settings(Objective):
     groups of neighbours; batchtopk: k per token on average over the batch, and a frozen threshold afterwards; global:
     all above one threshold, driven to k per token; relu: every positive pre-activation, kept few by an L1 penalty;
     gated: a gate under an L1 penalty and a magnitude of its own; jumprelu: every pre-activation above a learned
-    threshold. auto: batchtopk, for molt jumprelu."""
+    threshold; gate: a decomposition's gates. auto: batchtopk, for molt jumprelu, for decomposition gate."""
     k: float | None = None
     """Active latents per token for topk and groupmax (integer), batchtopk and global (may be fractional), per layer for
     a CLT; the target of the target_l0 penalty."""
@@ -63,7 +64,8 @@ class _Settings(Objective):
     activations anyway. per_token (SAE only): every row centred and divided by its own standard deviation, in training
     and whenever the dictionary is used; per_token_in (not SAE, crosscoder): what is read alone."""
     penalty: Penalty | None = None
-    """Sparsity penalty: l1 (default) or lp for relu; l0 (default), target_l0 or tanh for jumprelu."""
+    """Sparsity penalty: l1 (default) or lp for relu; l0 (default), target_l0 or tanh for jumprelu; minimality for
+    gate."""
     sparsity: float = 0.0
     """Coefficient of the sparsity penalty, beside a reconstruction loss in the unit of `loss`."""
     tanh_scale: float = 1.0
@@ -113,7 +115,8 @@ class DictionaryConfig(_Settings):
     """sae: reconstructs the site it reads. transcoder: reads one site, reconstructs another of the same layer.
     clt: cross-layer transcoder over all matched layers; each layer's latents write to that layer and all later ones.
     crosscoder: one code that reads all matched sites at once and reconstructs them. molt: mixture of linear transforms,
-    sparsely gated low-rank maps from one site to another. Or a topology of your own (--plugin)."""
+    sparsely gated low-rank maps from one site to another. decomposition: components of the two matrices of each MLP,
+    trained through the model. Or a topology of your own (--plugin)."""
     reads: str = ""
     """Site the encoder reads: a tap such as `mlp_in`, a site name, a hook name or a glob. Default: `mlp_in`; sae and
     crosscoder read what they write."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from thresher.cache.errors import UserError
+from thresher.train.dictionary.components import FIELDS, Components
 from thresher.train.dictionary.topologies import known_topologies, topology
 
 
@@ -18,6 +19,11 @@ class Special(NamedTuple):
     """Whether settings ask for it."""
     reason: str
     """Why the others do not."""
+
+
+def _of_decomposition(field: str) -> Special:
+    default = getattr(Components, field)
+    return Special(field, lambda s: getattr(s, field) != default, "only a decomposition has components and gates")
 
 
 SPECIAL = {
@@ -56,6 +62,7 @@ SPECIAL = {
         lambda s: s.aux_scope == "all",
         "its dead latents have the residual of one source to explain anyway",
     ),
+    **{name: _of_decomposition(name) for name in FIELDS},
     "pool": Special("pool", lambda s: s.pool == "joint", "there is one source for each dictionary: nothing to share"),
 }
 """By the name under which a topology `admits` it."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from thresher.train.dictionary.coder import Coder
     from thresher.train.dictionary.spec import DictionarySpec
 
-_BUILT_IN = ("single", "crosslayer", "crosscoder", "molt")
+_BUILT_IN = ("single", "crosslayer", "crosscoder", "molt", "decomposition")
 _TOPOLOGIES: dict[str, type["Coder"]] = {}
 
 C = TypeVar("C", bound="type[Coder]")

@@ -12,8 +12,10 @@ from thresher.cache.layout import Contexts
 from thresher.cache.records import differences
 from thresher.cache.source import Source
 from thresher.train.endtoend.admission import check_group
+from thresher.train.dictionary.topologies import topology
 from thresher.train.endtoend.clean import Cached
 from thresher.train.endtoend.contexts import Text
+from thresher.train.endtoend.decomposed import Decompositions
 from thresher.train.endtoend.group import Group, contexts_per_step, group
 from thresher.train.fit import Fit
 from thresher.train.plan import RunPlan
@@ -84,7 +86,8 @@ class Setting:
         """The dictionaries of a group, put together."""
         plan = fits[0].plan
         cached = self.cached if plan.train.clean_from == "cache" else None
-        return group(fits, self.target, self.text(plan), cached)
+        made = group(fits, self.target, self.text(plan), cached)
+        return Decompositions(*made) if topology(plan.spec.kind).decomposes else made
 
 
 def _same(one: torch.device, other: torch.device) -> bool:

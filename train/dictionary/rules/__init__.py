@@ -21,6 +21,7 @@ from thresher.train.dictionary.rules.base import Deployed, Line, Rule
 from thresher.train.dictionary.rules.controlled import Global
 from thresher.train.dictionary.rules.counted import BatchTopK, GroupMax, TopK
 from thresher.train.dictionary.rules.gated import Gated
+from thresher.train.dictionary.rules.gates import Gate
 from thresher.train.dictionary.rules.penalised import JumpReLU, ReLU
 from thresher.train.dictionary.rules.registry import facts, known, names, register, users
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchTopK",
     "Deployed",
+    "Gate",
     "Gated",
     "Global",
     "GroupMax",
