@@ -19,7 +19,7 @@ class ComponentOptimiser(Optimiser):
 
     def __init__(self, coder: Decomposition, config: TrainConfig) -> None:
         # Not the base class's: its rules go by encoders and decoder rows, which take gradients of their own.
-        self.clip = config.clip
+        self.clip = config.resolved_clip
         self.trained = [parameter for parameter in coder.parameters() if parameter.requires_grad]
         self.clipped = coder.component_parameters
         decay = config.resolved_weight_decay if config.optimiser == "adamw" else 0.0

@@ -11,8 +11,8 @@ from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.records import differences
 from thresher.cache.source import Source
-from thresher.train.endtoend.admission import check_group
 from thresher.train.dictionary.topologies import topology
+from thresher.train.endtoend.admission import check_group
 from thresher.train.endtoend.clean import Cached
 from thresher.train.endtoend.contexts import Text
 from thresher.train.endtoend.decomposed import Decompositions
