@@ -15,6 +15,7 @@ from thresher.harvest import target
 from thresher.recipes.checking import Checked
 from thresher.recipes.display import page, print_list
 from thresher.recipes.reading import Recipe, bundled_names
+from thresher.train.dictionary.spec import DictionaryConfig
 
 ROOT = Path(__file__).parent.parent
 REPLICATED = {
@@ -23,6 +24,8 @@ REPLICATED = {
     *("gpt2-clt-gen1", "gpt2-clt-jumprelu", "gpt2-plt-jumprelu", "gpt2-clt-topk", "gpt2-clt-matryoshka"),
     *("gpt2-l8-molt", "pythia160m-topk", "pythia70m-l3-topk"),
 }
+RAW_UNITS = ("gpt2-l8-jumprelu", "gpt2-clt-gen1", "gpt2-clt-jumprelu", "gpt2-plt-jumprelu", "gpt2-l8-molt")
+"""Those whose thresholds are in units of the pre-activations."""
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +58,13 @@ def test_every_replicated_recipe_resolves_and_says_what_is_known(
     assert all(checked[name].flop for name in REPLICATED)
 
 
-def test_a_corrected_recipe_changes_the_dictionary_and_never_the_length(
+def test_a_corrected_recipe_changes_the_dictionary_or_the_mask_and_never_the_length(
     recipes: dict[str, Recipe], checked: dict[str, Checked]
 ) -> None:
     corrected = [name for name, recipe in recipes.items() if recipe.tables["reference"].variant == "corrected"]
-    at_fault = {name for name in REPLICATED if name.startswith("lsm4")} - {"lsm4-spd"}  # has no encoder, no rows
-    assert at_fault <= {name.removesuffix("-corrected") for name in corrected}
+    at_fault = {name for name in REPLICATED if name.startswith("lsm4") or name in ("pythia160m-topk", *RAW_UNITS)}
+    at_fault -= {"lsm4-spd"}  # has no encoder, no rows
+    assert at_fault == {name.removesuffix("-corrected") for name in corrected}
     for name in corrected:
         base = name.removesuffix("-corrected")
         assert base in REPLICATED
@@ -68,8 +72,35 @@ def test_a_corrected_recipe_changes_the_dictionary_and_never_the_length(
         assert [v.label for v in recipes[name].variants] == [v.label for v in recipes[base].variants]
         for one, other in zip(recipes[name].variants, recipes[base].variants, strict=True):
             assert one.tables["train"] == other.tables["train"]
-            assert one.tables["dictionary"] != other.tables["dictionary"]
+            assert one.tables["dictionary"] != other.tables["dictionary"] or base == "pythia160m-topk"
+        if not base.startswith("lsm4"):
+            assert recipes[name].tables["data"].keep == "content"
         assert checked[name].parameters == checked[base].parameters
+
+
+def test_thresholds_in_raw_units_are_corrected(recipes: dict[str, Recipe]) -> None:
+    raw = {name for name, recipe in recipes.items() if recipe.variants and _first(recipe).theta_unit == "raw"}
+    assert raw == set(RAW_UNITS)
+    for name in raw:
+        mended = _first(recipes[f"{name}-corrected"])
+        assert (mended.theta, mended.bandwidth, mended.theta_unit) == (1.5, 0.25, "spread")
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("gpt2-clt-jumprelu", 7e-4), ("gpt2-plt-jumprelu", 7e-4), ("gpt2-clt-gen1", 2e-4)]
+)
+def test_a_penalty_that_its_source_adds_up_over_layers_weighs_as_much_beside_a_mean_error(
+    recipes: dict[str, Recipe], name: str, source: float
+) -> None:
+    for recipe in (recipes[name], recipes[f"{name}-corrected"]):
+        assert _first(recipe).sparsity == pytest.approx(recipe.tables["reference"].layers * source)
+        assert _first(recipe).preact in (0.0, 1e-6), "a mean over layers there too"
+
+
+def _first(recipe: Recipe) -> DictionaryConfig:
+    settings = recipe.variants[0].tables["dictionary"]
+    assert isinstance(settings, DictionaryConfig)
+    return settings
 
 
 def test_sizes_and_lengths_are_the_published_ones(checked: dict[str, Checked]) -> None:
@@ -93,6 +124,8 @@ def test_sizes_and_lengths_are_the_published_ones(checked: dict[str, Checked]) -
 
 def test_faithful_recipes_keep_every_unpadded_position(recipes: dict[str, Recipe]) -> None:
     assert {recipes[name].tables["data"].keep for name in REPLICATED} == {"all"}
+    for name in REPLICATED:
+        assert "the first position of a context" in recipes[name].tables["reference"].differs, name
 
 
 def test_the_shape_told_of_the_bundled_model_is_its_own(recipes: dict[str, Recipe]) -> None:
