@@ -88,8 +88,8 @@ def _facts(members: Sequence[Run]) -> dict[str, object]:
         "kind": spec["kind"],
         **({"skip": True} if spec.get("skip") else {}),
         "firing": spec["firing"],
-        "sparsity": members[0].sparsity,
-        "k": spec.get("k"),
+        "sparsity": " / ".join(dict.fromkeys(run.sparsity for run in members)),
+        "k": _mean_k([run.config["dictionary"].get("k") for run in members]),
         "n_latents": spec["n_latents"],
         "seed": training["seed"],
         "setting": fingerprint([_setting(run.config) for run in members])[:12],
@@ -99,6 +99,14 @@ def _facts(members: Sequence[Run]) -> dict[str, object]:
         "runs": [str(run.path) for run in members],
         "curves": _mean_curves([run.curves for run in members]),
     }
+
+
+def _mean_k(ks: Sequence[float | None]) -> float | None:
+    """k of a set: the mean over its dictionaries, which may have one each; None where some have none."""
+    known = [k for k in ks if k is not None]
+    if len(known) < len(ks):
+        return None
+    return known[0] if len(set(known)) == 1 else _mean(known)
 
 
 _CURVES = ("rows", "fvu", "l0", "dead")

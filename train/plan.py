@@ -10,6 +10,7 @@ from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.sites import matches, near_misses
 from thresher.train.config import TrainConfig
+from thresher.train.dictionary.layerwise import of_layers
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec, concrete
 from thresher.train.dictionary.topologies import topology
 
@@ -49,11 +50,13 @@ def plan_runs(
     if topology(dictionary.kind).joint:
         return [RunPlan(label, label, _spec(dictionary, pairs), train, train.seed, dict(recipe))]
     several = len({reads.tap for reads, _ in pairs}) > 1
+    layers = sorted({reads.layer for reads, _ in pairs})
+    of_layer = dict(zip(layers, of_layers(dictionary, len(layers)), strict=True))
     return [
         RunPlan(
             _run_name(label, reads, several),
             f"{label}-{_tap_name(reads)}" if several else label,
-            _spec(dictionary, [(reads, writes)]),
+            _spec(of_layer[reads.layer], [(reads, writes)]),
             train,
             train.seed,
             dict(recipe),

@@ -34,6 +34,15 @@ def test_one_plan_per_layer_named_after_it() -> None:
     assert plans[1].recipe == {"a": 1}
 
 
+def test_layers_with_a_k_each_are_one_set() -> None:
+    plans = plan(k_by_layer=(3, 1, 2, 4))
+    assert [(p.name, p.group, p.spec.k) for p in plans] == [
+        (f"demo-L{layer:02d}", "demo", k) for layer, k in enumerate((3, 1, 2, 4))
+    ]
+    assert [p.spec.k for p in plan(k=None, k_by_layer=(3, 4), layers=(1, 3))] == [3, 4]
+    assert [p.spec.k for p in plan(HOOKED, kind="sae", writes="L0[01].mlp*", k_by_layer=(3, 4))] == [3, 3, 4, 4]
+
+
 def test_one_plan_for_a_clt_over_all_layers() -> None:
     (only,) = plan(kind="clt", layers=(1, 3))
     assert only.name == only.group == "demo"
@@ -127,6 +136,11 @@ def test_a_spec_survives_json() -> None:
         ({k: v for k, v in SITES.items() if k != "L03.mlp_out"}, {}, r"layers \[3\] lack one side"),
         (SITES, {"writes": "L0*.*"}, "several sites of one layer"),
         (SITES | {"L03.mlp_in": Site("L03.mlp_in", 3, "mlp_in", 9)}, {"kind": "clt"}, "different widths"),
+        (SITES, {"k_by_layer": (1, 2)}, "of which there are 4"),
+        (SITES, {"k_by_layer": ()}, "of which there are 0"),
+        (SITES, {"k_by_layer": (1, 2, 3, 4), "kind": "clt"}, "one dictionary of all layers"),
+        (SITES, {"k_by_layer": (1, 2, 3, 0)}, "dictionary.k is 0"),
+        (SITES, {"k_by_layer": (1, 2, 3, 4), "firing": "relu", "sparsity": 1.0}, "sets its sparsity by a penalty"),
         (SITES, {"n_latents": None}, "exactly one of n_latents and expansion"),
         (SITES, {"kind": "sae", "reads": "mlp_in", "writes": "mlp_out"}, "reconstructs what it reads"),
     ],

@@ -1,9 +1,8 @@
 """What a dictionary is: the recipe's [dictionary] table, and the concrete shape it takes on given sites.
 
 `DictionaryConfig` is what a user writes; sites are patterns there and sizes may be relative. `DictionarySpec` is the
-same with everything resolved, as stored in a run's config.json: the module is built from it alone.
-
-A combination that would silently mean something else than it says is refused here, with the reason.
+same with everything resolved, as stored in a run's config.json: the module is built from it alone. A combination that
+would silently mean something else than it says is refused here, with the reason.
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ from thresher.cache.errors import UserError
 from thresher.train.dictionary import rules
 from thresher.train.dictionary.components import Components
 from thresher.train.dictionary.idle import refuse_idle
+from thresher.train.dictionary.layerwise import of_layers
 from thresher.train.dictionary.objective import Objective, check_objective, check_prefix_ends, prefix_ends
 from thresher.train.dictionary.special import check_topology
 from thresher.train.dictionary.topologies import topology
@@ -73,8 +73,7 @@ class _Settings(Objective, Components):
     penalty_warmup: int | Literal["run"] = 0
     """Optimiser steps over which the sparsity penalty rises linearly from 0; run: all of them."""
     preact: float = 0.0
-    """jumprelu: coefficient of the pre-activation loss, which pulls silent latents up to their thresholds. It has no
-    warm-up."""
+    """jumprelu: coefficient, without warm-up, of the pre-activation loss, which pulls silent latents up to their θ."""
     preact_on: Literal["dead", "all"] = "dead"
     """Latents the pre-activation loss acts on; `all` costs a dense pass per step."""
     theta: float | None = None
@@ -124,6 +123,8 @@ class DictionaryConfig(_Settings):
     """Site that is reconstructed; default `mlp_out`."""
     layers: tuple[int, ...] | None = None
     """Layers to use; all that the cache has when not given."""
+    k_by_layer: tuple[float, ...] | None = None
+    """Where every layer has a dictionary of its own: k of each, ascending by layer, in the place of k."""
     n_latents: int | None = None
     """Number of latents F, per layer for a CLT. Give this or `expansion`. molt: the equivalent number Σ_t r_t of its
     transforms' ranks, from which `transforms` follows."""
@@ -137,6 +138,9 @@ class DictionaryConfig(_Settings):
     def __post_init__(self) -> None:
         cls = topology(self.kind)
         _settle_firing(self, cls.firing)
+        if self.k_by_layer is not None:
+            of_layers(self, len(self.k_by_layer))  # which checks the table of each
+            return
         cls.check(self)
         if cls.own_site and self.reads and self.writes and self.reads != self.writes:
             raise UserError(
