@@ -6,6 +6,7 @@ constraint, start) and changes sizes, lengths, model and text. Its sweep shrinks
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from thresher import cli
 from thresher.cache.records import to_dict
+from thresher.evaluate.results import Row
 from thresher.recipes.reading import BUNDLED, Recipe, Variant, bundled_names
 
 SMALL: dict[str, Any] = {
@@ -105,6 +107,18 @@ def test_a_recipe_at_a_reduced_size_leads_to_judged_dictionaries(
     rows = [row for row in judged.rows if row.kind == "replacement"]
     assert {row.protocol for row in rows} == {"cascade", "clean_input", "single_site"}
     assert {row.name for row in rows} >= {variant.label for variant in recipe.variants}
+    for row in rows:
+        _sound(row)
+    layers = {1} if asked.layers else {4}
+    assert {len(row.sites) for row in rows if row.name.startswith(("plt", "clt", "sae", "transcoder"))} <= layers
+
+
+def _sound(row: Row) -> None:
+    """Too few steps for the error to fall for certain, but numbers are finite and a k is kept."""
+    assert all(math.isfinite(row.metrics[key]) for key in ("fvu", "delta", "kl")), row.name
+    assert row.cost["l0"] > 0, row.name
+    k = row.facts["k"]
+    assert k is None or row.cost["l0"] == pytest.approx(k, rel=0.6), row.name
 
 
 @pytest.fixture(scope="module")
