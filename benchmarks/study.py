@@ -22,6 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 PAGE = Path(__file__).parents[1] / "docs" / "study"
 PROTOCOLS = ("cascade", "clean_input", "single_site")
@@ -148,6 +149,7 @@ def draw_rules(found: Mapping[tuple[str, str], Cell], path: Path) -> None:
                     axis.plot([low, high], [y, y], color=COLOURS[kind], linewidth=0.8, alpha=0.6)
                     axis.plot(value, y, "o", color=COLOURS[kind], markersize=3.2)
         axis.set_xscale("log")
+        _plain_ticks(axis.xaxis)
         axis.set_xlabel(f"δ under {protocol}, nats")
         axis.grid(axis="x", linewidth=0.4, alpha=0.5)
     axes[0].set_yticks(range(len(order)), _labels(order, found))
@@ -181,6 +183,7 @@ def draw_modes(found: Mapping[tuple[str, str], Cell], path: Path) -> None:
                 axis.plot(x, cell.delta[protocol][0], "o", color=colour, markersize=5)
         axis.set_xticks(range(3), PROTOCOLS)
         axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
         axis.set_title(KINDS[kind])
         axis.set_xlabel("judged under")
         axis.grid(axis="y", linewidth=0.4, alpha=0.5)
@@ -189,6 +192,13 @@ def draw_modes(found: Mapping[tuple[str, str], Cell], path: Path) -> None:
     handles = [plt.Line2D([], [], marker="o", color=c, label=n) for c, n in zip(shades, names, strict=True)]
     axes[1].legend(handles=handles, frameon=False, title="trained")
     _save(figure, path)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Few ticks of a logarithmic axis, written as numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _save(figure: Any, path: Path) -> None:
