@@ -36,6 +36,8 @@ ROWS = 200
 def fit(cache: CacheReader, kind: str, rule: str, micro_rows: int | None, kernels: str = "auto") -> Fit:
     """A third of the way into nothing: fresh weights in float64, every fifth latent dead."""
     settings = {key: value for key, value in RULES[rule].items() if kind == "clt" or key != "pool"}
+    if "rank_by" in settings:
+        settings["decoder"] = "free"  # else there is nothing to rank by
     (plan, *_) = plans_for(
         cache, "p", {"micro_rows": micro_rows, "kernels": kernels}, kind=kind, pre_bias=kind == "sae", **settings
     )
