@@ -4,7 +4,7 @@ Runs the bundled recipe from text to report (`thresher demo --recipe books-study
 and makes of its results.json the page's tables and figures: per rule and topology the mean over seeds with the smallest
 and largest, beside it the mean bootstrap interval of one run.
 
-    python benchmarks/study.py                    # about 40 minutes on 2 cores; writes docs/study/
+    python benchmarks/study.py                    # writes docs/study/ (how long has not been measured)
     python benchmarks/study.py --out DIR --only-summary
 """
 
