@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "harvest": {"harvest", "cache"},
     "train": {"train", "cache"},
     "evaluate": {"evaluate", "cache"},
+    "interop": {"interop", "train", "cache"},
     "recipes": {"recipes", "cache"},
 }
 

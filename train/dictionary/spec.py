@@ -221,6 +221,8 @@ class DictionarySpec(_Settings):
         penalty = self.resolved_penalty
         if self.k is not None:
             return f"L0*={self.k:g}" if penalty == "target_l0" else f"k={self.k:g}"
+        if self.sparsity == 0:  # imported: what made it sparse is not known
+            return self.firing
         return f"{penalty or self.firing} {self.sparsity:g}"
 
     @property

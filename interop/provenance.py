@@ -1,0 +1,28 @@
+"""What travels with an exported dictionary: from which run, weights, cache and target it comes, and what it came to."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from thresher.train.files import weights_hash
+
+_FIGURES = ("split", "rows", "fvu", "l0")
+
+
+def facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values: `config` is the run's config.json."""
+    identity, training = config["cache"]["identity"], config["training"]
+    held_out = training.get("held_out") or {}
+    return {
+        "thresher_version": version("thresher"),
+        "run": config["name"],
+        "weights_sha256": weights_hash(path),
+        "target": dict(identity["target"]),
+        "data": {key: identity["data"].get(key) for key in ("source", "subset", "split", "context", "bos")},
+        "cache_fingerprint": config["cache"]["fingerprint"],
+        "git_commit": config.get("git_commit"),
+        "dictionary": {key: config["dictionary"][key] for key in ("kind", "firing", "k", "reads", "writes")},
+        "training_rows": training.get("rows"),
+        "held_out": {key: held_out[key] for key in _FIGURES if key in held_out},
+    }
