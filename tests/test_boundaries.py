@@ -49,8 +49,8 @@ def test_contracts_and_records_import_no_arrays_on_disk() -> None:
         assert {".".join(m.split(".")[:3]) for m in inside} <= allowed
 
 
-def test_only_the_cli_and_main_stand_at_the_root() -> None:
-    assert {path.name for path in ROOT.glob("*.py")} == {"cli.py", "__main__.py"}
+def test_only_the_names_for_python_users_the_cli_and_main_stand_at_the_root() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py", "__main__.py"}
 
 
 def test_rooms_are_imported_under_the_installed_name() -> None:
