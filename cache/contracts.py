@@ -1,7 +1,7 @@
 """What one stage may know of another.
 
 No stage imports a stage. Harvest implements `Target`, train implements `Dictionary`, evaluate sees only these
-protocols, and `cli.py` hands the objects over. So evaluation can call `encode` and `decode` but never rewrite them.
+protocols, and `commands/` hands the objects over. So evaluation can call `encode` and `decode` but never rewrite them.
 
 Tensor suffixes used throughout the project: N tokens (flattened), B contexts, T positions, D width read, E width
 written, F latents, S sites, V vocabulary. A trailing `_ND` in a name means shape [N, D].

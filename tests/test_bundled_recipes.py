@@ -10,7 +10,8 @@ from typing import NoReturn
 import pytest
 from rich.console import Console
 
-from thresher import cli
+from thresher.commands.recipes import check_recipe
+from thresher.commands.wiring import read_recipe
 from thresher.harvest import target
 from thresher.recipes.checking import Checked
 from thresher.recipes.display import page, print_list
@@ -30,7 +31,7 @@ RAW_UNITS = ("gpt2-l8-jumprelu", "gpt2-clt-gen1", "gpt2-clt-jumprelu", "gpt2-plt
 
 @pytest.fixture(scope="module")
 def recipes() -> dict[str, Recipe]:
-    return {name: cli._read(name, []) for name in bundled_names()}
+    return {name: read_recipe(name, []) for name in bundled_names()}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def checked(recipes: dict[str, Recipe]) -> dict[str, Checked]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refused)
         patch.setattr(target, "load_target", refused)
-        return {name: cli.check_recipe(recipe) for name, recipe in recipes.items()}
+        return {name: check_recipe(recipe) for name, recipe in recipes.items()}
 
 
 def test_every_replicated_recipe_resolves_and_says_what_is_known(

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from thresher import cli
 from thresher.cache.errors import UserError
 from thresher.cache.index import strike
+from thresher.commands.options import out
 
 SETS = ("data.max_tokens=24000", "data.context=128", "data.test_fraction=0.25", "data.validation_fraction=0.15")
 
@@ -27,7 +27,7 @@ def thresher(folder: Path, *arguments: str, sets: tuple[str, ...] = ()) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("THRESHER_CACHE", raising=False)
-        patch.setattr(cli, "out", Console(width=100, force_terminal=False))
+        patch.setattr(out, "width", 100)
         done = CliRunner().invoke(cli.app, [*arguments, *extra], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout

@@ -68,7 +68,7 @@ def test_the_wheel_carries_every_module_and_all_data(wheel: Path) -> None:
         inside = set(archive.namelist())
     expected = {
         f"thresher/{path.relative_to(ROOT).as_posix()}"
-        for room in ("cache", "harvest", "train", "evaluate", "recipes")
+        for room in ("cache", "harvest", "train", "evaluate", "recipes", "commands")
         for path in (ROOT / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -104,7 +104,7 @@ def test_every_imported_package_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=\[ ]", line)[0].replace("-", "_") for line in project["dependencies"]}
     imported = set()
-    for room in ("cache", "harvest", "train", "evaluate", "recipes"):
+    for room in ("cache", "harvest", "train", "evaluate", "recipes", "commands"):
         for path in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

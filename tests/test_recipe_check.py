@@ -9,6 +9,8 @@ from thresher import cli
 from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.records import from_dict
+from thresher.commands.recipes import check_recipe
+from thresher.commands.wiring import known_tables, read_recipe
 from thresher.recipes import reading
 from thresher.recipes.checking import Checked, Planned, Shape, check, sites_of
 from thresher.recipes.reading import read
@@ -77,10 +79,10 @@ def test_a_reference_says_all_or_is_refused(raw: dict[str, object], words: str) 
 
 def test_sizes_and_lengths_are_those_of_the_training(tmp_path: Path) -> None:
     """Two transcoders of 32 · (8 + 1 + 8) + 8 numbers; 890 rows (a tenth and a hundredth held out) are 9 steps."""
-    checked = cli.check_recipe(cli._read(recipe(tmp_path), ["data.validation_fraction=0.01"]))
+    checked = check_recipe(read_recipe(recipe(tmp_path), ["data.validation_fraction=0.01"]))
     assert checked == Checked("mine", 1, (Planned(552, 9, 900),) * 2, "")
     assert checked.flop == 6 * 2 * 552 * 900
-    unknown = cli.check_recipe(cli._read(recipe(tmp_path, RECIPE.replace("max_tokens = 1000", "")), []))
+    unknown = check_recipe(read_recipe(recipe(tmp_path, RECIPE.replace("max_tokens = 1000", "")), []))
     assert (unknown.steps, unknown.flop) == ((), None)
 
 
@@ -104,18 +106,18 @@ LP = [
 def test_what_training_refuses_is_no_recipe_that_holds_together(tmp_path: Path, changes: list[str], words: str) -> None:
     counts = "dictionary.firing=relu" not in changes
     path = recipe(tmp_path, RECIPE if counts else RECIPE.replace("k = 2\n", ""))
-    cli.check_recipe(cli._read(recipe(tmp_path, name="fine"), ["train.objective=kl"]))
+    check_recipe(read_recipe(recipe(tmp_path, name="fine"), ["train.objective=kl"]))
     with pytest.raises(UserError, match=words):
-        cli.check_recipe(cli._read(path, ["train.objective=kl", *changes]))
+        check_recipe(read_recipe(path, ["train.objective=kl", *changes]))
 
 
 def test_a_recipe_of_unknown_shape_is_checked_as_far_as_its_tables_go(tmp_path: Path) -> None:
-    plain = read(recipe(tmp_path, RECIPE.replace("layers = 2\nwidth = 8", "")), [], cli._tables())
+    plain = read(recipe(tmp_path, RECIPE.replace("layers = 2\nwidth = 8", "")), [], known_tables())
     assert "tables only" in check(plain, TAPS, lambda *_: pytest.fail("nothing to plan on")).note
 
 
 def test_what_is_known_of_a_recipe_is_not_stored_with_its_runs(tmp_path: Path) -> None:
-    (variant,) = cli._read(recipe(tmp_path), []).variants
+    (variant,) = read_recipe(recipe(tmp_path), []).variants
     assert "reference" not in variant.resolved
     assert variant.tables["reference"].layers == 2
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from thresher import cli
 from thresher.cache.records import to_dict
+from thresher.commands.evaluate import evaluate_recipe
+from thresher.commands.harvest import harvest_recipe
+from thresher.commands.train import train_recipe
+from thresher.commands.wiring import read_recipe
 from thresher.evaluate.results import Row
 from thresher.recipes.reading import BUNDLED, Recipe, Variant, bundled_names
 
@@ -52,7 +55,7 @@ QUICK = ("gpt2-clt-matryoshka", "lsm4-e2e-cascading")
 
 def reduced(name: str) -> Recipe:
     """A bundled recipe at the size of `SMALL`, and whatever else of its sizes would not fit the bundled model."""
-    recipe = cli._read(name, [])
+    recipe = read_recipe(name, [])
     sets = dict(SMALL)
     dictionary = recipe.tables["dictionary"]
     if recipe.tables["harvest"].layers is not None:
@@ -74,7 +77,7 @@ def reduced(name: str) -> Recipe:
         sets["train.rows"] = sets.pop("train.steps") * sets["train.batch_rows"]
     if recipe.tables["train"].micro_rows is not None:
         sets["train.micro_rows"] = 256
-    return _mended(cli._read(name, [f"{key}={json.dumps(value)}" for key, value in sets.items()]))
+    return _mended(read_recipe(name, [f"{key}={json.dumps(value)}" for key, value in sets.items()]))
 
 
 def _mended(recipe: Recipe) -> Recipe:
@@ -100,10 +103,10 @@ def test_a_recipe_at_a_reduced_size_leads_to_judged_dictionaries(
     monkeypatch.chdir(tmp_path)
     asked = recipe.tables["harvest"]
     cache = caches / f"{'-'.join(asked.sites)}-{asked.layers}-{recipe.tables['data'].keep}.zarr"
-    cli.harvest_recipe(recipe, cache)
-    results = cli.train_recipe(recipe, cache, None, resume=False, device="cpu", wandb="disabled")
+    harvest_recipe(recipe, cache)
+    results = train_recipe(recipe, cache, None, resume=False, device="cpu", wandb="disabled")
     assert {result.status for result in results} == {"trained"}
-    judged = cli.evaluate_recipe(recipe, cache, None, None)
+    judged = evaluate_recipe(recipe, cache, None, None)
     rows = [row for row in judged.rows if row.kind == "replacement"]
     assert {row.protocol for row in rows} == {"cascade", "clean_input", "single_site"}
     assert {row.name for row in rows} >= {variant.label for variant in recipe.variants}

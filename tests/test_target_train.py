@@ -10,8 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from thresher import cli
 from thresher.cache.errors import UserError
+from thresher.commands.evaluate import evaluate_recipe
+from thresher.commands.harvest import harvest_recipe
+from thresher.commands.options import out
+from thresher.commands.target import target_train
+from thresher.commands.train import train_recipe
+from thresher.commands.wiring import plans_of, read_recipe
 from thresher.evaluate import report
 from thresher.harvest.checkpoint import bundled
 from thresher.harvest.pretraining.models import fresh_model
@@ -30,21 +35,21 @@ SMALL = (
 
 def test_a_target_is_trained_harvested_explained_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.out, "quiet", True)
+    monkeypatch.setattr(out, "quiet", True)
     monkeypatch.setattr(report, "write_report", lambda results, folder: SimpleNamespace(_asdict=dict))  # has its tests
     lines = (Path(str(resources.files("thresher.harvest"))) / "bundled" / "books.jsonl").read_text().splitlines()
     passages = [json.loads(line)["text"][:1500] for line in lines[::5]]
     Path("text.jsonl").write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages))
     sets = [*SMALL, "data.source=text.jsonl"]
-    cli.target_train("target-books-lsm", sets)
-    recipe = cli._read("target-books-lsm", sets)
+    target_train("target-books-lsm", sets)
+    recipe = read_recipe("target-books-lsm", sets)
     made = json.loads(Path("targets/books-lsm/pretraining.json").read_text())["result"]
     assert made["validation_ce"] < 5.5 < torch.tensor(400.0).log()
-    harvested = cli.harvest_recipe(recipe, None)
+    harvested = harvest_recipe(recipe, None)
     assert harvested.rows["train"] > 10_000
-    runs = cli.train_recipe(recipe, None, None, resume=False, device="cpu", wandb="disabled")
+    runs = train_recipe(recipe, None, None, resume=False, device="cpu", wandb="disabled")
     assert [run.status for run in runs] == ["trained", "trained"]
-    results = cli.evaluate_recipe(recipe, None, None, None)
+    results = evaluate_recipe(recipe, None, None, None)
     assert all(check["passed"] for check in results.checks)
     rows = {row.name: row for row in results.rows if row.protocol == "cascade"}
     [ours] = [row.metrics for row in rows.values() if row.kind == "replacement"]
@@ -56,7 +61,7 @@ def test_a_target_is_trained_harvested_explained_and_judged(tmp_path: Path, monk
 
 
 def test_the_gpt2_recipe_has_the_shape_and_the_tokenizer_of_the_bundled_model() -> None:
-    settings = cli._read("target-books-gpt2", []).tables["pretrain"]
+    settings = read_recipe("target-books-gpt2", []).tables["pretrain"]
     tokenizer: Any = load_tokenizer(TargetConfig())
     model: Any = fresh_model(settings, tokenizer)
     folder = bundled("bundled:books-128", "", "target.model")
@@ -73,7 +78,7 @@ def test_the_gpt2_recipe_has_the_shape_and_the_tokenizer_of_the_bundled_model() 
 
 
 def test_the_four_layer_recipe_is_the_published_model() -> None:
-    recipe = cli._read("target-lsm4", [])
+    recipe = read_recipe("target-lsm4", [])
     settings, data = recipe.tables["pretrain"], recipe.tables["data"]
     with torch.device("meta"):
         model = fresh_model(settings, range(50_277))  # type: ignore[arg-type]
@@ -84,16 +89,16 @@ def test_the_four_layer_recipe_is_the_published_model() -> None:
 
 
 def test_a_recipe_that_makes_a_target_alone_has_no_dictionary_and_says_so() -> None:
-    recipe = cli._read("target-lsm4", [])
+    recipe = read_recipe("target-lsm4", [])
     assert recipe.variants == ()
     with pytest.raises(UserError, match=r"makes a target and no dictionary.*thresher target train target-lsm4"):
-        cli._plans(recipe, {})
+        plans_of(recipe, {})
     with pytest.raises(UserError, match=r"no table \[pretrain\]"):
-        cli.target_train("books-demo")
+        target_train("books-demo")
 
 
 def test_runs_store_the_table_of_the_target_only_where_the_recipe_has_it() -> None:
     assert ASIDE == ("pretrain",)
-    [variant] = cli._read("target-books-lsm", []).variants
+    [variant] = read_recipe("target-books-lsm", []).variants
     assert variant.resolved["pretrain"]["n_kv_heads"] == 2
-    assert "pretrain" not in cli._read("books-demo", []).variants[0].resolved
+    assert "pretrain" not in read_recipe("books-demo", []).variants[0].resolved

@@ -8,8 +8,10 @@ import torch
 from rich.console import Console
 
 from tests.train.test_endtoend_gradients import MODES
-from thresher import cli
 from thresher.cache.reader import CacheReader
+from thresher.commands.evaluate import evaluate_recipe
+from thresher.commands.train import train_recipe
+from thresher.commands.wiring import read_recipe
 from thresher.harvest.corpus import DataConfig
 from thresher.harvest.run import HarvestConfig, harvest
 from thresher.harvest.target import TargetConfig, TransformerTarget, load_target
@@ -101,12 +103,12 @@ def test_a_recipe_trains_through_the_model_and_is_judged_under_a_name_that_says_
 ) -> None:
     file, runs = tmp_path / "own.toml", tmp_path / "runs"
     file.write_text(RECIPE)
-    recipe = cli._read(str(file), [])
-    results = cli.train_recipe(recipe, cache.path, runs, resume=False, device="cpu", wandb="disabled")
+    recipe = read_recipe(str(file), [])
+    results = train_recipe(recipe, cache.path, runs, resume=False, device="cpu", wandb="disabled")
     label = "transcoder-topk-kl-cascade"
     assert [result.name for result in results] == [f"{label}-L00", f"{label}-L01"]
     settings = read_config(results[0].path)["training"]
     assert (settings["settings"]["objective"], settings["settings"]["mode"]) == ("kl", "cascade")
     assert settings["together"] == [result.name for result in results]
-    judged = cli.evaluate_recipe(recipe, cache.path, runs, tmp_path / "report")
+    judged = evaluate_recipe(recipe, cache.path, runs, tmp_path / "report")
     assert label in {row.name for row in judged.rows}

@@ -17,6 +17,7 @@ from thresher import cli
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
+from thresher.commands import train as commands
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.rules import Deployed, JumpReLU
@@ -237,7 +238,7 @@ def test_only_finished_runs_are_begun_from(cache: CacheReader, parents: Path, tm
 
 def test_the_command_line_has_a_short_word_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "train_recipe", lambda recipe, *given, **more: seen.append(recipe) or [])
+    monkeypatch.setattr(commands, "train_recipe", lambda recipe, *given, **more: seen.append(recipe) or [])
     done = typer.testing.CliRunner().invoke(cli.app, ["train", "books-demo", "--finetune", "runs/a é/b"])
     assert done.exit_code == 0, done.output
     assert {variant.tables["train"].init_from for variant in seen[0].variants} == {"runs/a é/b"}

@@ -1,0 +1,142 @@
+"""`thresher cache`: look at a cache, check it, reckon what one would take, free its space."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+
+from thresher.commands.options import Assignments, CachePath, RecipeName, out
+from thresher.commands.wiring import default_cache, plans_of, read_recipe
+
+if TYPE_CHECKING:
+    from thresher.cache.estimate import Training
+    from thresher.train.plan import RunPlan
+
+app = typer.Typer(help="Look at a cache and check it.", no_args_is_help=True)
+
+
+@app.command("info")
+def cache_info(path: Annotated[Path, typer.Argument(help="A cache directory.")]) -> None:
+    """What a cache holds, how large it is and how exact."""
+    from thresher.cache.display import print_summary
+    from thresher.cache.reader import CacheReader
+    from thresher.cache.summary import summary
+
+    with CacheReader.open(path) as reader:
+        print_summary(summary(reader), out)
+
+
+@app.command("verify")
+def cache_verify(path: Annotated[Path, typer.Argument(help="A cache directory.")]) -> None:
+    """Read every byte, check every checksum, name every fault; exits with 1 if there is one."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from thresher.cache.verify import faults, in_the_making, total_bytes
+
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as progress:
+        task = progress.add_task("", total=total_bytes(path))
+        found = faults(path, lambda count: progress.advance(task, count))
+    for fault in found:
+        out.print(fault, markup=False, highlight=False, soft_wrap=True)
+    for name in in_the_making(path):
+        out.print(f"{name} is in the making: it was not read, and does not count.", highlight=False, soft_wrap=True)
+    out.print(f"{len(found)} faults in {path}" if found else f"{path} is whole: every checksum holds.", soft_wrap=True)
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command("estimate")
+def cache_estimate(
+    name: RecipeName,
+    assignments: Assignments = None,
+    cache: CachePath = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to reckon with, in place of reading the text.")
+    ] = None,
+) -> None:
+    """Bytes and time of a recipe's cache, and whether it pays against running the model again (takes some seconds)."""
+    from thresher.cache.display import counted, outlooks_table
+    from thresher.cache.estimate import outlook, verdict
+    from thresher.cache.layout import CODECS
+    from thresher.harvest.estimate import measure
+
+    recipe = read_recipe(name, assignments)
+    path = cache or default_cache(recipe)
+    target, data, settings = (recipe.tables[table] for table in ("target", "data", "harvest"))
+    found = measure(target, data, settings, folder=path, tokens=tokens, console=out)
+    outlooks = {codec: outlook(found.work, found.rates, codec) for codec in CODECS}
+    training = _training(plans_of(recipe, {site.name: site for site in found.work.sites}), found.work.rows["train"])
+    rows = " + ".join(f"{count:,} {split}" for split, count in found.work.rows.items())
+    contexts = sum(found.work.contexts.values())
+    out.print(
+        f"{rows} rows from {contexts:,} contexts of {found.work.context} tokens ({found.basis}), at "
+        f"{len(found.work.sites)} sites of {target.model} on {found.device}."
+    )
+    out.print(outlooks_table(list(outlooks.values()), found.work.sites, found.rates, found.memory, settings.codec))
+    out.print(
+        f"The recipe trains {counted(training.dictionaries, 'dictionary', 'dictionaries')} from "
+        f"{counted(training.streams, 'stream', 'streams')} of batches: {training.passes:.2f} passes over the rows."
+    )
+    out.print(verdict(outlooks[settings.codec], list(outlooks.values()), found.rates, training))
+    if settings.window_gb is not None:
+        out.print(
+            f"harvest.window_gb is set: a ring of {settings.window_gb:g} GB is kept in place of all train rows "
+            "(rolling mode), and the model runs in every pass."
+        )
+
+
+def _training(plans: "Sequence[RunPlan]", rows: int) -> "Training":
+    """What the plans read of a cache with so many training rows; those that share batch size and seed read together."""
+    from thresher.cache.estimate import Training
+
+    streams: dict[tuple[int, int], int] = {}
+    for plan in plans:
+        key = (plan.train.batch_rows, plan.seed)
+        streams[key] = max(streams.get(key, 0), plan.train.total_steps(rows) * plan.train.batch_rows)
+    return Training(len(plans), len(streams), sum(streams.values()) / rows)
+
+
+@app.command("prune")
+def cache_prune(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="PATH…", help="Caches, or directories of caches.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Also caches that were not used for so long.")
+    ] = None,
+    used: Annotated[bool, typer.Option("--used", help="Also caches that runs were trained from.")] = False,
+    runs: Annotated[Path, typer.Option("--runs", help="Where to look for runs.")] = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it nothing is changed.")] = False,
+) -> None:
+    """Free space: leftovers of dead harvests; whole caches when named or --older-than. A dry run without --yes."""
+    import time
+
+    from thresher.cache.display import print_decision
+    from thresher.cache.prune import Policy, decide, find, remove, survey
+    from thresher.train.found import trained_from
+
+    named = {path for path in paths or () if find(path) == [path]}
+    usual = Path(os.environ.get("THRESHER_CACHE", "caches"))
+    folders = paths or ([usual] if usual.is_dir() else [])
+    found = list(dict.fromkeys(path for folder in folders for path in find(folder)))
+    users = trained_from({runs, *(path.parent / "runs" for path in found)})
+    policy, now = Policy(older_than, used), time.time()
+    strangers, freed = [], 0
+    for path in found:
+        seen = survey(path, users)
+        if yes:
+            decision = remove(path, policy, named=path in named, runs=users)
+        else:
+            decision = decide(seen, policy, named=path in named, now=now)
+        freed += decision.bytes
+        strangers += [path / name for name in seen.strangers]
+        print_decision(path, seen, decision, out, gone=yes)
+    for stranger in strangers:
+        out.print(f"not ours, left alone: {stranger}", markup=False, highlight=False, soft_wrap=True)
+    where = ", ".join(map(str, folders or [usual]))
+    more = " Add --yes to remove it." if freed and not yes else ""
+    out.print(f"{decimal(freed)} {'freed' if yes else 'would be freed'} in {where}.{more}", highlight=False)

@@ -1,0 +1,148 @@
+"""`thresher evaluate`: trained dictionaries patched back into the target, table and report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thresher.cache.errors import UserError
+from thresher.commands.options import Assignments, CachePath, RunsPath, out
+from thresher.commands.wiring import known_tables, plans_of, read_recipe, texts_for
+
+if TYPE_CHECKING:
+    from thresher.evaluate.results import Results
+    from thresher.evaluate.run import EvaluateConfig
+    from thresher.harvest.corpus import DataConfig
+    from thresher.harvest.target import TransformerTarget
+    from thresher.recipes.reading import Recipe
+
+
+def evaluate(
+    names: Annotated[list[str], typer.Argument(metavar="RUN… | RECIPE", help="Run directories, or one recipe.")],
+    assignments: Assignments = None,
+    cache: CachePath = None,
+    runs: RunsPath = None,
+    report: Annotated[
+        Path | None, typer.Option("--out", help="Where the report goes; by default reports/NAME.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="PATH | HUB NAME",
+            help="Judge on all of this text, not on held-out documents: a .txt, .jsonl or .parquet file, a directory "
+            "of them, or a dataset on the hub.",
+        ),
+    ] = None,
+) -> None:
+    """Patch trained dictionaries back into the target; print the table and write the report."""
+    if len(names) == 1 and not Path(names[0]).is_dir():
+        recipe = read_recipe(names[0], assignments)
+        evaluate_recipe(recipe, cache, runs, report, text)
+    else:
+        evaluate_runs([Path(name) for name in names], assignments or [], cache, report, text)
+
+
+def evaluate_recipe(
+    recipe: "Recipe", cache: Path | None, runs: Path | None, report: Path | None, text: str | None = None
+) -> "Results":
+    """Evaluate the runs that the recipe trained: all of them, and none that was trained under another recipe."""
+    from thresher.evaluate.origin import check_recipe
+    from thresher.harvest.target import load_target
+    from thresher.harvest.texts import own_config
+    from thresher.train.files import read_config
+
+    folder = runs or Path("runs") / recipe.name
+    target, wanted = load_target(recipe.tables["target"]), recipe.tables["harvest"]
+    plans = plans_of(recipe, {site.name: site for site in target.sites(wanted.sites, wanted.layers)})
+    missing = [plan.name for plan in plans if not (folder / plan.name / "config.json").is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} has no run {', '.join(missing)}. Train them first: thresher train {recipe.name} (with the same "
+            "--runs and --set)."
+        )
+    for plan in plans:
+        check_recipe(folder / plan.name, plan.recipe, read_config(folder / plan.name)["recipe"])
+    paths = [folder / plan.name for plan in plans]
+    out_folder = report or Path("reports") / recipe.name
+    own = None if text is None else own_config(recipe.tables["data"], text, {})
+    return judge(paths, recipe.tables, target, cache, out_folder, own)
+
+
+def evaluate_runs(
+    folders: Sequence[Path],
+    assignments: Sequence[str],
+    cache: Path | None,
+    report: Path | None,
+    text: str | None = None,
+) -> "Results":
+    """Evaluate run directories, under the settings of the first one's recipe; [data] says how `text` is read."""
+    from thresher.cache.records import from_dict, override
+    from thresher.harvest.target import load_target
+    from thresher.harvest.texts import own_config
+    from thresher.recipes.reading import parsed
+    from thresher.train.files import read_config
+    from thresher.train.found import run_directories
+
+    tables = known_tables()
+    paths = run_directories(folders)
+    fixed = parsed(assignments, tables)
+    reading = {} if text is None else {key: fixed.pop(key) for key in list(fixed) if key.startswith("data.")}
+    for key in fixed:
+        if key.split(".")[0] not in ("evaluate", "target"):
+            raise UserError(
+                f"--set {key}: a trained run can only be evaluated under other [evaluate] or [target] settings. Change "
+                "the recipe and train anew for the rest."
+            )
+    stored = override(read_config(paths[0])["recipe"], fixed)
+    built: dict[str, Any] = {
+        table: from_dict(tables[table], stored[table], table) for table in ("target", "data", "evaluate")
+    }
+    changed = {key.removeprefix("data."): value for key, value in reading.items()}
+    own = None if text is None else own_config(built["data"], text, changed)
+    target = load_target(built["target"])
+    return judge(paths, built, target, cache, report or Path("reports") / folders[0].name, own)
+
+
+def judge(
+    paths: Sequence[Path],
+    tables: Mapping[str, Any],
+    target: "TransformerTarget",
+    cache: Path | None,
+    report: Path,
+    own: "DataConfig | None",
+) -> "Results":
+    """Judge runs on held-out text or on the user's `own`; `tables` are a recipe's [target], [data] and [evaluate]."""
+    from thresher.evaluate.origin import Run, check_origin, replacements
+    from thresher.evaluate.report import print_table, write_report
+    from thresher.evaluate.run import evaluate as run_evaluate
+    from thresher.evaluate.store import Store
+    from thresher.train.files import load_run, weights_hash
+    from thresher.train.metrics import curves
+
+    loaded = [load_run(path, device=target.device) for path in paths]
+    check_origin([run.config for run in loaded], target.identity)
+    settings: EvaluateConfig = tables["evaluate"]
+    texts = texts_for(loaded[0].config, tables, cache, target, own)
+    judged = [
+        Run(path, run.dictionary, run.dictionary.spec.sparsity_label, run.config, weights_hash(path), curves(path))
+        for path, run in zip(paths, loaded, strict=True)
+    ]
+    results = run_evaluate(
+        replacements(judged, together=settings.together),
+        target,
+        texts.contexts,
+        settings,
+        console=out,
+        provenance={"contexts": texts.source, "runs": [str(path) for path in paths], **texts.facts},
+        training=texts.training,
+        store=Store(report / "sums"),
+    )
+    results = results._replace(notes=(*texts.notes, *results.notes))
+    print_table(results, out)
+    written = write_report(results, report)
+    for label, path in written._asdict().items():
+        for item in path if isinstance(path, (list, tuple)) else [path]:
+            out.print(f"{label:<8} {item}", highlight=False, soft_wrap=True)
+    return results

@@ -1,0 +1,114 @@
+"""`thresher recipes`: list, show and check recipes, and print what keys there are."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from thresher.cache.errors import UserError
+from thresher.commands.options import Assignments, RecipeName, err, out
+from thresher.commands.wiring import known_tables, plans_of, read_recipe
+
+if TYPE_CHECKING:
+    from thresher.cache.contracts import Site
+    from thresher.recipes.checking import Checked, Planned
+    from thresher.recipes.reading import Recipe
+
+app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+
+
+@app.command("list")
+def recipes_list() -> None:
+    """The bundled recipes."""
+    from thresher.recipes.display import print_list
+    from thresher.recipes.reading import bundled_names
+
+    print_list([read_recipe(name, None) for name in bundled_names()], out)
+
+
+@app.command("show")
+def recipes_show(name: RecipeName) -> None:
+    """Print a recipe file, to copy and change."""
+    from thresher.recipes.reading import find
+
+    sys.stdout.write(find(name).read_text(encoding="utf-8"))
+
+
+@app.command("check")
+def recipes_check(
+    name: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe file or a bundled one's name; none: all bundled.")
+    ] = None,
+    assignments: Assignments = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All recipes as the tables of docs/recipes.md.")] = False,
+) -> None:
+    """Resolve a recipe with every default written out, or all bundled ones, without network or model."""
+    from thresher.cache.records import to_dict
+    from thresher.recipes.display import page, print_checked, print_reference
+    from thresher.recipes.reading import bundled_names
+
+    recipes, checked, failed = [], [], False
+    for each in bundled_names() if name is None else [name]:
+        try:
+            recipe = read_recipe(each, assignments)
+            checked.append(check_recipe(recipe))
+            recipes.append(recipe)
+        except UserError as error:
+            if name is not None:
+                raise
+            failed = True
+            err.print(f"[bold red]error:[/] recipe {each}: {escape(str(error))}", highlight=False, soft_wrap=True)
+    if markdown:
+        sys.stdout.write(page(recipes, checked))
+        raise typer.Exit(int(failed))
+    for recipe in recipes if name is not None else ():
+        for variant in recipe.variants:
+            out.print(f"[bold]{variant.label}[/]")
+            sys.stdout.write(json.dumps(variant.resolved, indent=1) + "\n")
+        if not recipe.variants:
+            wanted = ("target", "data", "pretrain")
+            sys.stdout.write(json.dumps({table: to_dict(recipe.tables[table]) for table in wanted}, indent=1) + "\n")
+        print_reference(recipe, out)
+    print_checked(checked, out)
+    raise typer.Exit(int(failed))
+
+
+@app.command("keys")
+def recipes_keys(
+    table: Annotated[str | None, typer.Argument(help="One table only, for example train.")] = None,
+) -> None:
+    """Every key a recipe may have: type, default, meaning."""
+    from thresher.cache.records import described, nearest
+
+    tables = known_tables()
+    if table is not None and table not in tables:
+        raise UserError(f"A recipe has no table [{table}].{nearest(table, tables)} Known: {', '.join(tables)}.")
+    for name, kind in tables.items():
+        if table in (None, name):
+            grid = Table("key", "type", "default", "meaning", title=f"\\[{name}]", title_justify="left", box=None)
+            for row in described(kind):
+                grid.add_row(*(cell.replace("[", "\\[") for cell in row))
+            out.print(grid, "")
+
+
+def check_recipe(recipe: "Recipe") -> "Checked":
+    """Resolve a recipe's dictionaries against sites made from its [reference]; see recipes/checking.py."""
+    from thresher.harvest.sites import TAPS
+    from thresher.recipes.checking import Planned, check
+    from thresher.train.endtoend.setting import together
+    from thresher.train.outlook import outlook
+
+    data = recipe.tables["data"]
+    share = 1 - data.test_fraction - data.validation_fraction
+    rows = None if data.max_tokens is None else round(data.max_tokens * share)
+
+    def plan(recipe: "Recipe", sites: "Mapping[str, Site]") -> "list[Planned]":
+        plans = plans_of(recipe, sites)
+        together(plans)  # raises for what training would refuse
+        return [Planned(*outlook(each, rows)) for each in plans]
+
+    return check(recipe, TAPS, plan)

@@ -1,0 +1,80 @@
+"""`thresher train`: from a cache, or from the target as it runs, to run directories."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thresher.commands.options import Assignments, CachePath, RecipeName, RunsPath, Wandb, WandbMode, out
+from thresher.commands.wiring import open_source, plans_of, read_recipe, target_on
+
+if TYPE_CHECKING:
+    from thresher.recipes.reading import Recipe
+    from thresher.train.run import RunResult
+
+
+def train(
+    name: RecipeName,
+    assignments: Assignments = None,
+    cache: CachePath = None,
+    runs: RunsPath = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoints.")] = False,
+    finetune: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Begin from finished runs of the same sites and sizes (train.init_from)."),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="No cache: the target runs beside the training, activations stay in memory.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    wandb: Wandb = "disabled",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace some steps for Chrome and TensorBoard, into the run directory.")
+    ] = False,
+) -> None:
+    """Train every dictionary of the recipe's sweep from one pass over the cache."""
+    if finetune is not None:
+        assignments = [*(assignments or []), f"train.init_from={json.dumps(str(finetune), ensure_ascii=False)}"]
+    recipe = read_recipe(name, assignments)
+    results = train_recipe(recipe, cache, runs, resume=resume, live=live, device=device, wandb=wandb, profile=profile)
+    if any(result.status == "failed" for result in results):
+        raise typer.Exit(1)
+
+
+def train_recipe(
+    recipe: "Recipe",
+    cache: Path | None,
+    runs: Path | None,
+    *,
+    resume: bool,
+    live: bool = False,
+    device: str,
+    wandb: WandbMode,
+    profile: bool = False,
+) -> "list[RunResult]":
+    """Train all dictionaries of the recipe: from its cache, from a ring that harvest refills, or live."""
+    from thresher.train.endtoend.setting import needs_target
+    from thresher.train.run import train as run_train
+
+    folder = runs or Path("runs") / recipe.name
+    with open_source(recipe, cache, live) as source:
+        plans = plans_of(recipe, source.sites)
+        target = target_on(recipe, device) if needs_target(plans) else None
+        results = run_train(
+            plans,
+            source,
+            out=folder,
+            device=device,
+            resume=resume,
+            wandb=wandb,
+            profile=profile,
+            console=out,
+            target=target,
+        )
+        source.finish()
+    failed = [result.name for result in results if result.status == "failed"]
+    out.print(
+        f"{len(results) - len(failed)} dictionaries in {folder}" + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    return results
