@@ -15,7 +15,7 @@ import typer
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.process import prepare_process
-from thresher.commands import cache, demo, evaluate, harvest, recipes, target, train
+from thresher.commands import cache, demo, evaluate, harvest, interop, recipes, target, train
 from thresher.commands.options import err
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app = typer.Typer(
 app.command()(harvest.harvest)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(interop.export)
+app.command("import")(interop.import_)
 app.command()(demo.demo)
 app.add_typer(target.app, name="target")
 app.add_typer(cache.app, name="cache")

@@ -1,0 +1,31 @@
+"""What an import prints: every reading of the files, what it comes to on real activations, and which was taken."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from thresher.interop.importing import Imported
+
+_BETTER = 0.9
+"""A reading whose FVU is below this share of the chosen one's is worth a word."""
+
+
+def print_imported(done: Sequence[Imported], console: Console) -> None:
+    """One table per dictionary, its run directory, and a warning where another reading reconstructs better."""
+    for each in done:
+        table = Table("reading", "FVU", "L0", "folded weights differ by", box=None, pad_edge=False)
+        for row in each.readings:
+            style = "bold" if row.label == each.chosen else ""
+            table.add_row(escape(row.label), f"{row.fvu:.4f}", f"{row.l0:.1f}", f"{row.folding:.1e}", style=style)
+        console.print(table)
+        taken = next(row for row in each.readings if row.label == each.chosen)
+        best = min(each.readings, key=lambda row: row.fvu)
+        if best.fvu < _BETTER * taken.fvu:
+            console.print(
+                f"[yellow]Read as {best.label!r} it would reconstruct better; if its files are silent or wrong about "
+                f"that, import it with --reading {best.label!r}.[/]",
+                highlight=False,
+            )
+        console.print(str(each.path), highlight=False, soft_wrap=True)
