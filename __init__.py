@@ -10,11 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thresher.harvest.checkpoint import bundled_model as bundled_model
     from thresher.interop.notebook import Loaded as Loaded
     from thresher.interop.notebook import load as load
 
-_PLACES = {"load": "interop.notebook", "Loaded": "interop.notebook"}
-__all__ = ["Loaded", "load"]
+_PLACES = {"bundled_model": "harvest.checkpoint", "load": "interop.notebook", "Loaded": "interop.notebook"}
+__all__ = ["Loaded", "bundled_model", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,11 @@ def bundled(name: str, suffix: str, field: str) -> Path:
     return path
 
 
+def bundled_model(name: str = "books-128") -> Path:
+    """The directory of a model that travels with Thresher, for whatever loads Hugging Face directories."""
+    return bundled(f"bundled:{name}", "", "name")
+
+
 def locate(model: str, revision: str | None) -> Path:
     """The directory of a model's files, downloaded first when it is a hub name that is not here yet; or the file of
     weights that `model` names, of a model of our own.
