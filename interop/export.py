@@ -2,19 +2,27 @@
 
 A run goes into a directory of its own, or, for a format that wants all layers together, the runs of a set into one.
 All is checked before anything is written; what is written appears whole or not at all.
+
+Two things may be done to a dictionary on the way: one that counts its active latents gets thresholds
+(thresholds.py), and one of an MLP's input is made to read it before the norm's gain (norms.py).
 """
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from thresher.cache.errors import UserError
+from thresher.cache.interrupts import StopFlag
 from thresher.cache.publish import explained, flush_directory
+from thresher.cache.reader import CacheReader
 from thresher.interop import formats, provenance
 from thresher.interop.canonical import from_coder
 from thresher.interop.formats import Exported, Format
+from thresher.interop.norms import Norm, reading_at
+from thresher.interop.thresholds import COUNTED, thresholded
 from thresher.train.files import load_run
 
 
@@ -24,13 +32,36 @@ class Written(NamedTuple):
     path: Path
     runs: tuple[str, ...]
     """Names of the runs in it."""
+    thresholds: Mapping[str, Mapping[str, Any]]
+    """By run, what calibrated thresholds are of and came to (`Calibrated.facts`)."""
 
 
-def export(runs: Sequence[Path], to: str, out: Path, *, overwrite: bool = False) -> list[Written]:
+class Moved(NamedTuple):
+    """A hook that the reader shall read from, in the place of the one trained on."""
+
+    hook: str
+    """Inside the block: `ln2.hook_normalized`."""
+    norms: Mapping[int, Norm]
+    """By layer, of the target (`norms_of`)."""
+
+
+def export(
+    runs: Sequence[Path],
+    to: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    thresholds: int | None = None,
+    cache: Path | None = None,
+    moved: Moved | None = None,
+    stop: StopFlag | None = None,
+) -> list[Written]:
     """Write run directories in the format `to` below `out`.
 
-    Raises UserError, before anything is written, for a format that cannot be written, for a dictionary it has no form
-    for (with the reason and the nearest route), and for a place that is taken, unless `overwrite`.
+    `thresholds`: give those that count their latents a threshold over so many training rows, of `cache` or, left out,
+    of the cache that each of them names. Raises UserError, before anything is written, for a format that cannot be
+    written, for a dictionary it has no form for (with the reason and the nearest route), for a cache that is gone, and
+    for a place that is taken, unless `overwrite`.
     """
     form = formats.load(to)
     if form.write is None:
@@ -38,10 +69,21 @@ def export(runs: Sequence[Path], to: str, out: Path, *, overwrite: bool = False)
             f"--to {to}: that format is only read; expected one of {', '.join(formats.names(writing=True))}."
         )
     exported: list[tuple[str, Exported]] = []
-    for path in runs:
-        run = load_run(path)
-        facts = provenance.facts(path, run.config)
-        exported.append((str(run.config["group"]), Exported(from_coder(run.dictionary), facts)))
+    with ExitStack() as opened:
+        caches = _Caches(cache, opened)
+        for path in runs:
+            run = load_run(path)
+            dictionary, facts = from_coder(run.dictionary), provenance.facts(path, run.config)
+            if thresholds is not None and dictionary.firing in COUNTED:
+                dictionary, facts["thresholds"] = thresholded(dictionary, caches.of(run.config), thresholds, stop)
+            if moved is not None:
+                dictionary = reading_at(dictionary, moved.hook, moved.norms)
+            exported.append((str(run.config["group"]), Exported(dictionary, facts)))
+    if thresholds is not None and not any("thresholds" in item.facts for _, item in exported):
+        raise UserError(
+            f"--thresholds is given, but {_listed([item for _, item in exported])} fire by thresholds already. Leave "
+            "it out."
+        )
     parts = _parts(form, exported, out)
     for folder, items in parts:
         reason = form.refuse([item.dictionary for item in items]) if form.refuse is not None else None
@@ -50,6 +92,32 @@ def export(runs: Sequence[Path], to: str, out: Path, *, overwrite: bool = False)
         if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is there already. Give another place with --out, or add --overwrite.")
     return [_written(form, folder, items) for folder, items in parts]
+
+
+class _Caches:
+    """Open caches by place, each opened once."""
+
+    def __init__(self, given: Path | None, opened: ExitStack) -> None:
+        self.given, self._opened = given, opened
+        self._readers: dict[Path, CacheReader] = {}
+
+    def of(self, config: Mapping[str, Any]) -> CacheReader:
+        """The cache that a run was trained on. Raises UserError when it is gone or another one."""
+        path = self.given or Path(config["cache"]["path"])
+        if not path.exists():
+            raise UserError(
+                f"--thresholds calibrates run {config['name']} on the cache that it was trained on, but {path} does "
+                "not exist. Harvest it again (thresher harvest), or say where it is with --cache."
+            )
+        if path not in self._readers:
+            self._readers[path] = self._opened.enter_context(CacheReader.open(path))
+        reader = self._readers[path]
+        if reader.fingerprint != config["cache"]["fingerprint"]:
+            raise UserError(
+                f"--thresholds: run {config['name']} was trained on another cache than {path} (fingerprint "
+                f"{config['cache']['fingerprint'][:12]}, found {reader.fingerprint[:12]}). Give its own with --cache."
+            )
+        return reader
 
 
 def _parts(form: Format, exported: Sequence[tuple[str, Exported]], out: Path) -> list[tuple[Path, list[Exported]]]:
@@ -75,7 +143,8 @@ def _written(form: Format, folder: Path, items: Sequence[Exported]) -> Written:
         raise explained(error, folder, 0) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Written(folder, tuple(item.dictionary.name for item in items))
+    calibrated = {item.dictionary.name: item.facts["thresholds"] for item in items if "thresholds" in item.facts}
+    return Written(folder, tuple(item.dictionary.name for item in items), calibrated)
 
 
 def _listed(items: Sequence[Exported]) -> str:

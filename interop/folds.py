@@ -7,6 +7,7 @@ In this order, where several are wanted (each returns a new dictionary):
 3. `standardised_output`: ỹ = (y − ν)/τ                            W_dec ← W_dec diag(τ), b_dec ← b_dec ⊙ τ + ν
 4. `unit_rows`: n_f = ‖w_f‖ over all destinations together         W_dec /= n; W_enc, b_enc, θ *= n
 5. `for_subtracting_reader`: a reader that takes b_dec off its input   b_enc += W_enc b_dec
+6. `before_gain`: a reader that sees x before a norm's gain γ and shift β  b_enc += W_enc β, then W_enc ← W_enc diag(γ)
 
 A skip connection acts on the raw input: W_skip ← diag(τ) W_skip diag(1/σ), and W_skip μ comes off b_dec.
 """
@@ -68,6 +69,22 @@ def unit_rows(dictionary: Canonical) -> Canonical:
     norms = [part.W_dec.flatten(1).norm(dim=1) for part in dictionary.sources]
     safe = [torch.where(n > 0, n, 1.0) for n in norms]
     return _each(dictionary, lambda part, s: scaled_codes(part, safe[s]))
+
+
+def before_gain(dictionary: Canonical, gamma: Sequence[Tensor], beta: Sequence[Tensor]) -> Canonical:
+    """For a reader that is given x of γ ⊙ x + β, both [D] by source: what the last step of a norm makes of x."""
+
+    def folded(part: Source, s: int) -> Source:
+        b_enc = part.b_enc + part.W_enc @ beta[s].double()
+        return part._replace(W_enc=part.W_enc * gamma[s].double(), b_enc=b_enc)
+
+    out = _each(dictionary, folded)
+    if out.W_skip is None:
+        return out
+    b_dec = tuple(
+        b + weight @ beta[s].double() for s, (b, weight) in enumerate(zip(out.b_dec, out.W_skip, strict=True))
+    )
+    return out._replace(W_skip=tuple(weight * gamma[s].double() for s, weight in enumerate(out.W_skip)), b_dec=b_dec)
 
 
 def scaled_codes(part: Source, factor_F: Tensor) -> Source:

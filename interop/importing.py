@@ -99,8 +99,11 @@ def _checked(foreign: Foreign, acts: Mapping[str, Tensor], source: Source, label
 def _placed(foreign: Foreign, source: Source, naming: Naming, found: Sequence[Foreign]) -> Foreign:
     """With the sites of the cache in the place of the names in the files, and the run's name."""
     first = foreign.readings[0].dictionary
-    reads = _sites(first.reads, naming.reads, "--reads", source)
-    writes = reads if first.kind == "sae" else _sites(first.writes, naming.writes, "--writes", source)
+    several = len(found) > 1 or len(first.reads) > 1
+    reads = _sites(first.reads, first.layers if several else (), naming.reads, "--reads", source)
+    writes = reads
+    if first.kind != "sae":
+        writes = _sites(first.writes, first.layers if several else (), naming.writes, "--writes", source)
     for side, names, width in (("reads", reads, first.d_in), ("writes", writes, first.d_out)):
         for site in names:
             if source.sites[site].width != width:
@@ -118,17 +121,24 @@ def _placed(foreign: Foreign, source: Source, naming: Naming, found: Sequence[Fo
     return foreign._replace(readings=tuple(moved(one) for one in foreign.readings))
 
 
-def _sites(names: Sequence[str], given: str | None, field: str, source: Source) -> tuple[str, ...]:
-    """Stored sites by source or destination. `given` replaces the name in the files; {} in it stands for the layer."""
+def _sites(
+    names: Sequence[str], layers: Sequence[int], given: str | None, field: str, source: Source
+) -> tuple[str, ...]:
+    """Stored sites by source or destination.
+
+    `given` replaces the name in the files, with {} in it for the layer where there are several: `layers`, by source.
+    """
     sites = list(source.sites.values())
     if given is None:
         return tuple(site_of(name, sites, field).name for name in names)
-    if len(names) > 1 and "{}" not in given:
+    if layers and "{}" not in given:
         raise UserError(
-            f"{field} is {given!r} for a dictionary of {len(names)} layers; expected {{}} in the place of the layer, "
-            f"for example {field} 'blocks.{{}}.mlp.hook_in'."
+            f"{field} is {given!r} for dictionaries of several layers; expected {{}} in the place of the layer, for "
+            f"example {field} 'blocks.{{}}.mlp.hook_in'."
         )
-    return tuple(site_of(given.replace("{}", str(layer)), sites, field).name for layer in range(len(names)))
+    if not layers:
+        return (site_of(given, sites, field).name,)
+    return tuple(site_of(given.replace("{}", str(layer)), sites, field).name for layer in layers)
 
 
 def _chosen(foreign: Foreign, label: str | None) -> Reading:
