@@ -228,6 +228,9 @@ def test_a_latent_that_writes_nothing_never_fires(rows: Tensor, tmp_path: Path) 
         assert torch.isfinite(z).all()
         assert not z[:, :5].any()
         assert z[:, 5:].any()
+    theta = reading.dictionary.sources[0].threshold
+    assert theta is not None
+    assert torch.isfinite(theta).all(), "an infinite one would read as damage once it is written"
 
 
 def llama_scope(folder: Path, **settings: Any) -> tuple[Tensors, dict[str, Any]]:
