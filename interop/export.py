@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import StopFlag
 from thresher.cache.publish import explained, flush_directory
@@ -45,6 +47,10 @@ class Moved(NamedTuple):
     """By layer, of the target (`norms_of`)."""
 
 
+_Items = Sequence[tuple[Mapping[str, Any], Exported]]
+"""Dictionaries with the config.json of their runs."""
+
+
 def export(
     runs: Sequence[Path],
     to: str,
@@ -68,30 +74,60 @@ def export(
         raise UserError(
             f"--to {to}: that format is only read; expected one of {', '.join(formats.names(writing=True))}."
         )
-    exported: list[tuple[str, Exported]] = []
-    with ExitStack() as opened:
-        caches = _Caches(cache, opened)
-        for path in runs:
-            run = load_run(path)
-            dictionary, facts = from_coder(run.dictionary), provenance.facts(path, run.config)
-            if thresholds is not None and dictionary.firing in COUNTED:
-                dictionary, facts["thresholds"] = thresholded(dictionary, caches.of(run.config), thresholds, stop)
-            if moved is not None:
-                dictionary = reading_at(dictionary, moved.hook, moved.norms)
-            exported.append((str(run.config["group"]), Exported(dictionary, facts)))
-    if thresholds is not None and not any("thresholds" in item.facts for _, item in exported):
+    runs_at = [(path, load_run(path)) for path in runs]
+    exported: _Items = [
+        (run.config, Exported(from_coder(run.dictionary), provenance.facts(path, run.config))) for path, run in runs_at
+    ]
+    if moved is not None:
+        exported = [
+            (config, item._replace(dictionary=reading_at(item.dictionary, moved.hook, moved.norms)))
+            for config, item in exported
+        ]
+    if thresholds is not None:
+        _check(form, [(config, _foreseen(item)) for config, item in exported], out, overwrite)
+        exported = _with_thresholds(exported, thresholds, cache, stop)
+    return [_written(form, *part) for part in _check(form, exported, out, overwrite)]
+
+
+def _check(form: Format, exported: _Items, out: Path, overwrite: bool) -> list[tuple[Path, list[Exported]]]:
+    """What goes into which directory. Raises UserError where it cannot."""
+    parts = _parts(form, [(str(config["group"]), item) for config, item in exported], out)
+    for folder, items in parts:
+        reason = form.refuse([item.dictionary for item in items]) if form.refuse is not None else None
+        if reason is not None:
+            raise UserError(f"{_listed(items)} cannot be written for {form.name}: {reason}")
+        if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is there already. Give another place with --out, or add --overwrite.")
+    return parts
+
+
+def _foreseen(item: Exported) -> Exported:
+    """As what it will be written once it has thresholds: enough to refuse it before they are calibrated."""
+    if item.dictionary.firing not in COUNTED:
+        return item
+    sources = tuple(part._replace(threshold=torch.zeros_like(part.b_enc)) for part in item.dictionary.sources)
+    return item._replace(dictionary=item.dictionary._replace(firing="threshold", k=None, sources=sources))
+
+
+def _with_thresholds(
+    exported: _Items, rows: int, cache: Path | None, stop: StopFlag | None
+) -> list[tuple[Mapping[str, Any], Exported]]:
+    """Those that count get thresholds, and facts of them."""
+    if not any(item.dictionary.firing in COUNTED for _, item in exported):
         raise UserError(
             f"--thresholds is given, but {_listed([item for _, item in exported])} fire by thresholds already. Leave "
             "it out."
         )
-    parts = _parts(form, exported, out)
-    for folder, items in parts:
-        reason = form.refuse([item.dictionary for item in items]) if form.refuse is not None else None
-        if reason is not None:
-            raise UserError(f"{_listed(items)} cannot be written for {to}: {reason}")
-        if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is there already. Give another place with --out, or add --overwrite.")
-    return [_written(form, folder, items) for folder, items in parts]
+    done = []
+    with ExitStack() as opened:
+        caches = _Caches(cache, opened)
+        for config, item in exported:
+            if item.dictionary.firing in COUNTED:
+                dictionary, facts = thresholded(item.dictionary, caches.of(config), rows, stop)
+                done.append((config, Exported(dictionary, {**item.facts, "thresholds": facts})))
+            else:
+                done.append((config, item))
+    return done
 
 
 class _Caches:

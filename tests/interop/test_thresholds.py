@@ -159,3 +159,18 @@ def test_the_cache_has_to_be_there_and_the_runs_own(made: Made, cache: CacheRead
     assert not (tmp_path / "out").exists()
     [done] = export([gone], "saelens", tmp_path / "out", thresholds=500, cache=cache.path)
     assert done.thresholds["sae-topk"]["rows"] == 500
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_calibrated(
+    made: Made, cache: CacheReader, tmp_path: Path
+) -> None:
+    """The cache is gone too, which would be said first if it were opened."""
+    gone = str(tmp_path / "none.zarr")
+    run = saved(tmp_path / "a", made("sae", "topk"), cache, path=gone)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="is there already"):
+        export([run], "saelens", tmp_path / "out", thresholds=500)
+    skip = saved(tmp_path / "b", made("clt", "topk", skip=True), cache, path=gone)
+    with pytest.raises(UserError, match="applied transposed"):
+        export([skip], "circuit-tracer", tmp_path / "new", thresholds=500)
