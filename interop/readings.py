@@ -74,9 +74,14 @@ def _scaled(reading: Reading, label: str, sigma: Sequence[Tensor], tau: Sequence
 
 def rows_of(source: Source, sites: Sequence[str], count: int = ROWS) -> Mapping[str, Tensor]:
     """[n, d] float32 held-out rows by site, the same ones of all; of train where nothing is held out."""
-    splits = [name for name in ("validation", "test", "train") if _rows(source, name)]
-    rows = source.sample(splits[0], count)
-    return {site: source.gather(splits[0], site, rows) for site in dict.fromkeys(sites)}
+    split = held_out_split(source)
+    rows = source.sample(split, count)
+    return {site: source.gather(split, site, rows) for site in dict.fromkeys(sites)}
+
+
+def held_out_split(source: Source) -> str:
+    """The split that training has not seen; train where nothing is held out."""
+    return next(name for name in ("validation", "test", "train") if _rows(source, name))
 
 
 def _rows(source: Source, split: str) -> int:
