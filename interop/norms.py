@@ -7,7 +7,8 @@ the model. No other change of hooks has a fold: the residual stream before the n
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,30 +65,30 @@ class _Named(NamedTuple):
     """Where a family of models keeps the norm before its MLPs."""
 
     prefix: str
-    """Of the tensor names, {} for the layer."""
+    """Of the tensor names."""
     offset: float = 0.0
     """What is added to the stored gain."""
 
 
 _NORMS = {
-    "gpt2": _Named("h.{}.ln_2"),
-    "gpt_neo": _Named("h.{}.ln_2"),
-    "gpt_neox": _Named("layers.{}.post_attention_layernorm"),
-    "llama": _Named("layers.{}.post_attention_layernorm"),
-    "mistral": _Named("layers.{}.post_attention_layernorm"),
-    "qwen2": _Named("layers.{}.post_attention_layernorm"),
-    "qwen3": _Named("layers.{}.post_attention_layernorm"),
-    "gemma": _Named("layers.{}.post_attention_layernorm", 1.0),
-    "gemma2": _Named("layers.{}.pre_feedforward_layernorm", 1.0),
-    "gemma3_text": _Named("layers.{}.pre_feedforward_layernorm", 1.0),
+    "gpt2": _Named("h.LAYER.ln_2"),
+    "gpt_neo": _Named("h.LAYER.ln_2"),
+    "gpt_neox": _Named("layers.LAYER.post_attention_layernorm"),
+    "llama": _Named("layers.LAYER.post_attention_layernorm"),
+    "mistral": _Named("layers.LAYER.post_attention_layernorm"),
+    "qwen2": _Named("layers.LAYER.post_attention_layernorm"),
+    "qwen3": _Named("layers.LAYER.post_attention_layernorm"),
+    "gemma": _Named("layers.LAYER.post_attention_layernorm", 1.0),
+    "gemma2": _Named("layers.LAYER.pre_feedforward_layernorm", 1.0),
+    "gemma3_text": _Named("layers.LAYER.pre_feedforward_layernorm", 1.0),
 }
 """By `model_type` of config.json. Gemma stores its gains less 1."""
 
 
-def norms_of(model: Path, layers: Sequence[int]) -> dict[int, Norm]:
+def norms_of(model: Path) -> dict[int, Norm]:
     """The norms before the MLPs of a model in a Hugging Face directory with safetensors, by layer.
 
-    Raises UserError for a directory that is none, for a family that is not known here, and for missing tensors.
+    Raises UserError for a directory that is none, for a family that is not known here, and where no norm is found.
     """
     try:
         kind = json.loads((model / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -99,17 +100,15 @@ def norms_of(model: Path, layers: Sequence[int]) -> dict[int, Norm]:
             f"{', '.join(_NORMS)}. Export without --hook: circuit-tracer reads mlp.hook_in too."
         )
     named = _NORMS[kind]
-    wanted = {f"{named.prefix.format(layer)}.{part}": (layer, part) for layer in layers for part in ("weight", "bias")}
-    found: dict[tuple[int, str], Tensor] = {}
+    pattern = re.compile(rf"(?:.*\.)?{re.escape(named.prefix).replace('LAYER', '([0-9]+)')}\.(weight|bias)")
+    found: dict[str, dict[int, Tensor]] = {"weight": {}, "bias": {}}
     for file in sorted(model.glob("*.safetensors")):
         with safetensors.safe_open(file, framework="pt") as handle:
-            names = list(handle.keys())
-            for name in names:
-                for suffix, place in wanted.items():
-                    if name == suffix or name.endswith(f".{suffix}"):
-                        found[place] = handle.get_tensor(name).double()
-    missing = [f"{named.prefix.format(layer)}.weight" for layer in layers if (layer, "weight") not in found]
-    if missing:
-        raise UserError(f"{model}: its safetensors files hold no {', '.join(missing[:3])}. Give the whole model.")
-    gains = {layer: found[layer, "weight"] + named.offset for layer in layers}
-    return {layer: Norm(gain, found.get((layer, "bias"), torch.zeros_like(gain))) for layer, gain in gains.items()}
+            for match in filter(None, map(pattern.fullmatch, handle.keys())):
+                found[match[2]][int(match[1])] = handle.get_tensor(match[0]).double()
+    if not found["weight"]:
+        raise UserError(
+            f"{model}: its safetensors files hold no {named.prefix.replace('LAYER', '0')}.weight. Give the whole model."
+        )
+    gains = {layer: weight + named.offset for layer, weight in found["weight"].items()}
+    return {layer: Norm(gain, found["bias"].get(layer, torch.zeros_like(gain))) for layer, gain in gains.items()}

@@ -461,14 +461,14 @@ def test_norms_are_read_from_the_targets_files(
     weights = {f"{stem.format(i)}.weight": torch.full((4,), i + 0.5) for i in (0, 1, 11)}
     biases = {f"{stem.format(i)}.bias": torch.full((4,), -float(i)) for i in (0, 1, 11)} if shifted else {}
     safetensors.torch.save_file(weights | biases, tmp_path / "model.safetensors")
-    found = norms_of(tmp_path, [1, 11])
+    found = norms_of(tmp_path)
     assert {layer: norm.gamma.tolist() for layer, norm in found.items()} == {
-        1: [1.5 + offset] * 4,
-        11: [11.5 + offset] * 4,
+        layer: [layer + 0.5 + offset] * 4 for layer in (0, 1, 11)
     }
     assert found[11].beta.tolist() == [-11.0 if shifted else 0.0] * 4
+    safetensors.torch.save_file({"wte.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="hold no"):
-        norms_of(tmp_path, [2])
+        norms_of(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(UserError, match="'mamba'"):
-        norms_of(tmp_path, [1])
+        norms_of(tmp_path)
