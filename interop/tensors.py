@@ -1,14 +1,18 @@
 """The files of other tools: JSON and tensors by name, every one of them accounted for.
 
-Formats that keep tensors in pickles are read with torch's `weights_only` loader, which runs no code.
+Formats that keep tensors in pickles are read with torch's `weights_only` loader, and NumPy archives without pickles:
+neither runs code.
 """
 
 import json
+import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -30,6 +34,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}; expected a JSON object.")
     return found
+
+
+def save_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Save tensors by name as torch does, in a plain dict of tensors of their own memory, durably."""
+    with path.open("wb") as handle:
+        torch.save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 class Stored:
@@ -64,6 +76,17 @@ class Stored:
         if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
             raise UserError(f"{path} holds no state dict. Expected tensors by name, as the tool saves them.")
         return cls(path, found)
+
+    @classmethod
+    def npz(cls, path: Path) -> "Stored":
+        """A NumPy archive of numbers. Raises UserError for anything else."""
+        if not path.is_file():
+            raise UserError(f"{path} is missing. Give the file that the tool wrote.")
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return cls(path, {name: torch.from_numpy(np.array(archive[name])) for name in archive.files})
+        except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is no readable archive of arrays ({error}). Restore it.") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
