@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from thresher.cache.contracts import Dictionary, Target
 from thresher.cache.errors import UserError
+from thresher.cache.layout import Contexts
 from thresher.cache.records import nearest
 from thresher.interop.canonical import Canonical
 
@@ -64,6 +66,30 @@ class Foreign(NamedTuple):
     """Of its origin, JSON values: tool, version, architecture, model, hook names."""
     scale_unknown: bool = False
     """Whether activations may have been scaled in training by a factor that the files do not hold."""
+    sites_guessed: bool = False
+    """Whether the files name no sites: what looks like an SAE is then a transcoder if --writes says so."""
+
+
+class Coded(NamedTuple):
+    """A dictionary on its way into a file of codes."""
+
+    dictionary: Dictionary
+    """On the target's device."""
+    facts: Mapping[str, Any]
+    """Provenance, JSON values (provenance.py)."""
+
+
+class Text(NamedTuple):
+    """What codes are made of."""
+
+    target: Target
+    contexts: Contexts
+    source: str = ""
+    """Where the contexts come from, in words."""
+    batch_contexts: int = 32
+    """Contexts per forward pass."""
+    advance: Callable[[int], None] = lambda contexts: None
+    """Called after each pass with the number of contexts in it."""
 
 
 class Format(NamedTuple):
@@ -78,6 +104,8 @@ class Format(NamedTuple):
     """Why these cannot be written, and the nearest route; None: they can."""
     write: Callable[[Path, Sequence[Exported]], None] | None = None
     """Write into an empty directory; one dictionary unless `whole`. None: import only."""
+    write_codes: Callable[[Path, Sequence[Coded], Text], None] | None = None
+    """In the place of `write`, where files hold codes over a text and no dictionary."""
     read: Callable[[Path], list[Foreign]] | None = None
     """The dictionaries of a directory or file. Raises UserError for what it is not. None: export only."""
 
@@ -86,7 +114,8 @@ def names(*, writing: bool | None = None) -> list[str]:
     """Names of all formats, or of those that can be written (True) or read (False)."""
     if writing is None:
         return list(_MODULES)
-    return [name for name in _MODULES if (load(name).write if writing else load(name).read) is not None]
+    forms = [load(name) for name in _MODULES]
+    return [form.name for form in forms if (form.write or form.write_codes if writing else form.read) is not None]
 
 
 def load(name: str) -> Format:

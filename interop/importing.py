@@ -100,10 +100,18 @@ def _placed(foreign: Foreign, source: Source, naming: Naming, found: Sequence[Fo
     """With the sites of the cache in the place of the names in the files, and the run's name."""
     first = foreign.readings[0].dictionary
     several = len(found) > 1 or len(first.reads) > 1
-    reads = _sites(first.reads, first.layers if several else (), naming.reads, "--reads", source)
-    writes = reads
-    if first.kind != "sae":
-        writes = _sites(first.writes, first.layers if several else (), naming.writes, "--writes", source)
+    layers = first.layers if several else ()
+    reads = _sites(first.reads, layers, naming.reads, "--reads", source)
+    writes, kind = reads, first.kind
+    if kind != "sae" or naming.writes is not None:
+        writes = _sites(first.writes, layers, naming.writes, "--writes", source)
+    if kind == "sae" and writes != reads:
+        if not foreign.sites_guessed:
+            raise UserError(
+                f"--writes is {naming.writes!r}, but the files say that this is an SAE: it writes {reads[0]}, which it "
+                "reads. Leave --writes out."
+            )
+        kind = "transcoder"
     for side, names, width in (("reads", reads, first.d_in), ("writes", writes, first.d_out)):
         for site in names:
             if source.sites[site].width != width:
@@ -116,7 +124,8 @@ def _placed(foreign: Foreign, source: Source, naming: Naming, found: Sequence[Fo
     name = naming.name if len(found) == 1 else f"{naming.name}-L{layers[0]:02d}"
 
     def moved(one: Reading) -> Reading:
-        return one._replace(dictionary=one.dictionary._replace(name=name, reads=reads, writes=writes, layers=layers))
+        named = one.dictionary._replace(name=name, kind=kind, reads=reads, writes=writes, layers=layers)
+        return one._replace(dictionary=named)
 
     return foreign._replace(readings=tuple(moved(one) for one in foreign.readings))
 
