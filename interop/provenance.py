@@ -19,7 +19,7 @@ def facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "run": config["name"],
         "weights_sha256": weights_hash(path),
         "target": dict(identity["target"]),
-        "data": {key: identity["data"].get(key) for key in ("source", "subset", "split", "context", "bos")},
+        "data": {key: identity["data"].get(key) for key in ("source", "subset", "split", "column", "context", "bos")},
         "cache_fingerprint": config["cache"]["fingerprint"],
         "git_commit": config.get("git_commit"),
         "dictionary": {key: config["dictionary"][key] for key in ("kind", "firing", "k", "reads", "writes")},

@@ -12,8 +12,10 @@ from torch import Tensor
 from thresher.cache.contracts import Site
 from thresher.cache.layout import Contexts
 from thresher.cache.reader import CacheReader
+from thresher.cache.records import to_dict
 from thresher.cache.writer import CacheWriter
-from thresher.interop.canonical import Canonical, Firing, Kind, Source
+from thresher.interop.canonical import Canonical, Firing, Kind, Source, to_coder
+from thresher.train.files import save_run
 
 LAYERS, WIDTH, OUT, LATENTS, K, CONTEXT = 3, 16, 12, 48, 4, 32
 TAPS = {"resid_post": WIDTH, "mlp_in": WIDTH, "mlp_out": WIDTH, "narrow": OUT}
@@ -80,6 +82,24 @@ def facts() -> Mapping[str, Any]:
         "training_rows": 1000,
         "held_out": {},
     }
+
+
+def finished(path: Path, dictionary: Canonical, facts: Mapping[str, Any], group: str = "g") -> Path:
+    """A run directory of a dictionary."""
+    coder = to_coder(dictionary)
+    config = {
+        "name": path.name,
+        "group": group,
+        "dictionary": to_dict(coder.spec),
+        "cache": {
+            "path": "none",
+            "fingerprint": facts["cache_fingerprint"],
+            "identity": {"target": facts["target"], "data": facts["data"]},
+        },
+        "training": {"finished": True, "rows": facts["training_rows"]},
+    }
+    save_run(path, coder, config)
+    return path
 
 
 @pytest.fixture
