@@ -13,9 +13,17 @@ if TYPE_CHECKING:
     from thresher.harvest.checkpoint import bundled_model as bundled_model
     from thresher.interop.notebook import Loaded as Loaded
     from thresher.interop.notebook import load as load
+    from thresher.interop.saebench import to_saebench as to_saebench
+    from thresher.interop.saelens_object import to_saelens as to_saelens
 
-_PLACES = {"bundled_model": "harvest.checkpoint", "load": "interop.notebook", "Loaded": "interop.notebook"}
-__all__ = ["Loaded", "bundled_model", "load"]
+_PLACES = {
+    "bundled_model": "harvest.checkpoint",
+    "load": "interop.notebook",
+    "Loaded": "interop.notebook",
+    "to_saebench": "interop.saebench",
+    "to_saelens": "interop.saelens_object",
+}
+__all__ = ["Loaded", "bundled_model", "load", "to_saebench", "to_saelens"]
 
 
 def __getattr__(name: str) -> Any:

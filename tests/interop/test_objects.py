@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import thresher
 from tests.interop.conftest import LATENTS, WIDTH, Made, finished
 from thresher.cache.errors import UserError
 from thresher.interop import saelens
@@ -45,7 +46,7 @@ def test_a_module_for_saebench_has_unit_rows_and_the_same_output(
     firing, unit: bool, made: Made, facts, rows: Tensor, tmp_path: Path
 ) -> None:
     dictionary = made("sae", firing, unit=unit)
-    sae: Any = to_saebench(finished(tmp_path / "r", dictionary, facts))
+    sae: Any = thresher.to_saebench(finished(tmp_path / "r", dictionary, facts))
     z, y = truth(dictionary, rows)
     norms = dictionary.sources[0].W_dec[:, 0].norm(dim=1)
     assert (float(norms.std()) > 0.1) is not unit
@@ -155,7 +156,7 @@ def test_a_saelens_object_has_the_config_and_tensors_of_its_files(
     kind, firing, made: Made, facts, tmp_path: Path
 ) -> None:
     run = finished(tmp_path / "r", made(kind, firing), facts)
-    sae = to_saelens(run)
+    sae = thresher.to_saelens(run)
     assert sae.config["architecture"] == saelens.architecture(made(kind, firing))
     assert sae.config["metadata"]["thresher"]["run"] == "r"
     expected = saelens.tensors(from_coder(load_run(run).dictionary))
