@@ -167,6 +167,16 @@ def test_what_fp16_cannot_hold_is_divided_and_recorded(scale: float, made: Made,
     assert (said > 1) == (scale > 1)
 
 
+def test_activations_of_next_to_nothing_are_left_out(made: Made, write: Write) -> None:
+    dictionary = made("sae", "relu")
+    part = dictionary.sources[0]
+    faint = dictionary._replace(sources=(part._replace(W_enc=part.W_enc * 1e-5, b_enc=part.b_enc * 1e-5),))
+    folder = write(faint) / "layers.1"
+    entries = [len(safetensors.numpy.load_file(path)["activations"]) for path in folder.glob("*.safetensors")]
+    truth = expected(faint, 0, contexts())
+    assert 0 < (truth > 1e-5).sum() == sum(entries) < (expected(dictionary, 0, contexts()) > 0).sum()
+
+
 def test_the_length_is_cut_to_whole_examples(made: Made, write: Write) -> None:
     dictionary = made("transcoder", "relu")
     some = contexts(length=40)

@@ -180,6 +180,8 @@ def test_a_threshold_below_zero_is_no_threshold(rows: Tensor, tmp_path: Path) ->
     torch.save(state | {"threshold": torch.full((LATENTS,), -3.0)}, tmp_path / "ae.pt")
     dictionary = only(tmp_path).readings[0].dictionary
     assert dictionary.firing == "relu"
+    assert dictionary.sources[0].threshold is not None
+    assert torch.equal(dictionary.sources[0].threshold, torch.zeros(LATENTS).double()), "readers without ReLU need that"
     same(dictionary, equation("JumpReluAutoEncoder", state | {"threshold": torch.zeros(LATENTS)}, rows), rows)
 
 

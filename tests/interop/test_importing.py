@@ -89,6 +89,9 @@ def test_nothing_is_written_for_sites_or_widths_that_are_not_there(
         import_dictionaries(folder, "saelens", cache, RECIPE, tmp_path / "runs", Naming("theirs"))
     with pytest.raises(UserError, match=r"width 16, but L00\.narrow has width 12"):
         import_dictionaries(folder, "saelens", cache, RECIPE, tmp_path / "runs", Naming("theirs", reads="L00.narrow"))
+    saelens.write(folder, [Exported(dictionary, facts)])
+    with pytest.raises(UserError, match=r"--writes is 'L01.mlp_out', but the files say that this is an SAE"):
+        import_dictionaries(folder, "saelens", cache, RECIPE, tmp_path / "runs", Naming("x", writes="L01.mlp_out"))
     assert not (tmp_path / "runs").exists()
 
 
