@@ -48,9 +48,7 @@ class Ready(NamedTuple):
 def moved_to(ready: Sequence[Ready], moved: Moved) -> list[Ready]:
     """Reading at another hook."""
     return [
-        each._replace(
-            item=each.item._replace(dictionary=reading_at(each.item.dictionary, moved.hook, moved.norms))
-        )
+        each._replace(item=each.item._replace(dictionary=reading_at(each.item.dictionary, moved.hook, moved.norms)))
         for each in ready
     ]
 

@@ -196,7 +196,13 @@ def cache() -> Drawing:
     d.text(566, 20, "batches", size=12, colour=SOFT)
     d.arrow((662, 85), (698, 85))
     d.box(700, 40, 140, 90, "every dictionary", GREEN, "of the sweep")
-    d.text(430, 176, "each colour is one context: the text is torn apart before it is stored, and again when it is read", 12, SOFT)
+    d.text(
+        430,
+        176,
+        "each colour is one context: the text is torn apart before it is stored, and again when it is read",
+        12,
+        SOFT,
+    )
     return d
 
 

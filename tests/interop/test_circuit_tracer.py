@@ -16,8 +16,9 @@ from thresher.cache.errors import UserError
 from thresher.cache.reader import CacheReader
 from thresher.cache.records import to_dict
 from thresher.interop import circuit_tracer
+from thresher.interop.adapting import Moved
 from thresher.interop.canonical import Canonical, codes, decoded, to_coder
-from thresher.interop.export import Moved, export
+from thresher.interop.export import export
 from thresher.interop.formats import Exported
 from thresher.interop.importing import Naming, import_dictionaries
 from thresher.interop.norms import Norm, norms_of, reading_at

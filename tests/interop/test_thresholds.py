@@ -17,6 +17,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted, StopFlag
 from thresher.cache.reader import CacheReader
 from thresher.cache.records import to_dict
+from thresher.interop.adapting import Thresholds
 from thresher.interop.canonical import Canonical, to_coder
 from thresher.interop.export import export
 from thresher.interop.readings import ROWS, rows_of
@@ -126,7 +127,7 @@ def test_an_export_with_thresholds_carries_what_they_came_to(
     run = saved(tmp_path, dictionary, cache)
     with pytest.raises(UserError, match="--thresholds"):
         export([run], to, tmp_path / "out")
-    [done] = export([run], to, tmp_path / "out", thresholds=1 << 18)
+    [done] = export([run], to, tmp_path / "out", thresholds=Thresholds(1 << 18))
     facts = done.thresholds[dictionary.name]
     if to == "circuit-tracer":
         assert yaml.safe_load((done.path / "config.yaml").read_text())["thresher"][0]["thresholds"] == facts
@@ -143,21 +144,21 @@ def test_an_export_with_thresholds_carries_what_they_came_to(
 
 def test_a_sweep_keeps_those_that_have_thresholds(made: Made, cache: CacheReader, tmp_path: Path) -> None:
     runs = [saved(tmp_path, made("sae", firing), cache) for firing in ("topk", "threshold")]
-    done = export(runs, "saelens", tmp_path / "out", thresholds=500)
+    done = export(runs, "saelens", tmp_path / "out", thresholds=Thresholds(500))
     assert [set(each.thresholds) for each in done] == [{"sae-topk"}, set()]
     with pytest.raises(UserError, match="sae-threshold fire by thresholds already"):
-        export(runs[1:], "saelens", tmp_path / "more", thresholds=500)
+        export(runs[1:], "saelens", tmp_path / "more", thresholds=Thresholds(500))
 
 
 def test_the_cache_has_to_be_there_and_the_runs_own(made: Made, cache: CacheReader, tmp_path: Path) -> None:
     gone = saved(tmp_path / "gone", made("sae", "topk"), cache, path=str(tmp_path / "none.zarr"))
     other = saved(tmp_path / "other", made("sae", "topk"), cache, fingerprint="0" * 32)
     with pytest.raises(UserError, match=r"none\.zarr does not exist\. Harvest it again"):
-        export([gone], "saelens", tmp_path / "out", thresholds=500)
+        export([gone], "saelens", tmp_path / "out", thresholds=Thresholds(500))
     with pytest.raises(UserError, match="was trained on another cache"):
-        export([other], "saelens", tmp_path / "out", thresholds=500)
+        export([other], "saelens", tmp_path / "out", thresholds=Thresholds(500))
     assert not (tmp_path / "out").exists()
-    [done] = export([gone], "saelens", tmp_path / "out", thresholds=500, cache=cache.path)
+    [done] = export([gone], "saelens", tmp_path / "out", thresholds=Thresholds(500, cache.path))
     assert done.thresholds["sae-topk"]["rows"] == 500
 
 
@@ -170,7 +171,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_calibrated(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="is there already"):
-        export([run], "saelens", tmp_path / "out", thresholds=500)
+        export([run], "saelens", tmp_path / "out", thresholds=Thresholds(500))
     skip = saved(tmp_path / "b", made("clt", "topk", skip=True), cache, path=gone)
     with pytest.raises(UserError, match="applied transposed"):
-        export([skip], "circuit-tracer", tmp_path / "new", thresholds=500)
+        export([skip], "circuit-tracer", tmp_path / "new", thresholds=Thresholds(500))
