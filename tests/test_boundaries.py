@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "evaluate": {"evaluate", "cache"},
     "interop": {"interop", "train", "cache"},
     "recipes": {"recipes", "cache"},
-    "commands": {"commands", "recipes", "cache", *STAGES},
+    "commands": {"commands", "recipes", "interop", "cache", *STAGES},
 }
 
 
