@@ -4,9 +4,11 @@ Heavy imports sit inside the commands, so `thresher --help` is quick.
 """
 
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,35 +17,43 @@ import typer
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.process import prepare_process
-from thresher.commands import cache, demo, evaluate, harvest, interop, recipes, target, train
-from thresher.commands.options import err
+from thresher.commands import cache, demo, document, evaluate, harvest, interop, recipes, target, train
+from thresher.commands.options import err, examples
 
 app = typer.Typer(
     help="Harvest a transformer's activations once, train every sparse dictionary from them, judge all of them "
     "under one protocol. A RECIPE is a TOML file or the name of a bundled one (thresher recipes list).",
     no_args_is_help=True,
-    add_completion=False,
+    epilog=examples("thresher demo", "thresher recipes show gpt2-small > mine.toml", "thresher harvest mine.toml"),
     pretty_exceptions_enable=False,
 )
-app.command()(harvest.harvest)
-app.command()(train.train)
-app.command()(evaluate.evaluate)
-app.command()(interop.export)
-app.command("import")(interop.import_)
-app.command()(demo.demo)
+app.command(epilog=harvest.EXAMPLES)(harvest.harvest)
+app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=interop.EXPORT_EXAMPLES)(interop.export)
+app.command("import", epilog=interop.IMPORT_EXAMPLES)(interop.import_)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(target.app, name="target")
 app.add_typer(cache.app, name="cache")
 app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
-    """Entry point: UserError ends with its text and 2, an interrupt with 130, anything else with a hint and 1."""
+    """Entry point: UserError ends with its text and 2, an interrupt with 130, anything else with a hint and 1.
+
+    Under `--json` the text is a document on standard output too.
+    """
     debug = "--debug" in sys.argv
     sys.argv = _plugins_first([argument for argument in sys.argv if argument != "--debug"])
     signal.signal(signal.SIGTERM, _terminate)
     prepare_process()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars: in a file each is a thousand lines
     try:
-        app()
+        if document.FLAG in sys.argv:
+            _run_for_script()
+        else:
+            app()
     except UserError as error:
         _fail("error", error, 2, debug)
     except Interrupted as error:
@@ -53,6 +63,20 @@ def main() -> None:
             raise
         unexpected = f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
         _fail("error", Exception(unexpected), 1, False)
+
+
+def _run_for_script() -> NoReturn:
+    """Run the command; what the parser refuses, and an interrupt, become documents like every other error."""
+    try:
+        with redirect_stdout(sys.stdout):  # gives it back where a line was refused with --json read already
+            code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        raise UserError(error.format_message()) from error
+    if code == 130:
+        document.write_error("interrupted")
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _plugins_first(line: Sequence[str]) -> list[str]:
@@ -77,23 +101,36 @@ def _fail(word: str, error: Exception, code: int, debug: bool) -> NoReturn:
         raise error
     err.print(f"[bold red]{word}:[/] ", end="")
     err.print(str(error), markup=False, highlight=False)
+    if document.FLAG in sys.argv:
+        document.write_error(str(error))
     sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"thresher {version('thresher')}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     plugins: Annotated[
         list[Path] | None,
         typer.Option(
             "--plugin",
             metavar="FILE.py",
-            help="Import this module first, so that recipes can name the firing rules and topologies it registers; may "
-            "be repeated and stand anywhere on the line.",
+            help="Import this module first, for rules and topologies of your own; may be repeated.",
         ),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
-    """Global options; `main` sees the whole line, reads `--debug` and brings `--plugin` to its front."""
+    """Global options; `main` sees the whole line, reads `--debug` and brings `--plugin` to its front, so that both may
+    stand anywhere."""
     if plugins:
         from thresher.train.plugins import import_plugin
 

@@ -1,6 +1,6 @@
 """The study of docs/study.md: firing rules on three topologies at one sparsity, and training through the model.
 
-Runs the bundled recipe from text to report (`thresher demo --recipe books-study`, which goes on where it was stopped),
+Runs the bundled recipe from text to report (`thresher demo books-study`, which goes on where it was stopped),
 and makes of its results.json the page's tables and figures: per rule and topology the mean over seeds with the smallest
 and largest, beside it the mean bootstrap interval of one run.
 
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--only-summary", action="store_true", help="the report is there already")
     options = parser.parse_args()
     if not options.only_summary:
-        command = [sys.executable, "-m", "thresher", "demo", "--recipe", "books-study", "--out", str(options.out)]
+        command = [sys.executable, "-m", "thresher", "demo", "books-study", "--out", str(options.out)]
         subprocess.run(command, check=True)
     found = cells(json.loads((options.out / "report" / "results.json").read_text()))
     options.page.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thresher.cache.errors import UserError
-from thresher.commands.options import Assignments, CachePath, RunsPath, out
-from thresher.commands.wiring import known_tables, plans_of, read_recipe, texts_for
+from thresher.commands import completion
+from thresher.commands.document import Json, write
+from thresher.commands.options import Assignments, CachePath, Device, RunsPath, examples, on_device, out
+from thresher.commands.tables import known_tables
+from thresher.commands.wiring import plans_of, read_recipe, texts_for
 
 if TYPE_CHECKING:
     from thresher.evaluate.results import Results
@@ -17,31 +20,67 @@ if TYPE_CHECKING:
     from thresher.harvest.target import TransformerTarget
     from thresher.recipes.reading import Recipe
 
+EXAMPLES = examples(
+    "thresher evaluate books-demo",
+    "thresher evaluate runs/books-demo/sae-topk-L01 --text my.txt --out reports/mine",
+    "thresher evaluate runs/books-demo --set evaluate.tokens=5000 --json",
+)
+
 
 def evaluate(
-    names: Annotated[list[str], typer.Argument(metavar="RUN… | RECIPE", help="Run directories, or one recipe.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN… | RECIPE",
+            help="Run directories, or one recipe.",
+            autocompletion=completion.runs_or_recipes,
+            show_default=False,
+        ),
+    ],
     assignments: Assignments = None,
     cache: CachePath = None,
     runs: RunsPath = None,
     report: Annotated[
-        Path | None, typer.Option("--out", help="Where the report goes; by default reports/NAME.")
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes; by default reports/NAME.")
     ] = None,
     text: Annotated[
         str | None,
         typer.Option(
             "--text",
-            metavar="PATH | HUB NAME",
+            metavar="SOURCE",
             help="Judge on all of this text, not on held-out documents: a .txt, .jsonl or .parquet file, a directory "
             "of them, or a dataset on the hub.",
         ),
     ] = None,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Patch trained dictionaries back into the target; print the table and write the report."""
+    """Patch dictionaries back into the target; write table and report."""
+    assignments = on_device(assignments, device)
     if len(names) == 1 and not Path(names[0]).is_dir():
         recipe = read_recipe(names[0], assignments)
-        evaluate_recipe(recipe, cache, runs, report, text)
+        folder = report or usual_report(recipe.name)
+        results = evaluate_recipe(recipe, cache, runs, folder, text)
     else:
-        evaluate_runs([Path(name) for name in names], assignments or [], cache, report, text)
+        paths = [Path(name) for name in names]
+        folder = report or usual_report(paths[0].name)
+        results = evaluate_runs(paths, assignments or [], cache, folder, text)
+    if as_json:
+        write(verdict(results, folder))
+
+
+def usual_report(name: str) -> Path:
+    """Where the report of a recipe, or of a run and those named behind it, goes unless --out says otherwise."""
+    return Path("reports") / name
+
+
+def verdict(results: "Results", report: Path) -> dict[str, Any]:
+    """What `--json` tells of an evaluation; all of it is in the report's results.json."""
+    from thresher.evaluate.results import to_json
+
+    told = ("name", "kind", "family", "protocol", "sites", "metrics", "intervals", "front")
+    rows = [{key: row[key] for key in told} for row in to_json(results)["rows"]]
+    return {"report": report, "rows": rows, "checks": results.checks, "notes": results.notes}
 
 
 def evaluate_recipe(
@@ -65,7 +104,7 @@ def evaluate_recipe(
     for plan in plans:
         check_recipe(folder / plan.name, plan.recipe, read_config(folder / plan.name)["recipe"])
     paths = [folder / plan.name for plan in plans]
-    out_folder = report or Path("reports") / recipe.name
+    out_folder = report or usual_report(recipe.name)
     own = None if text is None else own_config(recipe.tables["data"], text, {})
     return judge(paths, recipe.tables, target, cache, out_folder, own)
 
@@ -102,7 +141,7 @@ def evaluate_runs(
     changed = {key.removeprefix("data."): value for key, value in reading.items()}
     own = None if text is None else own_config(built["data"], text, changed)
     target = load_target(built["target"])
-    return judge(paths, built, target, cache, report or Path("reports") / folders[0].name, own)
+    return judge(paths, built, target, cache, report or usual_report(folders[0].name), own)
 
 
 def judge(

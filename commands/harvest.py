@@ -6,12 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thresher.cache.errors import UserError
-from thresher.commands.options import Assignments, CachePath, RecipeName, out
+from thresher.commands.document import Json, write
+from thresher.commands.options import Assignments, CachePath, Device, RecipeName, examples, on_device, out
 from thresher.commands.wiring import default_cache, read_recipe
 
 if TYPE_CHECKING:
     from thresher.harvest.run import HarvestResult
     from thresher.recipes.reading import Recipe
+
+EXAMPLES = examples(
+    "thresher harvest books-demo",
+    "thresher harvest gpt2-small --set data.max_tokens=1_000_000",
+    "thresher harvest mine.toml --extend --cache caches/mine.zarr",
+)
 
 
 def harvest(
@@ -21,11 +28,18 @@ def harvest(
     extend: Annotated[
         bool, typer.Option("--extend", help="Add the recipe's further sites, or its further text, to the --cache.")
     ] = False,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Run the target once and write its activations to a cache (resumes; a matching cache is reused)."""
+    """Run the target once and write its activations to a cache.
+
+    A harvest that was stopped goes on where it was; a cache made with the same settings is reused.
+    """
     if extend and cache is None:
         raise UserError("--extend needs --cache PATH: the cache to be extended, since this recipe names another one.")
-    harvest_recipe(read_recipe(name, assignments), cache, extend=extend)
+    result = harvest_recipe(read_recipe(name, on_device(assignments, device)), cache, extend=extend)
+    if as_json:
+        write(result)
 
 
 def harvest_recipe(recipe: "Recipe", cache: Path | None, *, extend: bool = False) -> "HarvestResult":

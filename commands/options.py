@@ -1,21 +1,68 @@
-"""Options that commands share, and the two consoles they print to."""
+"""Options that commands share, the examples below their help, and the two consoles they print to."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+
+from thresher.commands import completion
 
 out = Console()
+"""Writes to whatever is standard output at the moment: under `--json` that is standard error (document.py)."""
 err = Console(stderr=True)
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a bundled recipe.",
+        autocompletion=completion.recipes,
+        show_default=False,
+    ),
+]
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one value; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one value of the recipe, as train.lr=3e-4; may be repeated.",
+        autocompletion=completion.keys,
+    ),
 ]
 CachePath = Annotated[
-    Path | None, typer.Option("--cache", help="The cache; by default named by its fingerprint in $THRESHER_CACHE.")
+    Path | None,
+    typer.Option(
+        "--cache",
+        metavar="PATH",
+        help="The cache; by default named by its fingerprint in $THRESHER_CACHE.",
+        autocompletion=completion.caches,
+    ),
 ]
-RunsPath = Annotated[Path | None, typer.Option("--runs", help="Where run directories go; by default runs/RECIPE.")]
+OneCache = Annotated[
+    Path,
+    typer.Argument(metavar="PATH", help="A cache directory.", autocompletion=completion.caches, show_default=False),
+]
+RunsPath = Annotated[
+    Path | None, typer.Option("--runs", metavar="DIR", help="Where run directories go; by default runs/RECIPE.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N, in place of target.device."),
+]
 WandbMode = Literal["disabled", "online", "offline"]
-Wandb = Annotated[WandbMode, typer.Option("--wandb", help="Log to Weights & Biases.")]
+Wandb = Annotated[
+    WandbMode, typer.Option("--wandb", metavar="MODE", help="Log to Weights & Biases: disabled, online or offline.")
+]
+
+
+def examples(*lines: str) -> str:
+    """Command lines as the epilog of a command; tests parse every one, and run those that take no time."""
+    shown = (f"[dim]$[/] [bold]{escape(line)}[/]" for line in lines)
+    return "\n".join(("[dim]Examples[/]", *shown))
+
+
+def on_device(assignments: list[str] | None, device: str | None) -> list[str] | None:
+    """`assignments`, and `--device` as the one for target.device."""
+    return assignments if device is None else [*(assignments or []), f"target.device={device}"]

@@ -3,15 +3,18 @@
 import json
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from thresher.cache.errors import UserError
-from thresher.commands.options import Assignments, RecipeName, err, out
-from thresher.commands.wiring import known_tables, plans_of, read_recipe
+from thresher.commands import completion
+from thresher.commands.document import Json, write
+from thresher.commands.options import Assignments, RecipeName, err, examples, out
+from thresher.commands.tables import known_tables
+from thresher.commands.wiring import plans_of, read_recipe
 
 if TYPE_CHECKING:
     from thresher.cache.contracts import Site
@@ -21,16 +24,26 @@ if TYPE_CHECKING:
 app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 
 
-@app.command("list")
-def recipes_list() -> None:
+@app.command("list", epilog=examples("thresher recipes list"))
+def recipes_list(as_json: Json = False) -> None:
     """The bundled recipes."""
     from thresher.recipes.display import print_list
     from thresher.recipes.reading import bundled_names
 
-    print_list([read_recipe(name, None) for name in bundled_names()], out)
+    recipes = [read_recipe(name, None) for name in bundled_names()]
+    print_list(recipes, out)
+    if as_json:
+        told = [(recipe, recipe.tables["reference"].source, len(recipe.variants)) for recipe in recipes]
+        write(
+            {
+                "recipes": [
+                    {"name": r.name, "source": source, "sets": sets, "about": r.about} for r, source, sets in told
+                ]
+            }
+        )
 
 
-@app.command("show")
+@app.command("show", epilog=examples("thresher recipes show gpt2-small > mine.toml"))
 def recipes_show(name: RecipeName) -> None:
     """Print a recipe file, to copy and change."""
     from thresher.recipes.reading import find
@@ -38,20 +51,31 @@ def recipes_show(name: RecipeName) -> None:
     sys.stdout.write(find(name).read_text(encoding="utf-8"))
 
 
-@app.command("check")
+@app.command(
+    "check", epilog=examples("thresher recipes check", "thresher recipes check books-demo --set dictionary.expansion=4")
+)
 def recipes_check(
     name: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A recipe file or a bundled one's name; none: all bundled.")
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe file or a bundled one's name; none: all bundled.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     assignments: Assignments = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="All recipes as the tables of docs/recipes.md.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Resolve a recipe with every default written out, or all bundled ones, without network or model."""
     from thresher.cache.records import to_dict
     from thresher.recipes.display import page, print_checked, print_reference
     from thresher.recipes.reading import bundled_names
 
-    recipes, checked, failed = [], [], False
+    if markdown and as_json:
+        raise UserError("--markdown and --json are two forms of the same output. Give one of them.")
+    recipes, checked = [], []
+    failed: dict[str, str] = {}
     for each in bundled_names() if name is None else [name]:
         try:
             recipe = read_recipe(each, assignments)
@@ -60,11 +84,11 @@ def recipes_check(
         except UserError as error:
             if name is not None:
                 raise
-            failed = True
+            failed[each] = str(error)
             err.print(f"[bold red]error:[/] recipe {each}: {escape(str(error))}", highlight=False, soft_wrap=True)
     if markdown:
         sys.stdout.write(page(recipes, checked))
-        raise typer.Exit(int(failed))
+        raise typer.Exit(int(bool(failed)))
     for recipe in recipes if name is not None else ():
         for variant in recipe.variants:
             out.print(f"[bold]{variant.label}[/]")
@@ -74,12 +98,25 @@ def recipes_check(
             sys.stdout.write(json.dumps({table: to_dict(recipe.tables[table]) for table in wanted}, indent=1) + "\n")
         print_reference(recipe, out)
     print_checked(checked, out)
-    raise typer.Exit(int(failed))
+    if as_json:
+        write({"recipes": [_checked(*pair) for pair in zip(recipes, checked, strict=True)], "failed": failed})
+    raise typer.Exit(int(bool(failed)))
 
 
-@app.command("keys")
+def _checked(recipe: "Recipe", checked: "Checked") -> dict[str, Any]:
+    """What a recipe comes to, and its points of the sweep with every default written out."""
+    numbers = {"dictionaries": len(checked.planned), "parameters": checked.parameters, "steps": checked.steps}
+    variants = {variant.label: variant.resolved for variant in recipe.variants}
+    return {"name": recipe.name, **numbers, "flop": checked.flop, "note": checked.note, "variants": variants}
+
+
+@app.command("keys", epilog=examples("thresher recipes keys", "thresher recipes keys train"))
 def recipes_keys(
-    table: Annotated[str | None, typer.Argument(help="One table only, for example train.")] = None,
+    table: Annotated[
+        str | None,
+        typer.Argument(metavar="TABLE", help="One table only, for example train.", autocompletion=completion.tables),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Every key a recipe may have: type, default, meaning."""
     from thresher.cache.records import described, nearest
@@ -93,6 +130,15 @@ def recipes_keys(
             for row in described(kind):
                 grid.add_row(*(cell.replace("[", "\\[") for cell in row))
             out.print(grid, "")
+    if as_json:
+        write({"tables": {name: _keys(kind) for name, kind in tables.items() if table in (None, name)}})
+
+
+def _keys(kind: type) -> dict[str, Any]:
+    """Type, default and meaning of every key of a table, as texts."""
+    from thresher.cache.records import described
+
+    return {key: {"type": spelled, "default": default, "help": text} for key, spelled, default, text in described(kind)}
 
 
 def check_recipe(recipe: "Recipe") -> "Checked":

@@ -6,21 +6,30 @@ from typing import Annotated
 import typer
 
 from thresher.cache.errors import UserError
-from thresher.commands.options import Assignments, RecipeName, out
+from thresher.commands.document import Json, write
+from thresher.commands.options import Assignments, RecipeName, examples, out
 from thresher.commands.wiring import read_recipe
 
 app = typer.Typer(help="Make a target: train a small language model from text.", no_args_is_help=True)
 
 
-@app.command("train")
+@app.command(
+    "train",
+    epilog=examples("thresher target train target-books-lsm", "thresher target train mine.toml --out targets/mine"),
+)
 def target_train(
     name: RecipeName,
     assignments: Assignments = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="The model's directory; by default the recipe's target.model.")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="The model's directory; by default the recipe's target.model."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Train the recipe's language model (\\[pretrain]) on its text (resumes; a finished model is reused)."""
+    """Train the recipe's language model (\\[pretrain]) on its text.
+
+    A training that was stopped goes on where it was; a finished model is reused.
+    """
     from thresher.harvest.pretraining.display import print_result
     from thresher.harvest.pretraining.run import target_folder, train_target
 
@@ -31,4 +40,7 @@ def target_train(
             "(thresher recipes keys pretrain), or take target-books-lsm."
         )
     target, data, settings = (recipe.tables[table] for table in ("target", "data", "pretrain"))
-    print_result(train_target(target, data, settings, path=folder or target_folder(target), console=out), out)
+    result = train_target(target, data, settings, path=folder or target_folder(target), console=out)
+    print_result(result, out)
+    if as_json:
+        write(result)

@@ -6,12 +6,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thresher.commands.options import Assignments, CachePath, RecipeName, RunsPath, Wandb, WandbMode, out
+from thresher.commands import completion
+from thresher.commands.document import Json, write
+from thresher.commands.options import (
+    Assignments,
+    CachePath,
+    RecipeName,
+    RunsPath,
+    Wandb,
+    WandbMode,
+    examples,
+    out,
+)
 from thresher.commands.wiring import open_source, plans_of, read_recipe, target_on
 
 if TYPE_CHECKING:
     from thresher.recipes.reading import Recipe
     from thresher.train.run import RunResult
+
+EXAMPLES = examples(
+    "thresher train books-demo",
+    "thresher train mine.toml --resume --device cuda:1",
+    "thresher train mine.toml --set train.lr=3e-4 --runs runs/slower",
+)
 
 
 def train(
@@ -22,22 +39,27 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoints.")] = False,
     finetune: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Begin from finished runs of the same sites and sizes (train.init_from)."),
+        typer.Option(
+            metavar="RUN",
+            help="Begin from finished runs of the same sites and sizes (train.init_from).",
+            autocompletion=completion.runs,
+        ),
     ] = None,
-    live: Annotated[
-        bool, typer.Option("--live", help="No cache: the target runs beside the training, activations stay in memory.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    live: Annotated[bool, typer.Option("--live", help="No cache: the target runs beside the training.")] = False,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
     wandb: Wandb = "disabled",
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace some steps for Chrome and TensorBoard, into the run directory.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Train every dictionary of the recipe's sweep from one pass over the cache."""
+    """Train every dictionary of a sweep from one pass over the cache."""
     if finetune is not None:
         assignments = [*(assignments or []), f"train.init_from={json.dumps(str(finetune), ensure_ascii=False)}"]
     recipe = read_recipe(name, assignments)
     results = train_recipe(recipe, cache, runs, resume=resume, live=live, device=device, wandb=wandb, profile=profile)
+    if as_json:
+        write({"runs": results})
     if any(result.status == "failed" for result in results):
         raise typer.Exit(1)
 

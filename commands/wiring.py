@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from thresher.cache.errors import UserError
 from thresher.commands.options import out
+from thresher.commands.tables import known_tables
 
 if TYPE_CHECKING:
     from thresher.cache.contracts import Site
@@ -17,28 +18,6 @@ if TYPE_CHECKING:
     from thresher.harvest.texts import Texts
     from thresher.recipes.reading import Recipe
     from thresher.train.plan import RunPlan
-
-
-def known_tables() -> dict[str, type]:
-    from thresher.evaluate.run import EvaluateConfig
-    from thresher.harvest.corpus import DataConfig
-    from thresher.harvest.pretraining.settings import PretrainConfig
-    from thresher.harvest.run import HarvestConfig
-    from thresher.harvest.target import TargetConfig
-    from thresher.recipes.reference import ReferenceConfig
-    from thresher.train.config import TrainConfig
-    from thresher.train.dictionary.spec import DictionaryConfig
-
-    return {
-        "target": TargetConfig,
-        "data": DataConfig,
-        "harvest": HarvestConfig,
-        "dictionary": DictionaryConfig,
-        "train": TrainConfig,
-        "evaluate": EvaluateConfig,
-        "pretrain": PretrainConfig,
-        "reference": ReferenceConfig,
-    }
 
 
 def read_recipe(name: str, assignments: Sequence[str] | None) -> "Recipe":

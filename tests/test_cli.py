@@ -16,6 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.documents import document
 from thresher import cli
 
 SMALL = (
@@ -55,8 +56,10 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which all three stages of the small recipe have run."""
     folder = tmp_path_factory.mktemp("house")
     for stage in ("harvest", "train", "evaluate"):
-        done = thresher(folder, stage, "books-demo")
+        done = thresher(folder, stage, "books-demo", "--json")
         assert done.returncode == 0, done.stdout + done.stderr
+        (folder / f"{stage}.json").write_text(done.stdout)
+        (folder / f"{stage}.txt").write_text(done.stderr, newline="")
     return folder
 
 
@@ -87,6 +90,22 @@ def test_three_commands_lead_from_text_to_report(house: Path) -> None:
     assert all((report / name).stat().st_size for name in ("results.csv", "results.md", "report.html"))
     assert list((report / "plots").glob("*.png"))
     assert len(list((house / "runs/books-demo").iterdir())) == 4 * 5 + 1
+
+
+def test_stages_tell_scripts_what_they_did_and_people_in_plain_text(house: Path) -> None:
+    harvested, trained, judged = (
+        document(stage, (house / f"{stage}.json").read_text()) for stage in ("harvest", "train", "evaluate")
+    )
+    assert house / harvested["path"] == cache_of(house)
+    assert [run["status"] for run in trained["runs"]] == ["trained"] * 21
+    results = json.loads((house / judged["report"] / "results.json").read_text())
+    assert judged["notes"] == results["notes"]
+    assert [row["metrics"] for row in judged["rows"]] == [row["metrics"] for row in results["rows"]]
+    for stage in ("harvest", "train", "evaluate"):
+        text = (house / f"{stage}.txt").read_bytes()
+        assert len(text) > 100
+        assert b"\x1b" not in text
+        assert b"\r" not in text
 
 
 def test_a_second_run_reuses_everything_and_says_so(house: Path) -> None:

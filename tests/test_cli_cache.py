@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.documents import document
 from thresher import cli
 from thresher.cache.errors import UserError
 from thresher.cache.index import strike
@@ -22,7 +23,10 @@ SETS = ("data.max_tokens=24000", "data.context=128", "data.test_fraction=0.25", 
 
 
 def thresher(folder: Path, *arguments: str, sets: tuple[str, ...] = ()) -> str:
-    """What `thresher ARGUMENTS --set …` prints in `folder`, in this process, where importing PyTorch costs nothing."""
+    """What `thresher ARGUMENTS --set …` prints in `folder`, in this process, where importing PyTorch costs nothing.
+
+    With --json its document is checked, and what it says to people returned.
+    """
     extra = [part for item in sets for part in ("--set", item)]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -30,6 +34,10 @@ def thresher(folder: Path, *arguments: str, sets: tuple[str, ...] = ()) -> str:
         patch.setattr(out, "width", 100)
         done = CliRunner().invoke(cli.app, [*arguments, *extra], catch_exceptions=False)
     assert done.exit_code == 0, done.output
+    if "--json" in arguments:
+        document(" ".join(arguments[:2]), done.stdout)
+        return done.stderr
+    assert done.stderr == ""
     return done.stdout
 
 
@@ -53,7 +61,7 @@ def the_cache(folder: Path) -> Path:
 
 
 def test_an_estimate_fits_the_screen_and_leaves_nothing(tmp_path: Path) -> None:
-    text = thresher(tmp_path, "cache", "estimate", "books-demo", sets=SETS)
+    text = thresher(tmp_path, "cache", "estimate", "books-demo", "--json", sets=SETS)
     assert max(map(len, text.splitlines())) <= 100
     assert re.search(r"mlp_out, 128 wide, each of 4 +\d", text)
     assert re.search(r"all, with tokens and statistics +\d", text)
@@ -101,7 +109,7 @@ def to_skip(folder: Path) -> int:
 
 
 def test_info_counts_the_documents_that_a_further_segment_has_to_skip(house: Path, extended: Path) -> None:
-    text = thresher(extended, "cache", "info", str(the_cache(extended)))
+    text = thresher(extended, "cache", "info", str(the_cache(extended)), "--json")
     assert f"text bundled:books, read up to document {to_skip(extended):,}; to go on behind it" in text
     assert to_skip(extended) > to_skip(house) > 0
     assert "not complete" not in text
@@ -116,7 +124,7 @@ def test_a_part_in_the_making_is_named_by_all_who_look_at_the_cache(
     (cache / "parts/01-tokens/MANIFEST.json").unlink()
     assert "not complete parts/01-tokens\n" in thresher(tmp_path, "cache", "info", str(cache))
     assert to_skip(tmp_path) == to_skip(house)
-    verified = thresher(tmp_path, "cache", "verify", str(cache))
+    verified = thresher(tmp_path, "cache", "verify", str(cache), "--json")
     assert "parts/01-tokens is in the making: it was not read, and does not count.\n" in verified
     assert "is whole: every checksum holds" in verified
     few = ("train.epochs=0.05", "train.batch_rows=256", "train.calibrate_rows=256", "dictionary.expansion=1")
@@ -129,7 +137,7 @@ def test_prune_tells_and_asks_before_it_removes(folder: Path) -> None:
     cache = the_cache(folder)
     (cache / "train" / "c.0.0.0123456789ab.tmp").write_bytes(b"dead")
     (cache / "notes.txt").write_text("mine")
-    told = thresher(folder, "cache", "prune")
+    told = thresher(folder, "cache", "prune", "--json")
     assert "complete" in told
     assert "leftovers: 1 file" in told
     assert f"not ours, left alone: caches/{cache.name}/notes.txt" in told

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.documents import document
+
 SHORTER = (
     *("data.max_tokens=250000", "train.epochs=2"),
     *("evaluate.tokens=15000", "evaluate.resamples=200", "evaluate.neurons=[32]", "evaluate.training_tokens=20000"),
@@ -13,9 +15,11 @@ SHORTER = (
 
 def test_the_numbers_of_the_demo_make_sense(tmp_path: Path) -> None:
     extra = [part for item in SHORTER for part in ("--set", item)]
-    command = [sys.executable, "-m", "thresher", "demo", *extra]
+    command = [sys.executable, "-m", "thresher", "demo", "--json", *extra]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    told = document("demo", done.stdout)
+    assert [len(told[stage]) for stage in ("harvest", "train", "evaluate")] == [6, 1, 4]
     results = json.loads((tmp_path / "demo/report/results.json").read_text())
     assert all(check["passed"] for check in results["checks"])
     for protocol in ("cascade", "clean_input", "single_site"):

@@ -10,7 +10,8 @@ from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.records import from_dict
 from thresher.commands.recipes import check_recipe
-from thresher.commands.wiring import known_tables, read_recipe
+from thresher.commands.tables import known_tables
+from thresher.commands.wiring import read_recipe
 from thresher.recipes import reading
 from thresher.recipes.checking import Checked, Planned, Shape, check, sites_of
 from thresher.recipes.reading import read

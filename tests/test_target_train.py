@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.documents import document
 from thresher.cache.errors import UserError
 from thresher.commands.evaluate import evaluate_recipe
 from thresher.commands.harvest import harvest_recipe
@@ -33,7 +34,9 @@ SMALL = (
 )
 
 
-def test_a_target_is_trained_harvested_explained_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_is_trained_harvested_explained_and_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(out, "quiet", True)
     monkeypatch.setattr(report, "write_report", lambda results, folder: SimpleNamespace(_asdict=dict))  # has its tests
@@ -41,7 +44,8 @@ def test_a_target_is_trained_harvested_explained_and_judged(tmp_path: Path, monk
     passages = [json.loads(line)["text"][:1500] for line in lines[::5]]
     Path("text.jsonl").write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages))
     sets = [*SMALL, "data.source=text.jsonl"]
-    target_train("target-books-lsm", sets)
+    target_train("target-books-lsm", sets, as_json=True)
+    assert document("target train", capsys.readouterr().out)["reused"] is False
     recipe = read_recipe("target-books-lsm", sets)
     made = json.loads(Path("targets/books-lsm/pretraining.json").read_text())["result"]
     assert made["validation_ce"] < 5.5 < torch.tensor(400.0).log()
