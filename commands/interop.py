@@ -1,18 +1,26 @@
 """`thresher export` and `thresher import`: our runs as other tools' files, theirs as our runs."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from thresher.commands import completion
 from thresher.commands.document import Json, write
 from thresher.commands.options import Assignments, CachePath, RecipeName, RunsPath, examples, out
-from thresher.commands.wiring import open_cache, read_recipe
+from thresher.commands.tables import known_tables
+from thresher.commands.wiring import open_cache, read_recipe, texts_for
+
+if TYPE_CHECKING:
+    from thresher.interop.adapting import Moved
+    from thresher.interop.formats import Text
 
 EXPORT_EXAMPLES = examples(
     "thresher export runs/books-demo/sae-topk-L02 --to saelens",
-    "thresher export runs/books-demo --to npz --out exports/all",
+    "thresher export runs/books-demo/clt-batchtopk --to circuit-tracer",
+    "thresher export runs/books-demo --to npz --thresholds --out exports/all",
 )
 IMPORT_EXAMPLES = examples(
     "thresher import exports/saelens books-demo --from saelens --name back",
@@ -34,21 +42,85 @@ def export(
     folder: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where the files go; by default exports/FORMAT.")
     ] = None,
+    thresholds: Annotated[
+        bool,
+        typer.Option("--thresholds", help="Give TopK and GroupMax a threshold instead, set on the run's cache."),
+    ] = False,
+    hook: Annotated[
+        str | None,
+        typer.Option("--hook", metavar="HOOK", help="Let an MLP's dictionary read here: ln2.hook_normalized."),
+    ] = None,
+    cache: CachePath = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=1, help="delphi-cache: tokens of held-out text to encode.")
+    ] = 1_000_000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write trained dictionaries in the format of another tool.
 
-    Its own class then computes the same.
+    Its own class then computes the same. What it cannot hold is refused, with the nearest route.
     """
+    from thresher.cache.interrupts import deferred_interrupts
+    from thresher.interop.adapting import Thresholds
+    from thresher.interop.display import print_written
     from thresher.interop.export import export as run_export
+    from thresher.interop.formats import load
+    from thresher.interop.thresholds import ROWS
     from thresher.train.found import run_directories
 
-    written = run_export(run_directories(runs), to, folder or Path("exports") / to, overwrite=overwrite)
-    for part in written:
-        out.print(f"{part.path}  {', '.join(part.runs)}", highlight=False, soft_wrap=True)
+    paths = run_directories(runs)
+    with deferred_interrupts() as stop, _text(paths, tokens, cache, load(to).write_codes is not None) as text:
+        written = run_export(
+            paths,
+            to,
+            folder or Path("exports") / to,
+            overwrite=overwrite,
+            thresholds=Thresholds(ROWS, cache, stop) if thresholds else None,
+            moved=None if hook is None else _moved(paths[0], hook),
+            text=text,
+        )
+    print_written(written, out)
     if as_json:
         write({"files": written})
+
+
+def _moved(run: Path, hook: str) -> "Moved":
+    """The norms of the target that a run was trained on."""
+    from thresher.harvest.checkpoint import locate
+    from thresher.interop.adapting import Moved
+    from thresher.interop.norms import norms_of
+    from thresher.train.files import read_config
+
+    target = read_config(run)["recipe"]["target"]
+    return Moved(hook, norms_of(locate(target["model"], target["revision"])))
+
+
+@contextmanager
+def _text(runs: Sequence[Path], tokens: int, cache: Path | None, wanted: bool) -> "Iterator[Text | None]":
+    """Held-out text of the first run and its target, for formats that hold codes over a text, with a bar."""
+    if not wanted:
+        yield None
+        return
+    from rich.progress import Progress
+
+    from thresher.cache.records import from_dict
+    from thresher.harvest.target import load_target
+    from thresher.harvest.texts import evenly
+    from thresher.interop.formats import Text
+    from thresher.train.files import read_config
+
+    config, kinds = read_config(runs[0]), known_tables()
+    stored = config["recipe"]
+    tables: dict[str, Any] = {
+        name: from_dict(kinds[name], stored[name], name) for name in ("target", "data", "evaluate")
+    }
+    target = load_target(tables["target"])
+    held_out = texts_for(config, tables, cache, target, None)
+    contexts = evenly(held_out.contexts, tokens)
+    with Progress(console=out, transient=True) as progress:
+        task = progress.add_task("encoding", total=len(contexts.token_id))
+        yield Text(target, contexts, held_out.source, advance=lambda count: progress.advance(task, count))
 
 
 def import_(
@@ -73,7 +145,8 @@ def import_(
 ) -> None:
     """Read dictionaries of another tool into run directories.
 
-    They act on the target whose activations the recipe caches. Every way to understand the files is tried on held-out rows of the cache, and what each comes to is printed.
+    They act on the target whose activations the recipe caches. Every way to understand the files is tried on held-out
+    rows of the cache, and what each comes to is printed.
     """
     from thresher.cache.records import to_dict
     from thresher.interop.display import print_imported

@@ -1,4 +1,4 @@
-"""What an import prints: every reading of the files, what it comes to on real activations, and which was taken."""
+"""What exports and imports print; of an import every reading of the files, and what it comes to on real activations."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from thresher.interop.export import Written
 from thresher.interop.importing import Imported
 
 _BETTER = 0.9
 """A reading whose FVU is below this share of the chosen one's is worth a word."""
+
+
+def print_written(written: Sequence[Written], console: Console) -> None:
+    """Where it is, and what calibrated thresholds changed."""
+    for part in written:
+        for run, facts in part.thresholds.items():
+            before, after = facts["before"], facts["after"]
+            console.print(
+                f"{run}: {facts['was']} k = {facts['k']} as thresholds over {facts['rows']:,} rows: L0 "
+                f"{before['l0']:.1f} -> {after['l0']:.1f}, FVU {before['fvu']:.4f} -> {after['fvu']:.4f} on held-out "
+                "rows",
+                highlight=False,
+                soft_wrap=True,
+            )
+        console.print(f"{part.path}  {', '.join(part.runs)}", highlight=False, soft_wrap=True)
 
 
 def print_imported(done: Sequence[Imported], console: Console) -> None:
