@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.interop.conftest import LATENTS, WIDTH, K, Made, written
 from thresher.cache.errors import UserError
+from thresher.cache.reader import CacheReader
 from thresher.interop import dictionary_learning as dl
-from thresher.interop.canonical import Canonical, codes, decoded
+from thresher.interop.canonical import Canonical, codes, decoded, from_coder
 from thresher.interop.formats import Exported, Foreign
+from thresher.interop.importing import Naming, import_dictionaries
+from thresher.train.files import load_run
 
 CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
            "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # fmt: skip
@@ -214,6 +218,26 @@ def test_the_factor_of_training_is_unknown_unless_the_config_denies_one(
 ) -> None:
     stored(tmp_path, "AutoEncoderTopK", **said)
     assert only(tmp_path).scale_unknown is unknown
+
+
+def test_an_unknown_factor_is_tried_on_the_caches_rows(cache: CacheReader, tmp_path: Path) -> None:
+    state = stored(tmp_path, "JumpReluAutoEncoder")
+    label = "activations scaled to mean square 1, from this cache"
+    recipe = {"target": {}, "data": {}, "harvest": {}, "evaluate": {}}
+    [done] = import_dictionaries(
+        tmp_path, "dictionary-learning", cache, recipe, tmp_path / "runs", Naming("scaled"), reading=label
+    )
+    assert len(done.readings) == 4, "as stored, with b_dec subtracted, and two factors"
+    assert max(row.folding for row in done.readings) < 1e-12
+    every = cache.gather("train", "L01.resid_post", np.arange(cache.rows("train"))).double()
+    factor = every.square().sum(1).mean().sqrt()
+    x = every[:64]
+    f, x_hat = equation("JumpReluAutoEncoder", state, x / factor)
+    dictionary = from_coder(load_run(done.path).dictionary)
+    z = codes(dictionary, 0, x)
+    assert (f > 0).any()
+    torch.testing.assert_close(z, f, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(decoded(dictionary, [z], [x])[0], x_hat * factor, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize(
