@@ -61,6 +61,12 @@ def hook_name(site: str) -> str:
     return f"blocks.{int(ours[1])}.{_HOOKS[ours[2]]}" if ours and ours[2] in _HOOKS else site
 
 
+def layer_of(site: str) -> int:
+    """The block that a site's or hook's name says; 0 where it says none."""
+    found = _BLOCK.fullmatch(hook_name(site))
+    return int(found[1]) if found else 0
+
+
 def port_of(site: str) -> Port | None:
     """The module and its side that a site is; None: it is no module's."""
     found = _BLOCK.fullmatch(hook_name(site))

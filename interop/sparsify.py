@@ -24,7 +24,7 @@ from thresher.cache.errors import UserError
 from thresher.interop import folds
 from thresher.interop.canonical import Canonical, Firing, Source
 from thresher.interop.formats import Exported, Foreign, Format, Reading
-from thresher.interop.hooks import Port, hook_name, hook_of, port_of
+from thresher.interop.hooks import Port, hook_name, hook_of, layer_of, port_of
 from thresher.interop.tensors import Stored, read_json
 from thresher.train.files import publish_tensors
 
@@ -145,7 +145,7 @@ class _Files:
             kind="transcoder" if self.transcode or self.W_skip is not None else "sae",
             reads=(reads,),
             writes=(writes,),
-            layers=(0,),
+            layers=(layer_of(reads),),
             firing=self.firing,
             k=self.k,
             sources=(Source(self.W_enc, self.b_enc, None, self.W_dec[:, None]),),
@@ -178,7 +178,8 @@ def read(path: Path) -> list[Foreign]:
     if (path / CONFIG).is_file() or not path.is_dir():
         return [_read(path)]
     inside = sorted(folder for folder in path.iterdir() if (folder / CONFIG).is_file())
-    return [_read(folder) for folder in inside] or [_read(path)]
+    found = [_read(folder) for folder in inside] or [_read(path)]
+    return sorted(found, key=lambda each: each.readings[0].dictionary.layers)
 
 
 def _read(folder: Path) -> Foreign:

@@ -138,6 +138,12 @@ def test_a_set_is_a_directory_per_module(made: Made, facts, tmp_path: Path) -> N
     assert "layers.0.mlp" in (sparsify.refuse([items[0].dictionary] * 2) or "")
 
 
+def test_a_set_comes_in_the_order_of_its_layers(tmp_path: Path) -> None:
+    for module in ("layers.10.mlp", "layers.2.mlp"):
+        theirs(tmp_path / module, transcode=True)
+    assert [each.readings[0].dictionary.layers for each in sparsify.read(tmp_path)] == [(2,), (10,)]
+
+
 def test_several_dtypes_are_refused_since_the_first_would_round_the_rest(tmp_path: Path) -> None:
     _, stored = theirs(tmp_path)
     stored["b_dec"] = stored["b_dec"].bfloat16()
