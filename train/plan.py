@@ -10,6 +10,7 @@ from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.sites import matches, near_misses
 from thresher.train.config import TrainConfig
+from thresher.train.dictionary.idle import refuse_idle_loss
 from thresher.train.dictionary.layerwise import of_layers
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec, concrete
 from thresher.train.dictionary.topologies import topology
@@ -42,10 +43,11 @@ def plan_runs(
     """Resolve a [dictionary] table against the sites of a cache: a dictionary for every match, and for a CLT one.
 
     A pattern that matches several taps makes a set of each.
-    Raises UserError when a pattern matches nothing there, when sources and destinations cannot be paired by layer, and
-    when the sites of a joint dictionary differ in width.
+    Raises UserError when a pattern matches nothing there, when sources and destinations cannot be paired by layer,
+    when the sites of a joint dictionary differ in width, and for settings that mean nothing under that [train] table.
     """
     topology(dictionary.kind).check_training(train)
+    refuse_idle_loss(dictionary, train)
     pairs = _pairs(dictionary, sites)
     if topology(dictionary.kind).joint:
         return [RunPlan(label, label, _spec(dictionary, pairs), train, train.seed, dict(recipe))]

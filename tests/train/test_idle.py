@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
+from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
+from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionaryConfig
+from thresher.train.plan import plan_runs
 
 JUMP: dict[str, Any] = {"firing": "jumprelu", "sparsity": 0.1}
 L1: dict[str, Any] = {"firing": "relu", "sparsity": 0.1}
@@ -47,3 +50,34 @@ def test_a_setting_without_effect_is_refused_and_one_with_is_not(
 
 def test_auxk_that_is_turned_off_leaves_its_settings_be() -> None:
     assert DictionaryConfig(n_latents=8, **COUNT, aux=0.0, aux_k=4, aux_scale=False).aux_k == 4
+
+
+SITES = {site.name: site for site in (Site("L00.mlp_in", 0, "mlp_in", 4), Site("L00.mlp_out", 0, "mlp_out", 4))}
+KL: dict[str, Any] = {"objective": "kl"}
+
+
+@pytest.mark.parametrize("unit", ["mse", "sum"])
+@pytest.mark.parametrize(
+    ("settings", "train"),
+    [(COUNT, KL), (COUNT | {"aux": 0.0, "aux_divisor": "none"}, KL), (L1, {"objective": "ce", "mode": "clean_input"})],
+)
+def test_a_unit_in_which_nothing_is_measured_is_refused(
+    settings: dict[str, Any], train: dict[str, Any], unit: Any
+) -> None:
+    idle = DictionaryConfig(n_latents=8, loss=unit, **settings)
+    plan_runs("run", DictionaryConfig(n_latents=8, **settings), TrainConfig(**train), SITES, {})
+    with pytest.raises(UserError, match=r"dictionary.loss is .* no effect .*local_weight above 0"):
+        plan_runs("run", idle, TrainConfig(**train), SITES, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "train"),
+    [
+        (COUNT, {}),
+        (COUNT, KL | {"local_weight": 0.1}),
+        (COUNT | {"aux_divisor": "none"}, KL),
+        ({"firing": "gated", "sparsity": 0.1}, KL),
+    ],
+)
+def test_a_unit_in_which_something_is_measured_is_taken(settings: dict[str, Any], train: dict[str, Any]) -> None:
+    assert plan_runs("run", DictionaryConfig(n_latents=8, loss="sum", **settings), TrainConfig(**train), SITES, {})

@@ -14,6 +14,7 @@ from thresher.train.dictionary import rules
 from thresher.train.dictionary.topologies import topology
 
 if TYPE_CHECKING:
+    from thresher.train.config import TrainConfig
     from thresher.train.dictionary.spec import DictionaryConfig
 
 
@@ -87,3 +88,20 @@ def refuse_idle(settings: "DictionaryConfig") -> None:
                     f"firing = {settings.firing!r}, penalty = {penalty_of(settings)!r}, decoder = "
                     f"{settings.decoder!r}. Remove it, or set what it is for."
                 )
+
+
+def refuse_idle_loss(settings: "DictionaryConfig", train: "TrainConfig") -> None:
+    """Raise UserError for a unit of the reconstruction loss where nothing is measured in it.
+
+    Through the language model the reconstruction loss counts with `local_weight` alone. AuxK is in its unit where
+    `aux_divisor` says so, and a rule's own terms (gated) always are.
+    """
+    own_terms = rules.facts(settings.firing).terms is not rules.Rule.terms
+    in_its_unit = train.local_weight > 0 or own_terms or (settings.aux > 0 and settings.aux_divisor == "none")
+    if settings.loss != type(settings).loss and train.objective != "local" and not in_its_unit:
+        raise UserError(
+            f"dictionary.loss is {settings.loss!r}, which has no effect here: expected with it train.objective = "
+            f"'local', train.local_weight above 0, or aux above 0 with aux_divisor = 'none'; got objective = "
+            f"{train.objective!r}, local_weight = {train.local_weight:g}, aux = {settings.aux:g}, aux_divisor = "
+            f"{settings.aux_divisor!r}. Remove it, or set what it is for."
+        )
