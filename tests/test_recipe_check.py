@@ -87,6 +87,7 @@ def test_sizes_and_lengths_are_those_of_the_training(tmp_path: Path) -> None:
     assert (unknown.steps, unknown.flop) == ((), None)
 
 
+L1 = ["dictionary.firing=relu", "dictionary.sparsity=0.1", "train.steps=10"]
 LP = [
     f"dictionary.{setting}"
     for setting in ("firing=relu", "penalty=lp", "sparsity=0.1", "p_start=5", "p_updates=8", "p_end=0.5")
@@ -102,6 +103,7 @@ LP = [
         (["dictionary.kind=clt", "dictionary.pool=joint"], "so they cannot compete"),
         (["dictionary.k_anneal=20", "train.steps=10"], "k_anneal is 20, but the run has 10 steps"),
         ([*LP, "train.steps=10"], "p_updates is 8, but the run has 10 steps"),
+        ([*L1, "dictionary.penalty_warmup=11"], "penalty_warmup is 11, but the run has 10 steps"),
     ],
 )
 def test_what_training_refuses_is_no_recipe_that_holds_together(tmp_path: Path, changes: list[str], words: str) -> None:

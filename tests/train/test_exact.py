@@ -25,13 +25,13 @@ from thresher.train.run import train
 def everything(cache: CacheReader, **train_settings: Any) -> list[RunPlan]:
     """Every kind with every rule, and with BatchTopK in parts too; AuxK and schedules at work after a few steps."""
     ways: dict[str, dict[str, Any]] = {name: {} for name in RULES} | {"batchtopk-parts": {"micro_rows": 100}}
-    steps = train_settings.get("steps", 40)
+    rise = min(train_settings.get("steps", 40), 20)
     further = [
         plan
         for name, settings in FURTHER.items()
         for plan in plans_for(
             cache, name, train_settings, layers=None if settings["kind"] == "clt" else (1,),
-            **(settings | ({"k_anneal": min(steps, 20)} if "k_anneal" in settings else {})),
+            **(settings | ({"k_anneal": rise} if "k_anneal" in settings else {})),
         )
     ]  # fmt: skip
     return further + [
@@ -40,13 +40,13 @@ def everything(cache: CacheReader, **train_settings: Any) -> list[RunPlan]:
         for name, way in ways.items()
         for plan in plans_for(
             cache, f"{kind}-{name}", train_settings | way, layers=None if kind == "clt" else (1,), kind=kind,
-            pre_bias=kind == "sae", **_warmed(RULES[name.removesuffix("-parts")]),
+            pre_bias=kind == "sae", **_warmed(RULES[name.removesuffix("-parts")], rise),
         )
     ]  # fmt: skip
 
 
-def _warmed(rule: dict[str, Any]) -> dict[str, Any]:
-    return rule | ({"penalty_warmup": 20} if "sparsity" in rule else {})
+def _warmed(rule: dict[str, Any], steps: int) -> dict[str, Any]:
+    return rule | ({"penalty_warmup": steps} if "sparsity" in rule else {})
 
 
 def assert_same_end(plans: list[RunPlan], left: Path, right: Path) -> None:

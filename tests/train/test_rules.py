@@ -125,6 +125,19 @@ def test_a_run_that_would_end_before_k_has_come_down_is_refused(cache: CacheRead
         fit(cache, train_settings={"steps": 29}, **settings)
 
 
+def test_a_run_that_would_end_before_its_penalty_has_come_up_is_refused(cache: CacheReader) -> None:
+    settings: dict[str, Any] = {"kind": "sae", "firing": "relu", "sparsity": 0.1, "penalty_warmup": 3}
+    made, given = fit(cache, train_settings={"steps": 3}, **settings)
+    ramps = [made.ramp]
+    for _ in range(2):
+        made.step(given, 256)
+        ramps.append(made.ramp)
+    assert ramps == [1 / 3, 2 / 3, 1.0]
+    with pytest.raises(UserError, match=r"penalty_warmup is 3, but the run has 2 steps"):
+        fit(cache, train_settings={"steps": 2}, **settings)
+    fit(cache, train_settings={"steps": 2}, **settings | {"penalty_warmup": "run"})
+
+
 # GroupMax.
 
 

@@ -199,11 +199,20 @@ class DictionarySpec(_Settings):
         return prefix_ends(self.prefixes, self.n_latents)
 
     def check_steps(self, total: int) -> None:
-        """Raise UserError when a run of so many steps would end before k has come down: it is served with k."""
+        """Raise UserError for a schedule that a run of so many steps would break off.
+
+        It would end with another k than the dictionary is served with, or with another λ than the recipe names.
+        """
         if self.k_anneal > total:
             raise UserError(
                 f"dictionary.k_anneal is {self.k_anneal}, but the run has {total} steps, so it would end with "
                 f"another k than k = {self.k:g}, under which the dictionary is used. Lower k_anneal or train longer."
+            )
+        if self.penalty_warmup != "run" and self.penalty_warmup > total:
+            raise UserError(
+                f"dictionary.penalty_warmup is {self.penalty_warmup}, but the run has {total} steps, so the penalty "
+                f"would never weigh sparsity = {self.sparsity:g}. Lower penalty_warmup, set it to 'run' (all steps), "
+                "or train longer."
             )
 
     @property
