@@ -1,6 +1,5 @@
 """`thresher recipes`: list, show and check recipes, and print what keys there are."""
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,16 +63,20 @@ def recipes_check(
         ),
     ] = None,
     assignments: Assignments = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Also the recipe as JSON, every default written out, by dictionary.")
+    ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="All recipes as the tables of docs/recipes.md.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Resolve a recipe with every default written out, or all bundled ones, without network or model."""
-    from thresher.cache.records import to_dict
-    from thresher.recipes.display import page, print_checked, print_reference
+    """Say whether a recipe holds together, or all bundled ones, without network or model."""
+    from thresher.recipes.display import page, print_checked, print_reference, resolved_json
     from thresher.recipes.reading import bundled_names
 
-    if markdown and as_json:
-        raise UserError("--markdown and --json are two forms of the same output. Give one of them.")
+    if resolved and name is None:
+        raise UserError("--resolved needs a RECIPE, the one to write out: thresher recipes check RECIPE --resolved.")
+    if markdown + as_json + resolved > 1:
+        raise UserError("--markdown, --json and --resolved are forms of the same output. Give one of them.")
     recipes, checked = [], []
     failed: dict[str, str] = {}
     for each in bundled_names() if name is None else [name]:
@@ -89,15 +92,13 @@ def recipes_check(
     if markdown:
         sys.stdout.write(page(recipes, checked))
         raise typer.Exit(int(bool(failed)))
+    console = err if resolved else out  # so that standard output is JSON and nothing else
     for recipe in recipes if name is not None else ():
-        for variant in recipe.variants:
-            out.print(f"[bold]{variant.label}[/]")
-            sys.stdout.write(json.dumps(variant.resolved, indent=1) + "\n")
-        if not recipe.variants:
-            wanted = ("target", "data", "pretrain")
-            sys.stdout.write(json.dumps({table: to_dict(recipe.tables[table]) for table in wanted}, indent=1) + "\n")
-        print_reference(recipe, out)
-    print_checked(checked, out)
+        if resolved:
+            sys.stdout.write(resolved_json(recipe))
+            sys.stdout.flush()
+        print_reference(recipe, console)
+    print_checked(checked, list(failed), console)
     if as_json:
         write({"recipes": [_checked(*pair) for pair in zip(recipes, checked, strict=True)], "failed": failed})
     raise typer.Exit(int(bool(failed)))

@@ -1,11 +1,13 @@
 """Recipes on screen, and as a page."""
 
+import json
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from thresher.cache.records import to_dict
 from thresher.recipes.checking import Checked
 from thresher.recipes.reading import Recipe
 
@@ -45,8 +47,15 @@ def print_reference(recipe: Recipe, console: Console) -> None:
     console.print(grid)
 
 
-def print_checked(checked: Sequence[Checked], console: Console) -> None:
-    """A line per recipe that holds together, and what could not be seen of some."""
+def resolved_json(recipe: Recipe) -> str:
+    """A recipe with every default written out: an object by dictionary of the sweep, or of the target it makes."""
+    tables = ("target", "data", "pretrain")
+    made = {recipe.name: {table: to_dict(recipe.tables[table]) for table in tables}} if not recipe.variants else {}
+    return json.dumps({variant.label: variant.resolved for variant in recipe.variants} | made, indent=1) + "\n"
+
+
+def print_checked(checked: Sequence[Checked], failed: Sequence[str], console: Console) -> None:
+    """A line per recipe that holds together, what could not be seen of some, and last the verdict."""
     table = Table(box=None, header_style="bold")
     table.add_column("recipe", no_wrap=True)
     for name in ("sets", "dicts", "params", "steps", "FLOP"):
@@ -58,6 +67,11 @@ def print_checked(checked: Sequence[Checked], console: Console) -> None:
     for each in checked:
         if each.note:
             console.print(f"{each.name}: {each.note}.", markup=False, highlight=False)
+    if failed:
+        console.print(f"[bold red]FAILED[/] {len(failed)}: {', '.join(failed)}", highlight=False, soft_wrap=True)
+    else:
+        held = f"{checked[0].name} holds" if len(checked) == 1 else f"{len(checked)} recipes hold"
+        console.print(f"[bold green]OK[/] {held} together.", highlight=False, soft_wrap=True)
 
 
 def page(recipes: Iterable[Recipe], checked: Iterable[Checked]) -> str:

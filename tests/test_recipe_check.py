@@ -1,5 +1,6 @@
 """What is known of recipes beside their settings, and their check without model or network."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -133,5 +134,22 @@ def test_one_bad_recipe_does_not_hide_the_others(tmp_path: Path, monkeypatch: py
     assert done.exit_code == 1
     assert "recipe bad: harvest.sites has 'mpl_in'" in done.output
     assert "good" in done.output
-    assert "OK" in done.output
+    assert done.stdout.splitlines()[-1] == "FAILED 1: bad"
     assert CliRunner().invoke(cli.app, ["recipes", "check", "good"]).exit_code == 0
+
+
+def test_the_verdict_is_the_last_line_and_json_is_for_those_who_ask(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    plain = CliRunner().invoke(cli.app, ["recipes", "check", path])
+    assert plain.stdout.splitlines()[-1] == "OK mine holds together."
+    assert "{" not in plain.stdout
+    asked = CliRunner().invoke(cli.app, ["recipes", "check", path, "--resolved"])
+    written = json.loads(asked.stdout)
+    assert written == {variant.label: variant.resolved for variant in read_recipe(path, []).variants}
+    assert written["transcoder-batchtopk"]["train"]["beta2"] == 0.999, "a default, written out"
+    assert asked.stderr.splitlines()[-1] == "OK mine holds together."
+    target = json.loads(CliRunner().invoke(cli.app, ["recipes", "check", "target-lsm4", "--resolved"]).stdout)
+    assert target["target-lsm4"]["pretrain"]["steps"] == 100_000
+    nameless = CliRunner().invoke(cli.app, ["recipes", "check", "--resolved"])
+    assert isinstance(nameless.exception, UserError)
+    assert "--resolved needs a RECIPE" in str(nameless.exception)
