@@ -42,11 +42,9 @@ def count_of(spec: "DictionarySpec") -> Count:
     return Count(spec.k, spec.resolved_k_start, spec.k_anneal)
 
 
-@register
-class TopK(Rule):
-    """The k largest of each token."""
+class PerToken(Rule):
+    """A whole number of entries of every token, chosen from that token alone: the same in training and when served."""
 
-    name = "topk"
     by_count = bounded = whole_k = True
     thresholded = False
     uses = ("rank_by", "k_anneal", "k_start")
@@ -56,6 +54,16 @@ class TopK(Rule):
         self.count = count_of(spec)
         self.k = int(self.count.last)
 
+    def thresholds(self) -> None:
+        """None: the rule is already a matter of one token."""
+
+
+@register
+class TopK(PerToken):
+    """The k largest of each token."""
+
+    name = "topk"
+
     def at(self, step: int) -> None:
         """k of the step, rounded."""
         self.k = round(self.count.at(step))
@@ -63,9 +71,6 @@ class TopK(Rule):
     def select(self, a_NF: Tensor) -> Selection:
         """k entries per token."""
         return firing.select_topk(a_NF, self.k, self.kernels)
-
-    def thresholds(self) -> None:
-        """None: the rule is already a matter of one token."""
 
     def fire_frozen(self, a_NF: Tensor) -> tuple[Selection, Tensor]:
         """The k largest of each token, on a CPU without those that are not positive, which have no code."""
@@ -79,18 +84,10 @@ class TopK(Rule):
 
 
 @register
-class GroupMax(Rule):
+class GroupMax(PerToken):
     """The largest of each of k groups of neighbouring latents."""
 
     name = "groupmax"
-    by_count = bounded = whole_k = True
-    thresholded = False
-    uses = ("rank_by", "k_anneal", "k_start")
-
-    def __init__(self, spec: "DictionarySpec") -> None:
-        super().__init__(spec)
-        self.count = count_of(spec)
-        self.k = int(self.count.last)
 
     @classmethod
     def check_size(cls, spec: "DictionarySpec") -> None:
@@ -108,9 +105,6 @@ class GroupMax(Rule):
     def select(self, a_NF: Tensor) -> Selection:
         """k entries per token, one per group."""
         return firing.select_groupmax(a_NF, self.k, self.kernels)
-
-    def thresholds(self) -> None:
-        """None: the rule is already a matter of one token."""
 
     def fire_frozen(self, a_NF: Tensor) -> tuple[Selection, Tensor]:
         """As in training."""
