@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from thresher.train.counting import entries
 from thresher.train.dictionary.coder import Coder
 
 
@@ -34,7 +35,7 @@ class DenseCLT(nn.Module):
         ys = list(self.b_dec.unbind(0))
         for source, x_ND in enumerate(xs):
             a_NF = torch.relu(x_ND @ self.W_enc[source].T + self.b_enc[source])
-            best = torch.topk(a_NF.flatten(), int(self.k * x_ND.shape[0]), sorted=False)
+            best = torch.topk(a_NF.flatten(), entries(self.k, x_ND.shape[0]), sorted=False)
             z_NF = torch.zeros_like(a_NF).flatten().scatter(0, best.indices, best.values).view_as(a_NF)
             part_NTE = (z_NF @ self.W_dec[source].flatten(1)).view(x_ND.shape[0], -1, self.b_dec.shape[1])
             for place, part_NE in enumerate(part_NTE.unbind(1)):

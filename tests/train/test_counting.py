@@ -1,5 +1,8 @@
 """⌊kN⌋ entries, for the k that a recipe says and not for the float just below it."""
 
+from importlib import util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from thresher.train.config import TrainConfig
 from thresher.train.counting import entries
 from thresher.train.dictionary.rules import BatchTopK, Global
 from thresher.train.dictionary.spec import DictionaryConfig, DictionarySpec
+from thresher.train.dictionary.topologies import build
 from thresher.train.plan import plan_runs
 
 SITES = {f"L0{layer}.{tap}": Site(f"L0{layer}.{tap}", layer, tap, 6) for layer in range(3) for tap in ("in", "out")}
@@ -38,3 +42,18 @@ def test_rules_and_calibration_keep_as_many() -> None:
     search, values = RankSearch(0.29), torch.arange(1.0, 101.0)[:, None]
     search.add(values)
     assert search.result() == 72.0, "the 29th largest of 1, 2, …, 100"
+
+
+def test_the_dense_clt_that_is_timed_beside_ours_keeps_as_many() -> None:
+    place = util.spec_from_file_location("step_dense", Path(__file__).parents[2] / "benchmarks" / "step_dense.py")
+    assert place is not None
+    assert place.loader is not None
+    module = util.module_from_spec(place)
+    place.loader.exec_module(module)
+    rng = torch.Generator().manual_seed(0)
+    coder = build(spec("clt", firing="batchtopk")).double()
+    with torch.no_grad():
+        for parameter in coder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    xs = [torch.randn((100, 6), generator=rng).double() for _ in range(3)]
+    torch.testing.assert_close(module.DenseCLT(coder)(xs), coder(xs).y)
