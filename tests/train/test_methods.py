@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ASKED: dict[str, dict[str, Any]] = {
     "k": {"k": 4},
+    "k_by_layer": {"k_by_layer": (4, 2)},
     "sparsity": {"sparsity": 0.1},
     'penalty = "l1"': {"penalty": "l1"},
     'penalty = "lp"': {"penalty": "lp"},
@@ -66,7 +67,7 @@ def refusal(kind: str, rule: str, **asked: Any) -> str | None:
     cls, many = topology(kind), 2 if topology(kind).joint else 1
     size = {} if kind == "molt" else {"n_latents": 24}
     sites = tuple(f"s{i}" for i in range(many))
-    spec = {key: value for key, value in given.items() if key != "decoder"}
+    spec = {key: value for key, value in given.items() if key not in ("decoder", "k_by_layer")}
     try:
         DictionaryConfig(**given, **size)
         DictionarySpec(
