@@ -1,4 +1,4 @@
-"""The commands that docs/training.md shows do what the page says."""
+"""The commands that docs/training.md shows do what the page says, and what another page says it leaves there."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.test_cli import SMALL, thresher
 
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"
+METHODS = PAGE.with_name("methods.md")
 SHORT = (*SMALL, "dictionary.expansion=1")
 
 
@@ -28,3 +29,14 @@ def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
         for path in (tmp_path / "runs/parts").glob("*/config.json")
     ]
     assert set(settings) == {1024}
+
+
+def test_the_page_points_to_sections_of_the_equations_and_repeats_none_of_their_tables() -> None:
+    page, methods = PAGE.read_text(encoding="utf-8"), METHODS.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", methods, re.MULTILINE)
+    sections = {heading.lower().replace(" ", "-") for heading in headings}
+    pointed = set(re.findall(r"\(methods\.md#([^)]+)\)", page))
+    assert {"firing-rules", "topologies", "penalties", "optimisers", "end-to-end"} <= pointed <= sections
+    rows = [set(re.findall(r"^\| (`[^|]+?) \|", text, re.MULTILINE)) for text in (page, methods)]
+    assert rows[0], "the page has tables of its own"
+    assert not rows[0] & rows[1]
