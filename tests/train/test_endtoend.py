@@ -22,7 +22,7 @@ from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionaryConfig
 from thresher.train.endtoend.clean import Cached, clean
 from thresher.train.endtoend.contexts import Text
-from thresher.train.endtoend.scores import plain_scores, scores
+from thresher.train.endtoend.scores import Scored, plain_scores, scores
 from thresher.train.endtoend.setting import Setting, together
 from thresher.train.fit import Fit
 from thresher.train.run import train
@@ -49,7 +49,7 @@ def test_scores_and_their_gradient_are_those_of_autograd(objective: Any, monkeyp
     q, p = logits(3, 5, 13).requires_grad_(), logits(3, 5, 13, seed=1)
     places, following = torch.tensor([0, 1, 3, 6, 8, 12, 13]), torch.tensor([4, 12, 0, 0, 7, 1, 2])
     for clean_logits in (p, None) if objective == "ce" else (p,):
-        fast, plain = (f(q, clean_logits, places, following, objective, 9) for f in (scores, plain_scores))
+        fast, plain = (f(q, clean_logits, Scored(places, following, objective, 9)) for f in (scores, plain_scores))
         for a, b in zip(fast, plain, strict=True):
             assert (a is None) == (b is None)
             assert a is None or float(a.detach()) == pytest.approx(float(b.detach()), rel=1e-12)
@@ -61,16 +61,17 @@ def test_scores_and_their_gradient_are_those_of_autograd(objective: Any, monkeyp
 def test_kl_is_per_scored_position_and_not_per_sequence() -> None:
     q, p = logits(2, 6, 11), logits(2, 6, 11, seed=1)
     every, following = torch.arange(12), torch.zeros(12, dtype=torch.int64)
-    found = scores(q, p, every, following, "kl", 12).loss
+    found = scores(q, p, Scored(every, following, "kl", 12)).loss
     trap = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
     assert float(found) == pytest.approx(float(trap) / 6)
-    twice = scores(q.repeat(2, 1, 1), p.repeat(2, 1, 1), torch.arange(24), following.repeat(2), "kl", 24).loss
+    more = Scored(torch.arange(24), following.repeat(2), "kl", 24)
+    twice = scores(q.repeat(2, 1, 1), p.repeat(2, 1, 1), more).loss
     assert float(twice) == pytest.approx(float(found))
 
 
 def test_hand_worked_scores() -> None:
     p, q = torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log()
-    found = scores(q, p, torch.tensor([0]), torch.tensor([1]), "kl", 1)
+    found = scores(q, p, Scored(torch.tensor([0]), torch.tensor([1]), "kl", 1))
     assert found.kl is not None
     assert found.ce_clean is not None
     values = [float(x) for x in (found.loss, found.kl, found.ce, found.ce_clean)]

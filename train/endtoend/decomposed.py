@@ -32,7 +32,7 @@ from thresher.train.endtoend.clean import clean
 from thresher.train.endtoend.contexts import Part
 from thresher.train.endtoend.group import Group
 from thresher.train.endtoend.members import sites_of
-from thresher.train.endtoend.scores import Scores, scores
+from thresher.train.endtoend.scores import Scored, Scores, scores
 from thresher.train.fit import Fit, Gradients, Inputs
 from thresher.train.kernels.workspace import Workspace
 from thresher.train.losses import Losses
@@ -152,8 +152,8 @@ class Decompositions(Group):
         reads = [[fit.plan.spec.reads] for fit in self.fits]
         writes = [fit.plan.spec.writes for fit in self.fits]
         logits = self.target.logits(part.tokens, stream_edits(reads, writes, part.at, encode, decode))
-        plain, scored = config.kernels == "plain", int(part.scored.shape[0])
-        return scores(logits, seen, part.scored, part.following, "kl", scored, plain)
+        scored = Scored(part.scored, part.following, "kl", int(part.scored.shape[0]))
+        return scores(logits, seen, scored, config.kernels == "plain")
 
 
 def _module(fit: Fit) -> Decomposition:

@@ -23,7 +23,7 @@ from thresher.train.dictionary.pools import shared
 from thresher.train.endtoend.clean import Cached, clean
 from thresher.train.endtoend.contexts import Part, Step, Text
 from thresher.train.endtoend.members import Member, detached, sites_of
-from thresher.train.endtoend.scores import Scores, scores
+from thresher.train.endtoend.scores import Scored, Scores, scores
 from thresher.train.fit import Fit, Gradients, Inputs, lacking_room
 from thresher.train.losses import Losses, Whole
 from thresher.train.stages import stage
@@ -185,7 +185,7 @@ class Group(NamedTuple):
         config = self.fits[0].plan.train
         assert config.objective != "local"
         plain = config.kernels == "plain"
-        return scores(logits, seen, part.scored, part.following, config.objective, total, plain)
+        return scores(logits, seen, Scored(part.scored, part.following, config.objective, total), plain)
 
     @property
     def _wants_clean_logits(self) -> bool:

@@ -20,6 +20,19 @@ Objective = Literal["kl", "ce"]
 _PIECE = 1 << 23  # logits in float at a time
 
 
+class Scored(NamedTuple):
+    """What of the logits of some contexts is scored, and how."""
+
+    places: Tensor
+    """[M] positions of the flattened [B, T]."""
+    following: Tensor
+    """[M] the tokens after them."""
+    objective: Objective
+    """What has a gradient."""
+    total: int
+    """Scored positions of the whole step, of which these may be some."""
+
+
 class Scores(NamedTuple):
     """Of some contexts; scalars. All but `loss` are sums over scored positions, without gradient."""
 
@@ -33,40 +46,23 @@ class Scores(NamedTuple):
     """Σ −log p(next token), nats; None without clean logits."""
 
 
-def scores(
-    logits_BTV: Tensor,
-    clean_BTV: Tensor | None,
-    scored_M: Tensor,
-    next_M: Tensor,
-    objective: Objective,
-    total: int,
-    plain: bool = False,
-) -> Scores:
-    """Score patched logits; `total`: scored positions of the whole step, of which these may be some.
-
-    `scored_M`: positions of the flattened [B, T], `next_M`: the tokens after them. `clean_BTV` may be None for CE.
-    """
-    assert clean_BTV is not None or objective == "ce"
+def scores(logits_BTV: Tensor, clean_BTV: Tensor | None, scored: Scored, plain: bool = False) -> Scores:
+    """Score patched logits; `clean_BTV` may be None for CE."""
+    assert clean_BTV is not None or scored.objective == "ce"
     if plain:
-        return plain_scores(logits_BTV, clean_BTV, scored_M, next_M, objective, total)
-    loss, kl, ce, ce_clean = _Scores.apply(logits_BTV, clean_BTV, scored_M, next_M, objective, total)
+        return plain_scores(logits_BTV, clean_BTV, scored)
+    loss, kl, ce, ce_clean = _Scores.apply(logits_BTV, clean_BTV, scored)
     return Scores(loss, None if clean_BTV is None else kl, ce, None if clean_BTV is None else ce_clean)
 
 
-def plain_scores(
-    logits_BTV: Tensor,
-    clean_BTV: Tensor | None,
-    scored_M: Tensor,
-    next_M: Tensor,
-    objective: Objective,
-    total: int,
-) -> Scores:
+def plain_scores(logits_BTV: Tensor, clean_BTV: Tensor | None, scored: Scored) -> Scores:
     """What `scores` must equal, by ordinary autograd."""
-    log_q = _log_softmax(logits_BTV.flatten(0, 1)[scored_M])
+    places_M, next_M, objective, total = scored
+    log_q = _log_softmax(logits_BTV.flatten(0, 1)[places_M])
     ce = -log_q.gather(1, next_M[:, None]).sum()
     if clean_BTV is None:
         return Scores(ce / total, None, ce.detach(), None)
-    log_p = _log_softmax(clean_BTV.detach().flatten(0, 1)[scored_M])
+    log_p = _log_softmax(clean_BTV.detach().flatten(0, 1)[places_M])
     kl = (log_p.exp() * (log_p - log_q)).sum()
     ce_clean = -log_p.gather(1, next_M[:, None]).sum()
     return Scores((kl if objective == "kl" else ce) / total, kl.detach(), ce.detach(), ce_clean)
@@ -74,20 +70,13 @@ def plain_scores(
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits_BTV: Tensor,
-        clean_BTV: Tensor | None,
-        scored_M: Tensor,
-        next_M: Tensor,
-        objective: Objective,
-        total: int,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits_BTV: Tensor, clean_BTV: Tensor | None, scored: Scored) -> tuple[Tensor, ...]:
+        places_M, next_M, objective, total = scored
         logits, clean = logits_BTV.flatten(0, 1), None if clean_BTV is None else clean_BTV.flatten(0, 1)
         grad = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
         kl, ce, ce_clean = torch.zeros(3, dtype=torch.float64, device=logits.device).unbind(0)
         rows = max(1, _PIECE // logits.shape[1])
-        for some, following in zip(scored_M.split(rows), next_M.split(rows), strict=True):
+        for some, following in zip(places_M.split(rows), next_M.split(rows), strict=True):
             log_q = _log_softmax(logits.index_select(0, some))
             ce -= log_q.gather(1, following[:, None]).sum()
             log_p = None if clean is None else _log_softmax(clean.index_select(0, some))
@@ -112,7 +101,7 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad, ctx.grad = ctx.grad, None  # autograd frees only what was saved with it
-        return grad.mul_(g.to(grad.dtype)).view(ctx.shape), *[None] * 5
+        return grad.mul_(g.to(grad.dtype)).view(ctx.shape), None, None
 
 
 def _log_softmax(logits_MV: Tensor) -> Tensor:
