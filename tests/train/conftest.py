@@ -6,7 +6,7 @@ And what tests of the stage share: plans of every kind and rule, and a signal at
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,10 +19,16 @@ from thresher.cache.reader import CacheReader
 from thresher.cache.writer import CacheWriter
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionaryConfig
-from thresher.train.fit import Fit
+from thresher.train.fit import Fit, Inputs, Views
 from thresher.train.plan import RunPlan, plan_runs
+from thresher.train.run import RunResult, train
+
+if TYPE_CHECKING:
+    from thresher.harvest.target import TransformerTarget
 
 LAYERS, WIDTH, FEATURES, CONTEXT = 2, 16, 48, 64
+ROWS = 200
+"""Of a step that a test takes by hand."""
 
 RULES: dict[str, dict[str, Any]] = {
     "relu": {"firing": "relu", "sparsity": 3e-3},
@@ -82,12 +88,45 @@ def console() -> Console:
     return Console(quiet=True)
 
 
+@pytest.fixture(scope="session")
+def tiny_target() -> "TransformerTarget":
+    """What training end to end is tested on."""
+    from tests.train import tiny
+
+    return tiny.gpt2()
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_target: "TransformerTarget", tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
+    from tests.train import tiny
+
+    return tiny.make_cache(tmp_path_factory.mktemp("tiny") / "cache.zarr", tiny_target)
+
+
+@pytest.fixture
+def go(tiny_target: "TransformerTarget", tiny_cache: CacheReader, console: Console) -> Any:
+    """`train` of plans into a directory, through the tiny model."""
+
+    def run(plans: list[RunPlan], out: Path, **settings: Any) -> list[RunResult]:
+        return train(plans, tiny_cache, out=out, device="cpu", console=console, target=tiny_target, **settings)
+
+    return run
+
+
 def plans_for(
     cache: CacheReader, label: str, train_settings: dict[str, Any] | None = None, **settings: Any
 ) -> list[RunPlan]:
     config = DictionaryConfig(**({"n_latents": 64, "dead_after": 2000, "aux_k": 8} | settings))
     base = {"batch_rows": 256, "steps": 40, "lr": 3e-3, "warmup": 5, "log_every": 10, "checkpoint_every": 15}
     return plan_runs(label, config, TrainConfig(**(base | (train_settings or {}))), cache.sites, {"from": "test"})
+
+
+def inputs(cache: CacheReader, of: Fit, first: int = 0) -> Inputs:
+    """`ROWS` training rows from `first` on, in float64 in a dictionary's training space."""
+    rows = np.arange(first, first + ROWS)
+    acts = {site: cache.gather("train", site, rows) for site in (*of.plan.spec.reads, *of.plan.spec.writes)}
+    made = of.inputs(Views(acts))
+    return Inputs([x.double() for x in made.xs], [y.double() for y in made.ys])
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -5,22 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from tests.train import tiny
 from tests.train.test_endtoend_run import same, stop_at
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
-from thresher.cache.reader import CacheReader
 from thresher.evaluate.costs import costs
-from thresher.harvest.target import TransformerTarget
 from thresher.train.dictionary.decomposition import Decomposition
 from thresher.train.dictionary.spec import DictionaryConfig
 from thresher.train.dictionary.topologies import build
 from thresher.train.files import load_run
 from thresher.train.metrics import curves
 from thresher.train.optim import rate_factor
-from thresher.train.run import TrainConfig, train
+from thresher.train.run import TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 SETTINGS: dict[str, Any] = {
@@ -30,29 +27,11 @@ SETTINGS: dict[str, Any] = {
 D, H = tiny.WIDTH, 4 * tiny.WIDTH
 
 
-@pytest.fixture(scope="module")
-def target() -> TransformerTarget:
-    return tiny.gpt2()
-
-
-@pytest.fixture(scope="module")
-def cache(target: TransformerTarget, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
-    return tiny.make_cache(tmp_path_factory.mktemp("cache") / "cache.zarr", target)
-
-
 # Runs.
 
 
-@pytest.fixture
-def go(target: TransformerTarget, cache: CacheReader, console: Console) -> Any:
-    def run(plans: Any, out: Path, **settings: Any) -> Any:
-        return train(plans, cache, out=out, device="cpu", console=console, target=target, **settings)
-
-    return run
-
-
-def test_resume_equals_uninterrupted(go: Any, tmp_path: Path, target: Any, monkeypatch: Any) -> None:
-    plans = tiny.plans_for(target, "g", {"optimiser": "adamw", "decay": "cosine"}, **SETTINGS)
+def test_resume_equals_uninterrupted(go: Any, tmp_path: Path, tiny_target: Any, monkeypatch: Any) -> None:
+    plans = tiny.plans_for(tiny_target, "g", {"optimiser": "adamw", "decay": "cosine"}, **SETTINGS)
     whole = go(plans, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
@@ -61,10 +40,12 @@ def test_resume_equals_uninterrupted(go: Any, tmp_path: Path, target: Any, monke
     same(whole, go(plans, tmp_path / "parts", resume=True))
 
 
-def test_a_run_learns_and_is_saved_as_it_was_trained(go: Any, tmp_path: Path, target: Any, cache: Any) -> None:
+def test_a_run_learns_and_is_saved_as_it_was_trained(
+    go: Any, tmp_path: Path, tiny_target: Any, tiny_cache: Any
+) -> None:
     settings = {"steps": 80, "lr": 3e-3, "log_every": 20, "warmup": 0, "clip": 0.01}
     easy = {"faithfulness_warmup": 0, "components": (40, 40), "subset": 5.0, "sparsity": 1e-4}
-    plans = tiny.plans_for(target, "g", settings, **SETTINGS | easy)
+    plans = tiny.plans_for(tiny_target, "g", settings, **SETTINGS | easy)
     results = go(plans, tmp_path)
     for result in results:
         found = curves(result.path)
@@ -73,14 +54,16 @@ def test_a_run_learns_and_is_saved_as_it_was_trained(go: Any, tmp_path: Path, ta
         held = result.metrics["held_out"]
         assert len(held["l0"]) == 2
         assert held["trained_l0"] == [result.metrics["final"][f"l0.S{s}"] for s in range(2)]
-    warm = tiny.plans_for(target, "warm", {"steps": 1}, **SETTINGS | {"components": (40, 40)})
+    warm = tiny.plans_for(tiny_target, "warm", {"steps": 1}, **SETTINGS | {"components": (40, 40)})
     first = go(warm, tmp_path / "warm")[0].metrics["final"]["faithfulness"]
-    cold = tiny.plans_for(target, "cold", {"steps": 1}, **SETTINGS | {"components": (40, 40), "faithfulness_warmup": 0})
+    cold = tiny.plans_for(
+        tiny_target, "cold", {"steps": 1}, **SETTINGS | {"components": (40, 40), "faithfulness_warmup": 0}
+    )
     assert first < 0.9 * go(cold, tmp_path / "cold")[0].metrics["final"]["faithfulness"]
 
 
-def test_a_saved_decomposition_costs_what_its_components_weigh(go: Any, tmp_path: Path, target: Any) -> None:
-    results = go(tiny.plans_for(target, "g", {"steps": 3}, **SETTINGS), tmp_path)
+def test_a_saved_decomposition_costs_what_its_components_weigh(go: Any, tmp_path: Path, tiny_target: Any) -> None:
+    results = go(tiny.plans_for(tiny_target, "g", {"steps": 3}, **SETTINGS), tmp_path)
     dictionaries = [load_run(result.path).dictionary for result in results]
     one = dictionaries[0]
     assert one.inputs == (("L00.mlp_in",), ("L00.mlp_in",))
@@ -96,10 +79,10 @@ def test_a_saved_decomposition_costs_what_its_components_weigh(go: Any, tmp_path
     assert costs(dictionaries, l0, used) == {"l0": 4.0, "active_per_mlp": 8.0, "active_parameters": 16.0 * (D + H)}
 
 
-def test_a_higher_threshold_keeps_fewer_components(target: Any) -> None:
+def test_a_higher_threshold_keeps_fewer_components(tiny_target: Any) -> None:
     made = []
     for limit in (0.0, 0.5):
-        spec = tiny.plans_for(target, "g", **SETTINGS | {"gate_threshold": limit})[0].spec
+        spec = tiny.plans_for(tiny_target, "g", **SETTINGS | {"gate_threshold": limit})[0].spec
         module = build(spec)
         assert isinstance(module, Decomposition)
         module.begin_weights(torch.Generator().manual_seed(0))
@@ -134,9 +117,9 @@ def test_settings_that_mean_nothing_are_refused(given: dict[str, Any], match: st
 
 
 @pytest.mark.parametrize("given", [{"reads": "mlp_out"}, {"writes": "mlp_in"}])
-def test_it_stands_for_an_mlp_and_nothing_else(given: dict[str, str], target: Any) -> None:
+def test_it_stands_for_an_mlp_and_nothing_else(given: dict[str, str], tiny_target: Any) -> None:
     with pytest.raises(UserError, match=f"dictionary.{next(iter(given))} resolves to .*the MLP as a whole"):
-        tiny.plans_for(target, "g", **SETTINGS | given)
+        tiny.plans_for(tiny_target, "g", **SETTINGS | given)
 
 
 def test_others_refuse_what_is_a_decompositions_own() -> None:
@@ -152,15 +135,15 @@ def test_others_refuse_what_is_a_decompositions_own() -> None:
         {"local_weight": 0.1}, {"init_from": "runs/x"}, {"dtype": "bfloat16"},
     ],
 )  # fmt: skip
-def test_it_is_trained_in_one_way_alone(given: dict[str, Any], target: Any) -> None:
+def test_it_is_trained_in_one_way_alone(given: dict[str, Any], tiny_target: Any) -> None:
     with pytest.raises(UserError, match=f"train.{next(iter(given))} is .*decomposition"):
-        tiny.plans_for(target, "g", given, **SETTINGS)
+        tiny.plans_for(tiny_target, "g", given, **SETTINGS)
 
 
-def test_a_target_with_another_mlp_is_refused(go: Any, tmp_path: Path, target: Any) -> None:
+def test_a_target_with_another_mlp_is_refused(go: Any, tmp_path: Path, tiny_target: Any) -> None:
     for given, match in (({"mlp_width": 30}, "mlp_width = 32"), ({"mlp_activation": "relu"}, "'gelu_tanh'")):
         with pytest.raises(UserError, match=match):
-            go(tiny.plans_for(target, "g", **SETTINGS | given), tmp_path / match)
+            go(tiny.plans_for(tiny_target, "g", **SETTINGS | given), tmp_path / match)
 
 
 def test_the_cosine_ends_at_a_tenth() -> None:

@@ -52,14 +52,20 @@ def stats(width: int, seed: int) -> tuple[Tensor, SiteStats]:
     )
 
 
-def trained(settings: DictionarySpec) -> tuple[Coder, list[Tensor], list[Affine], list[Affine]]:
-    """A dictionary in its training space with weights of no special form, and raw rows of its sources."""
+def fresh(settings: DictionarySpec) -> tuple[Coder, list[Tensor], list[Affine], list[Affine]]:
+    """A dictionary at its start in its training space, and raw rows of its sources."""
     raw = [stats(D, 10 + i) for i in range(len(settings.reads))]
     targets = raw if settings.kind == "sae" else [stats(settings.d_out, 20 + i) for i in range(len(settings.writes))]
     reads = [affine(settings.normalise, s, "r") for _, s in raw]
     writes = [affine(settings.normalise, s, "w") for _, s in targets]
     coder = build(settings)
     initialise(coder, 0, reads, writes, [space.apply(x).float() for (x, _), space in zip(raw, reads, strict=True)])
+    return coder, [x[:N] for x, _ in raw], reads, writes
+
+
+def trained(settings: DictionarySpec) -> tuple[Coder, list[Tensor], list[Affine], list[Affine]]:
+    """A dictionary in its training space with weights of no special form, and raw rows of its sources."""
+    coder, raw, reads, writes = fresh(settings)
     coder.double()
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -69,7 +75,7 @@ def trained(settings: DictionarySpec) -> tuple[Coder, list[Tensor], list[Affine]
             rule = coder.encoder(source).rule
             if settings.firing in ("batchtopk", "global"):
                 rule.threshold.fill_(0.7)
-    return coder, [x[:N] for x, _ in raw], reads, writes
+    return coder, raw, reads, writes
 
 
 RULES: list[dict[str, Any]] = [
@@ -142,38 +148,26 @@ def test_a_site_that_never_varies_is_refused() -> None:
 
 
 def test_saes_start_tied_with_unit_rows_and_transcoders_at_the_mean() -> None:
-    sae, _, _, writes = trained_fresh(spec("sae", pre_bias=True))
+    sae, _, _, writes = fresh(spec("sae", pre_bias=True))
     torch.testing.assert_close(sae.decoder_norm(0), torch.ones(F))
     torch.testing.assert_close(sae.encoder(0).W_enc, sae.W_dec[0][:, 0])
     torch.testing.assert_close(sae.b_dec[0], writes[0].mean.float())
-    transcoder, raw, reads, writes = trained_fresh(spec("transcoder", normalise="none"))
+    transcoder, raw, reads, writes = fresh(spec("transcoder", normalise="none"))
     guess = transcoder.decode(0, [transcoder.encode(0, raw[0].float())])
     torch.testing.assert_close(guess, writes[0].mean.float().expand(N, E))
     at_mean = transcoder.encoder(0).preactivations(reads[0].mean.float()[None], transcoder.encoder(0).b_enc)
     assert at_mean.abs().max().item() < 1e-4
 
 
-def trained_fresh(settings: DictionarySpec) -> tuple[Coder, list[Tensor], list[Affine], list[Affine]]:
-    raw = [stats(D, 10 + i) for i in range(len(settings.reads))]
-    targets = raw if settings.kind == "sae" else [stats(settings.d_out, 20 + i) for i in range(len(settings.writes))]
-    reads = [affine(settings.normalise, s, "r") for _, s in raw]
-    writes = [affine(settings.normalise, s, "w") for _, s in targets]
-    coder = build(settings)
-    initialise(coder, 0, reads, writes, [space.apply(x).float() for (x, _), space in zip(raw, reads, strict=True)])
-    return coder, [x[:N] for x, _ in raw], reads, writes
-
-
 def test_a_clts_unit_norm_is_over_all_its_targets_together() -> None:
-    coder, *_ = trained_fresh(spec("clt", unit_norm=True))
+    coder, *_ = fresh(spec("clt", unit_norm=True))
     for source in range(3):
         assert coder.W_dec[source].shape == (F, 3 - source, E)
         torch.testing.assert_close(coder.W_dec[source].flatten(1).norm(dim=1), torch.ones(F))
 
 
 def test_jumprelus_threshold_and_window_are_in_units_of_the_initial_spread() -> None:
-    coder, *_ = trained_fresh(
-        spec("sae", firing="jumprelu", k=None, sparsity=1.0, theta=1.5, bandwidth=0.25, normalise="none")
-    )
+    coder, *_ = fresh(spec("sae", firing="jumprelu", k=None, sparsity=1.0, theta=1.5, bandwidth=0.25, normalise="none"))
     a = coder.encoder(0).preactivations(stats(D, 10)[0].float(), coder.bias(0))
     deviation = float(a.var(0).mean().sqrt())
     rule = coder.encoder(0).rule
@@ -185,7 +179,7 @@ def test_layers_start_different_and_construction_leaves_global_randomness_alone(
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    coder, *_ = trained_fresh(spec("clt"))
+    coder, *_ = fresh(spec("clt"))
     assert torch.equal(torch.rand(3), expected)
     assert not torch.equal(coder.encoder(0).W_enc, coder.encoder(1).W_enc)
     same = [torch.rand(4, generator=generator(*key)) for key in ((0, "sae", "a"), (0, "sae", "a"), (1, "sae", "a"))]

@@ -249,38 +249,28 @@ def test_text_without_a_scored_position_is_refused() -> None:
 # The cache.
 
 
-@pytest.fixture(scope="module")
-def small() -> TransformerTarget:
-    return tiny.gpt2()
-
-
-@pytest.fixture(scope="module")
-def cache(small: TransformerTarget, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
-    return tiny.make_cache(tmp_path_factory.mktemp("cache") / "cache.zarr", small)
-
-
-def test_rows_of_the_cache_are_the_models_as_stored(small: TransformerTarget, cache: CacheReader) -> None:
-    found = Cached(cache)
-    assert found.known.sum() == (cache.provenance("train").keep == 1).sum()
-    assert not found.known[cache.contexts("train").keep != 1].any()
-    text = Text(cache.contexts("train"), 0, CPU, found.known)
+def test_rows_of_the_cache_are_the_models_as_stored(tiny_target: TransformerTarget, tiny_cache: CacheReader) -> None:
+    found = Cached(tiny_cache)
+    assert found.known.sum() == (tiny_cache.provenance("train").keep == 1).sum()
+    assert not found.known[tiny_cache.contexts("train").keep != 1].any()
+    text = Text(tiny_cache.contexts("train"), 0, CPU, found.known)
     (part,) = text.step(0, 20).parts
-    stored, exact = (clean(small, part, ["L01.mlp_in"], c, False).rows["L01.mlp_in"] for c in (found, None))
+    stored, exact = (clean(tiny_target, part, ["L01.mlp_in"], c, False).rows["L01.mlp_in"] for c in (found, None))
     assert torch.equal(stored, exact.bfloat16().float())
-    logits = clean(small, part, ["L01.mlp_in"], None, True)
+    logits = clean(tiny_target, part, ["L01.mlp_in"], None, True)
     assert torch.equal(logits.rows["L01.mlp_in"], exact)
 
 
 @pytest.mark.parametrize(("mode", "objective"), [("cascade", "kl"), ("single_site", "ce"), ("clean_input", "ce")])
 def test_clean_rows_from_the_cache_train_as_those_of_the_model(
-    small: TransformerTarget, cache: CacheReader, tmp_path: Path, console: Console, mode: str, objective: str
+    tiny_target: TransformerTarget, tiny_cache: CacheReader, tmp_path: Path, console: Console, mode: str, objective: str
 ) -> None:
     finals = []
     for origin in ("model", "cache"):
         settings = {"mode": mode, "objective": objective, "clean_from": origin, "steps": 3}
         settings |= {"batch_rows": 1200, "log_every": 3}  # all contexts
-        plans = tiny.plans_for(small, origin, settings, kind="transcoder", firing="topk", k=3)
-        results = train(plans, cache, out=tmp_path, device="cpu", console=console, target=small)
+        plans = tiny.plans_for(tiny_target, origin, settings, kind="transcoder", firing="topk", k=3)
+        results = train(plans, tiny_cache, out=tmp_path, device="cpu", console=console, target=tiny_target)
         finals.append([result.metrics["final"] for result in results])
     for model, cached in zip(*finals, strict=True):
         assert cached["ce"] == pytest.approx(model["ce"], rel=0.02)
@@ -289,23 +279,23 @@ def test_clean_rows_from_the_cache_train_as_those_of_the_model(
 
 
 def test_what_cannot_be_trained_so_is_refused_with_the_reason(
-    small: TransformerTarget, cache: CacheReader, tmp_path: Path, console: Console
+    tiny_target: TransformerTarget, tiny_cache: CacheReader, tmp_path: Path, console: Console
 ) -> None:
-    plans = tiny.plans_for(small, "x", kind="transcoder", firing="topk", k=3)
+    plans = tiny.plans_for(tiny_target, "x", kind="transcoder", firing="topk", k=3)
     with pytest.raises(UserError, match="language model, which was not given"):
-        train(plans, cache, out=tmp_path, device="cpu", console=console)
+        train(plans, tiny_cache, out=tmp_path, device="cpu", console=console)
     with pytest.raises(UserError, match="belong to training through the language model"):
         TrainConfig(local_weight=0.5)
     with pytest.raises(UserError, match=r"train\.mode = 'single_site'"):
         TrainConfig(mode="single_site")
     changed = plans[1]._replace(train=TrainConfig(objective="kl", lr=1e-3))
     with pytest.raises(UserError, match="are trained together, so they must agree"):
-        train([plans[0], changed], cache, out=tmp_path, device="cpu", console=console, target=small)
+        train([plans[0], changed], tiny_cache, out=tmp_path, device="cpu", console=console, target=tiny_target)
     twin = plans[0]._replace(name="twin")
     with pytest.raises(UserError, match="write to the same site"):
-        train([plans[0], twin], cache, out=tmp_path / "twins", device="cpu", console=console, target=small)
+        train([plans[0], twin], tiny_cache, out=tmp_path / "twins", device="cpu", console=console, target=tiny_target)
     with pytest.raises(UserError, match="on cpu, but training is on meta"):
-        Setting(small, cache, torch.device("meta"))
+        Setting(tiny_target, tiny_cache, torch.device("meta"))
 
     class Live:
         identity: dict[str, Any] = {}  # noqa: RUF012
@@ -331,6 +321,6 @@ def test_labels_say_how_a_dictionary_was_trained() -> None:
     assert label("wide", {"train.objective": "local", "train.mode": "cascade"}) == "wide-local"
 
 
-def test_local_training_needs_no_target(cache: CacheReader, small: TransformerTarget) -> None:
-    (plan, _) = tiny.plans_for(small, "x", {"objective": "local"}, kind="transcoder", firing="topk", k=3)
-    assert Fit(plan, cache, CPU).total == 12
+def test_local_training_needs_no_target(tiny_cache: CacheReader, tiny_target: TransformerTarget) -> None:
+    (plan, _) = tiny.plans_for(tiny_target, "x", {"objective": "local"}, kind="transcoder", firing="topk", k=3)
+    assert Fit(plan, tiny_cache, CPU).total == 12

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from tests.train import tiny
@@ -16,33 +15,14 @@ from tests.train.test_profile import traces
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
-from thresher.harvest.target import TransformerTarget
 from thresher.train.endtoend import feed
 from thresher.train.endtoend.group import Group
 from thresher.train.files import load_run, read_config
-from thresher.train.run import RunResult, train
+from thresher.train.run import RunResult
 from thresher.train.stages import STAGES
 from thresher.train.state import checkpoint_steps, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-
-
-@pytest.fixture(scope="module")
-def target() -> TransformerTarget:
-    return tiny.gpt2()
-
-
-@pytest.fixture(scope="module")
-def cache(target: TransformerTarget, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
-    return tiny.make_cache(tmp_path_factory.mktemp("cache") / "cache.zarr", target)
-
-
-@pytest.fixture
-def go(target: TransformerTarget, cache: CacheReader, console: Console) -> Any:
-    def run(plans: Any, out: Path, **settings: Any) -> list[RunResult]:
-        return train(plans, cache, out=out, device="cpu", console=console, target=target, **settings)
-
-    return run
 
 
 def tensors(results: list[RunResult]) -> list[dict[str, Tensor]]:
@@ -94,10 +74,10 @@ OTHERS = [("cascade", RELU | {"resample": 4}), ("clean_input", RELU), ("cascade"
 
 @pytest.mark.parametrize(("mode", "kind"), [*KINDS.items(), *OTHERS])
 def test_resume_equals_uninterrupted(
-    mode: str, kind: dict[str, Any], go: Any, tmp_path: Path, target: Any, monkeypatch: Any
+    mode: str, kind: dict[str, Any], go: Any, tmp_path: Path, tiny_target: Any, monkeypatch: Any
 ) -> None:
     averaging = {"optimiser": "signum"} if mode == "cascade" else {}
-    plans = tiny.plans_for(target, "g", {"mode": mode, **averaging}, **kind)
+    plans = tiny.plans_for(tiny_target, "g", {"mode": mode, **averaging}, **kind)
     whole = go(plans, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
@@ -110,9 +90,9 @@ def test_resume_equals_uninterrupted(
 
 
 def test_a_group_goes_on_from_a_step_that_all_have_saved(
-    go: Any, tmp_path: Path, target: Any, monkeypatch: Any
+    go: Any, tmp_path: Path, tiny_target: Any, monkeypatch: Any
 ) -> None:
-    plans = tiny.plans_for(target, "g", **KINDS["cascade"])
+    plans = tiny.plans_for(tiny_target, "g", **KINDS["cascade"])
     whole = go(plans, tmp_path / "whole")
 
     class Killed(Exception):  # noqa: N818
@@ -134,8 +114,8 @@ def test_a_group_goes_on_from_a_step_that_all_have_saved(
     same(whole, go(plans, tmp_path / "killed", resume=True))
 
 
-def test_a_group_that_was_finished_in_part_comes_out_again(go: Any, tmp_path: Path, target: Any) -> None:
-    plans = tiny.plans_for(target, "g", **KINDS["cascade"])
+def test_a_group_that_was_finished_in_part_comes_out_again(go: Any, tmp_path: Path, tiny_target: Any) -> None:
+    plans = tiny.plans_for(tiny_target, "g", **KINDS["cascade"])
     whole, again = go(plans, tmp_path / "whole"), go(plans, tmp_path / "again")
     config = read_config(again[1].path)
     config["training"]["finished"] = False
@@ -147,19 +127,19 @@ def test_a_group_that_was_finished_in_part_comes_out_again(go: Any, tmp_path: Pa
     same(whole, found)
 
 
-def test_a_run_belongs_to_its_company(go: Any, tmp_path: Path, target: Any) -> None:
-    plans = tiny.plans_for(target, "g", **KINDS["cascade"])
+def test_a_run_belongs_to_its_company(go: Any, tmp_path: Path, tiny_target: Any) -> None:
+    plans = tiny.plans_for(tiny_target, "g", **KINDS["cascade"])
     go(plans[:1], tmp_path)
     with pytest.raises(UserError, match="together"):
         go(plans, tmp_path)
 
 
 def test_one_that_fails_sets_its_group_aside_and_no_other(
-    go: Any, tmp_path: Path, target: Any, monkeypatch: Any
+    go: Any, tmp_path: Path, tiny_target: Any, monkeypatch: Any
 ) -> None:
     through = {"objective": "kl", "mode": "clean_input"}
     bad, good, local = (
-        tiny.plans_for(target, label, way, **KINDS["cascade"])
+        tiny.plans_for(tiny_target, label, way, **KINDS["cascade"])
         for label, way in (("bad", through), ("good", through), ("local", {"objective": "local"}))
     )
     real = Group.step
@@ -182,16 +162,16 @@ def test_one_that_fails_sets_its_group_aside_and_no_other(
         assert checkpoint_steps(result.path)[-1] == 6
 
 
-def test_a_trace_names_the_stages(go: Any, tmp_path: Path, target: Any) -> None:
-    plans = tiny.plans_for(target, "g", {"steps": 4}, **KINDS["cascade"], dead_after=100)
+def test_a_trace_names_the_stages(go: Any, tmp_path: Path, tiny_target: Any) -> None:
+    plans = tiny.plans_for(tiny_target, "g", {"steps": 4}, **KINDS["cascade"], dead_after=100)
     go(plans, tmp_path, profile=True)
     ((_, events),) = traces(tmp_path).items()
     spans = {event["name"] for event in events if event.get("cat") == "user_annotation"}
     assert spans >= set(STAGES) - {"read"}
 
 
-def test_no_memory_for_one_is_none_for_its_group(go: Any, tmp_path: Path, target: Any, monkeypatch: Any) -> None:
-    plans = tiny.plans_for(target, "g", **KINDS["cascade"])
+def test_no_memory_for_one_is_none_for_its_group(go: Any, tmp_path: Path, tiny_target: Any, monkeypatch: Any) -> None:
+    plans = tiny.plans_for(tiny_target, "g", **KINDS["cascade"])
     monkeypatch.setattr(Group, "step", lambda self: (_ for _ in ()).throw(MemoryError("all gone")))
     for result in go(plans, tmp_path):
         assert result.status == "failed"
@@ -200,10 +180,10 @@ def test_no_memory_for_one_is_none_for_its_group(go: Any, tmp_path: Path, target
 
 
 def test_training_lowers_its_own_loss_and_its_threshold_holds_on_the_path_it_was_trained_on(
-    go: Any, tmp_path: Path, target: Any, cache: CacheReader
+    go: Any, tmp_path: Path, tiny_target: Any, tiny_cache: CacheReader
 ) -> None:
     settings = {"steps": 60, "mode": "cascade", "lr": 3e-2, "calibrate_rows": 1000, "log_every": 10}
-    plans = tiny.plans_for(target, "g", settings, kind="transcoder", firing="batchtopk", k=4, n_latents=64)
+    plans = tiny.plans_for(tiny_target, "g", settings, kind="transcoder", firing="batchtopk", k=4, n_latents=64)
     results = go(plans, tmp_path)
     from thresher.train.metrics import curves
 
@@ -216,8 +196,8 @@ def test_training_lowers_its_own_loss_and_its_threshold_holds_on_the_path_it_was
     from thresher.evaluate.splice import cascade_edits
 
     dictionaries = [load_run(result.path).dictionary for result in results]
-    contexts = cache.contexts("train")
+    contexts = tiny_cache.contexts("train")
     patch, seen = torch.from_numpy(contexts.keep == 1), {}
     edits = cascade_edits(dictionaries, patch, observe=lambda i, s, codes: seen.update({i: codes.l0().double().mean()}))
-    target.logits(torch.from_numpy(contexts.token_id).long(), edits)
+    tiny_target.logits(torch.from_numpy(contexts.token_id).long(), edits)
     assert [float(seen[i]) for i in range(2)] == pytest.approx([4.0, 4.0], rel=0.02)

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,13 +14,14 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.train.conftest import plans_for, stop_at
+from tests.train.conftest import ROWS, inputs, plans_for, stop_at
+from tests.train.test_exact import assert_same_end
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
 from thresher.train.anneal import WINDOW, Anneal
 from thresher.train.dictionary.spec import DictionarySpec
-from thresher.train.fit import Fit, Inputs, Views
+from thresher.train.fit import Fit, Inputs
 from thresher.train.resample import resample
 from thresher.train.run import train
 
@@ -41,7 +41,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "lp": RELU | {"penalty": "lp", "p_start": 2, "p_updates": 4},
     "resampled": RELU | {"resample": 2, "penalty_warmup": "run"},
 }
-ROWS = 200
 
 
 def fit(cache: CacheReader, kind: str, objective: dict[str, Any], seed: int = 0, **train_settings: Any) -> Fit:
@@ -57,13 +56,6 @@ def fit(cache: CacheReader, kind: str, objective: dict[str, Any], seed: int = 0,
         with torch.no_grad():
             encoder.b_enc[::5] -= 2.0
     return made
-
-
-def inputs(cache: CacheReader, of: Fit, first: int = 0) -> Inputs:
-    rows = np.arange(first, first + ROWS)
-    acts = {site: cache.gather("train", site, rows) for site in (*of.plan.spec.reads, *of.plan.spec.writes)}
-    made = of.inputs(Views(acts))
-    return Inputs([x.double() for x in made.xs], [y.double() for y in made.ys])
 
 
 def stepped(cache: CacheReader, of: Fit, steps: int = 3) -> dict[str, Tensor]:
@@ -114,12 +106,7 @@ def test_resume_equals_uninterrupted_for_every_objective(
         with pytest.raises(Interrupted, match="--resume"):
             train(plans, cache, out=tmp_path / "parts", device="cpu", console=console)
     train(plans, cache, out=tmp_path / "parts", device="cpu", resume=True, console=console)
-    for plan in plans:
-        for file in ("weights.safetensors", "checkpoints/step-00000020.safetensors"):
-            a, b = (safetensors.torch.load_file(tmp_path / side / plan.name / file) for side in ("whole", "parts"))
-            assert a.keys() == b.keys()
-            for name, tensor in a.items():
-                assert torch.equal(tensor, b[name]) or bool(tensor.isnan().all()), f"{plan.name} {file}: {name}"
+    assert_same_end(plans, tmp_path / "whole", tmp_path / "parts")
     end = safetensors.torch.load_file(tmp_path / "whole/lp/checkpoints/step-00000020.safetensors")
     assert end["model.anneal.p"].item() == pytest.approx(0.2)
     assert 0 < end["model.anneal.factor"].item() != 1

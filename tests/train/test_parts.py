@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.train.conftest import KINDS, plans_for
+from tests.train.conftest import KINDS, ROWS, inputs, plans_for
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.encoder import Chosen
 from thresher.train.dictionary.pools import cut
-from thresher.train.fit import Fit, Inputs, Views
+from thresher.train.fit import Fit
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.firing import plain_batch_topk, select_batch_topk
 from thresher.train.parts import split, survey
@@ -30,7 +30,6 @@ RULES: dict[str, dict[str, Any]] = {
     "gated": {"firing": "gated", "sparsity": 3e-2},
     "global": {"firing": "global", "k": 3},
 }
-ROWS = 200
 
 
 def fit(cache: CacheReader, kind: str, rule: str, micro_rows: int | None, kernels: str = "auto") -> Fit:
@@ -47,13 +46,6 @@ def fit(cache: CacheReader, kind: str, rule: str, micro_rows: int | None, kernel
     for source in range(len(plan.spec.reads)):
         made.coder.encoder(source).tokens_since_fired[::5] = 5000
     return made
-
-
-def inputs(cache: CacheReader, of: Fit, first: int = 0) -> Inputs:
-    rows = np.arange(first, first + ROWS)
-    acts = {site: cache.gather("train", site, rows) for site in (*of.plan.spec.reads, *of.plan.spec.writes)}
-    made = of.inputs(Views(acts))
-    return Inputs([x.double() for x in made.xs], [y.double() for y in made.ys])
 
 
 def state(of: Fit) -> dict[str, Tensor]:

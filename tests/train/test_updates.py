@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from tests.train.conftest import RULES, plans_for, stop_at
+from tests.train.test_exact import assert_same_end
 from tests.train.test_optim import spec
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted, StopFlag
@@ -212,11 +213,7 @@ def test_resume_equals_uninterrupted_bit_for_bit_for_every_optimiser(
         with pytest.raises(Interrupted):
             train(plans, cache, out=tmp_path / "parts", device="cpu", console=console)
     train(plans, cache, out=tmp_path / "parts", device="cpu", resume=True, console=console)
-    for plan in plans:
-        for file in ("weights.safetensors", "checkpoints/step-00000012.safetensors"):
-            a, b = (safetensors.torch.load_file(tmp_path / side / plan.name / file) for side in ("whole", "parts"))
-            assert a.keys() == b.keys()
-            assert all(torch.equal(a[key], b[key]) for key in a), plan.name
+    assert_same_end(plans, tmp_path / "whole", tmp_path / "parts")
 
 
 def test_signum_evaluates_saves_and_calibrates_its_average_and_trains_on_from_where_it_was(
