@@ -1,6 +1,6 @@
 """Settings that only some topologies take: what they are, and why the others refuse them.
 
-A topology's class names those it takes in `admits` (coder.py).
+A topology's class names those it takes in `admits` (form.py).
 """
 
 from collections.abc import Callable
