@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+# Modules are compiled once and kept, whatever the caller's environment says: workers start many processes.
+export PYTHONDONTWRITEBYTECODE =
+
+.PHONY: demo test suite lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/thresher demo
 
+# A type checker that starts from nothing takes a minute of one core: the suite need not wait for it.
+test: lint
+	$(MAKE) --jobs=2 types suite
+
 # One worker per core, each with one thread: tests of small tensors gain nothing from more. A worker without tests takes
 # some of another's: the slowest ones come last.
-test: $(VENV)/ready lint types
+suite: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/ready
@@ -23,7 +30,8 @@ types: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib  # on all cores: pip would take over a minute of one
 	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/thresher
 	touch $@
 
