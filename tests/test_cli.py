@@ -1,14 +1,13 @@
 """The command line as a user meets it: exit codes, one paragraph per mistake, nothing half-written."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +16,14 @@ import typer
 from typer.testing import CliRunner
 
 from tests.documents import document
+from tests.program import SMALL, environment, line_of, thresher
 from thresher import cli
 
-SMALL = (
-    "data.max_tokens=24000",
-    "data.context=128",
-    "data.test_fraction=0.25",
-    "data.validation_fraction=0.15",
-    "dictionary.expansion=2",
-    "train.batch_rows=1024",
-    "train.epochs=0.4",
-    "train.log_every=2",
-    "evaluate.tokens=1500",
-    "evaluate.resamples=100",
-)
-"""Overrides that make the demo recipe a matter of seconds."""
 
-
-def thresher(folder: Path, *arguments: str, sets: Sequence[str] = SMALL) -> subprocess.CompletedProcess[str]:
-    """`thresher ARGUMENTS --set …` in `folder`."""
-    extra = [part for item in sets for part in ("--set", item)]
-    return subprocess.run(
-        [sys.executable, "-m", "thresher", *arguments, *extra],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-
-
-def environment() -> dict[str, str]:
-    ours = {"COLUMNS": "200", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {key: value for key, value in os.environ.items() if key != "THRESHER_CACHE"} | ours
+def started(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`thresher ARGUMENTS` in `folder`, as a process of its own."""
+    command = [sys.executable, "-m", "thresher", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +31,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which all three stages of the small recipe have run."""
     folder = tmp_path_factory.mktemp("house")
     for stage in ("harvest", "train", "evaluate"):
-        done = thresher(folder, stage, "books-demo", "--json")
+        done = thresher(folder, stage, "books-demo", "--json", pictures=True)
         assert done.returncode == 0, done.stdout + done.stderr
         (folder / f"{stage}.json").write_text(done.stdout)
         (folder / f"{stage}.txt").write_text(done.stderr, newline="")
@@ -196,6 +171,7 @@ def test_both_other_names_are_the_same_program(tmp_path: Path) -> None:
         text=True,
     )
     assert direct.returncode == 0, direct.stderr
+    assert direct.stdout == started(tmp_path, "recipes", "list").stdout
     assert direct.stdout == thresher(tmp_path, "recipes", "list", sets=()).stdout
 
 
@@ -204,15 +180,15 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_python_example_of_the_readme_runs(house: Path, tmp_path: Path) -> None:
+def test_the_python_example_of_the_readme_runs(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/runs").symlink_to(house / "runs/books-demo")
+    monkeypatch.chdir(tmp_path)
     (code,) = readme_blocks("python")
-    shape = "assert reconstruction.shape == acts[dictionary.writes[0]].flatten(0, 1).shape"
-    command = [sys.executable, "-c", code + shape]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "tensor" in done.stdout
+    exec(code + "assert reconstruction.shape == acts[dictionary.writes[0]].flatten(0, 1).shape", {})
+    assert "tensor" in capsys.readouterr().out
 
 
 def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
@@ -268,7 +244,6 @@ def test_keys_of_a_table_are_listed_with_their_meaning(tmp_path: Path) -> None:
     [
         ("harvest", ["train.lrr=1"], ["[train]", "'lrr'", "Did you mean 'lr'"]),
         ("harvest", ["harvest.codec=int9"], ["harvest.codec", "'int9'", "int8z"]),
-        ("harvest", ["target.model=no/such-model"], ["no/such-model"]),
         ("harvest", ["target.model=./nowhere"], ["nowhere"]),
         ("harvest", ["target.device=cuda"], ["target.device", "cuda"]),
         ("harvest", ["data.source=missing.jsonl"], ["missing.jsonl"]),
@@ -282,6 +257,12 @@ def test_bad_input_ends_before_any_work(tmp_path: Path, command: str, sets: list
     refused(thresher(tmp_path, command, "books-demo", sets=sets), *words)
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert left == [], f"half-written: {left}"
+
+
+def test_a_process_ends_as_the_command_does_and_asks_no_network_when_offline(tmp_path: Path) -> None:
+    command = line_of(["harvest", "books-demo"], [*SMALL, "target.model=no/such-model"])
+    refused(started(tmp_path, *command), "no/such-model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_of_other_settings_is_refused_by_name(house: Path, tmp_path: Path) -> None:
@@ -368,17 +349,30 @@ def test_a_mistyped_option_says_so_without_a_traceback(tmp_path: Path) -> None:
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = thresher(tmp_path, "harvest", "nothing", "--debug", sets=())
+    done = started(tmp_path, "harvest", "nothing", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
 
+LONGER = (*SMALL, "train.epochs=1.5", "train.checkpoint_every=1000000", "train.log_every=1", "dictionary.k=16")
+"""Of 13 dictionaries, so that a signal finds them at work."""
+
+
+@pytest.fixture(scope="module")
+def straight(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = thresher(folder, "train", "books-demo", "--cache", str(cache_of(house)), "--runs", "runs", sets=LONGER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_resume_ends_with_the_same_bits(house: Path, tmp_path: Path, number: int) -> None:
-    sets = [*SMALL, "train.epochs=2", "train.checkpoint_every=1000000", "train.log_every=1"]
+def test_a_signal_saves_and_resume_ends_with_the_same_bits(
+    house: Path, straight: Path, tmp_path: Path, number: int
+) -> None:
     common = ["train", "books-demo", "--cache", str(cache_of(house))]
-    extra = [part for item in sets for part in ("--set", item)]
-    command = [sys.executable, "-m", "thresher", *common, "--runs", "stopped", *extra]
+    command = [sys.executable, "-m", "thresher", *line_of([*common, "--runs", "stopped"], LONGER)]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -387,11 +381,10 @@ def test_a_signal_saves_and_resume_ends_with_the_same_bits(house: Path, tmp_path
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "--resume" in errors
-    refused(thresher(tmp_path, *common, "--runs", "stopped", sets=sets), "--resume")
-    assert thresher(tmp_path, *common, "--runs", "stopped", "--resume", sets=sets).returncode == 0
-    assert thresher(tmp_path, *common, "--runs", "straight", sets=sets).returncode == 0
+    refused(thresher(tmp_path, *common, "--runs", "stopped", sets=LONGER), "--resume")
+    assert thresher(tmp_path, *common, "--runs", "stopped", "--resume", sets=LONGER).returncode == 0
     for run in ("clt-batchtopk", "transcoder-jumprelu-L02", "sae-topk-L00"):
-        weights = [(tmp_path / way / run / "weights.safetensors").read_bytes() for way in ("stopped", "straight")]
+        weights = [(runs / run / "weights.safetensors").read_bytes() for runs in (tmp_path / "stopped", straight)]
         assert weights[0] == weights[1], run
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from tests.test_cli import environment
+from tests.program import environment, line_of, thresher
 
 SETS = (
     "data.max_tokens=60000",
@@ -39,9 +39,8 @@ k = 8
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    extra = [part for item in SETS for part in ("--set", item)]
     return subprocess.Popen(
-        [sys.executable, "-m", "thresher", *arguments, *extra],
+        [sys.executable, "-m", "thresher", *line_of(arguments, SETS)],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -51,10 +50,9 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def run(folder: Path, *arguments: str) -> str:
-    process = start(folder, *arguments)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    done = thresher(folder, *arguments, sets=SETS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def weights(folder: Path) -> dict[str, bytes]:

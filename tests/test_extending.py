@@ -77,6 +77,7 @@ def weights(runs: Path) -> dict[str, dict[str, Tensor]]:
     return {path.parent.name: safetensors.torch.load_file(path) for path in sorted(runs.glob("*/weights.safetensors"))}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_commands_of_the_page_train_resume_and_judge_both(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

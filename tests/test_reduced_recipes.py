@@ -107,6 +107,7 @@ def _mended(recipe: Recipe) -> Recipe:
     return recipe._replace(tables=mend(recipe.tables), variants=tuple(map(again, recipe.variants)))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in OF_OTHERS]
 )

@@ -17,7 +17,8 @@ import typer
 from typer.testing import CliRunner
 
 from tests.documents import document, documented
-from tests.test_cli import commands, environment
+from tests.program import environment
+from tests.test_cli import commands
 from thresher import cli
 from thresher.cache.records import described
 from thresher.commands import completion

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from tests.test_cli import SMALL, thresher
+from tests.program import SMALL, thresher
 
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"
 METHODS = PAGE.with_name("methods.md")

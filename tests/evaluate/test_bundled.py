@@ -41,6 +41,7 @@ def trained_by_chance(target, kind):
     return Replacement(kind, tuple(out), {"kind": kind, "firing": "topk"})
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_bundled_model_loses_nothing_to_identity_and_what_its_readme_says_to_zeros(kit, bundled, tmp_path):
     """The README's losses (clean 4.2, all MLPs zeroed 9.2, one at a time 5.7 on average) on other rows of that text."""
     target, contexts = bundled

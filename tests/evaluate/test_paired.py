@@ -39,6 +39,7 @@ def test_separate_evaluations_differ_by_what_a_joint_one_says(kit, scan, sets, a
     assert (found.value, *found.interval) == pytest.approx((pair["difference"], pair["low"], pair["high"]), abs=1e-12)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_documents_file_holds_all_that_a_comparison_needs(kit, scan, sets, apart, tmp_path):
     paths = write_report(scan(sets, kit.TinyTarget(), kit.contexts(rows=9), single_site_share=0.5), tmp_path)
     with np.load(paths.segments, allow_pickle=False) as arrays:

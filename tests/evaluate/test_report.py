@@ -135,6 +135,7 @@ def test_report_writes_every_form(results, tmp_path):
     assert line["fact_kind"] == "sae"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_csv_gives_the_chance_of_the_front_by_cost(tmp_path):
     made = sweep(protocols=("cascade",))
     lines = list(csv.DictReader(write_report(made, tmp_path).csv.open()))
@@ -146,6 +147,7 @@ def test_csv_gives_the_chance_of_the_front_by_cost(tmp_path):
             assert line["chance_l0"] == ""
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_segments_add_up_to_the_table(results, tmp_path):
     paths = write_report(results, tmp_path)
     with np.load(paths.segments, allow_pickle=False) as arrays:

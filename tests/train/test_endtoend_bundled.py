@@ -98,6 +98,7 @@ target = {device = "cpu", dtype = "float32"}
 """
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_recipe_trains_through_the_model_and_is_judged_under_a_name_that_says_so(
     cache: CacheReader, tmp_path: Path
 ) -> None:

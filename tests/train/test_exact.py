@@ -25,7 +25,7 @@ from thresher.train.run import train
 def everything(cache: CacheReader, **train_settings: Any) -> list[RunPlan]:
     """Every kind with every rule, and with BatchTopK in parts too; AuxK and schedules at work after a few steps."""
     ways: dict[str, dict[str, Any]] = {name: {} for name in RULES} | {"batchtopk-parts": {"micro_rows": 100}}
-    rise = min(train_settings.get("steps", 40), 20)
+    rise = min(train_settings.get("steps", 40), 12)
     further = [
         plan
         for name, settings in FURTHER.items()
@@ -70,10 +70,10 @@ def assert_same_end(plans: list[RunPlan], left: Path, right: Path) -> None:
 def test_resume_equals_uninterrupted_bit_for_bit_for_every_kind_and_rule(
     cache: CacheReader, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, kernels: str
 ) -> None:
-    plans = everything(cache, kernels=kernels, steps=26, checkpoint_every=9, decay="linear")
+    plans = everything(cache, kernels=kernels, steps=17, checkpoint_every=6, decay="linear")
     train(plans, cache, out=tmp_path / "whole", device="cpu", console=console)
     with monkeypatch.context() as patch:
-        stop_at(patch, 14)
+        stop_at(patch, 10)
         with pytest.raises(Interrupted, match="--resume"):
             train(plans, cache, out=tmp_path / "parts", device="cpu", console=console)
     assert not list((tmp_path / "parts").glob("*/weights.safetensors"))
