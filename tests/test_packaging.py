@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -14,21 +15,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ROOMS = sorted({name.split(".")[1] for name in PROJECT["tool"]["setuptools"]["packages"] if "." in name})
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing left over in the checkout's `build/` slips in."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what `python -m build` makes: the source distribution, and from that the wheel.
+
+    Built from a copy, so that nothing left over in the checkout's `build/` slips in.
+    """
     source = tmp_path_factory.mktemp("source") / "thresher"
     keep_out = shutil.ignore_patterns(
         ".*", "build", "dist", "*.egg-info", "__pycache__", "demo", "caches", "runs", "reports"
     )
     shutil.copytree(ROOT, source, ignore=keep_out)
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
-    subprocess.run(command, check=True)
-    (built,) = out.glob("*.whl")
-    return built
+    out = tmp_path_factory.mktemp("built")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(out), str(source)], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (found,) = built.glob("*.whl")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +79,41 @@ def test_the_wheel_carries_every_module_and_all_data(wheel: Path) -> None:
         inside = set(archive.namelist())
     expected = {
         f"thresher/{path.relative_to(ROOT).as_posix()}"
-        for room in ("cache", "harvest", "train", "evaluate", "recipes", "commands")
+        for room in ROOMS
         for path in (ROOT / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert expected | {"thresher/cli.py", "thresher/__main__.py"} == {n for n in inside if n.startswith("thresher/")}
+    expected |= {f"thresher/{path.name}" for path in ROOT.glob("*.py")}
+    expected |= {"thresher/py.typed"}  # by which type checkers know that our annotations are meant for them
+    assert expected == {name for name in inside if name.startswith("thresher/")}
+
+
+def test_the_source_distribution_is_the_whole_project(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "Makefile", "constraints.txt", "mkdocs.yml"}
+    for folder in ("tests", "docs", "benchmarks"):
+        wanted |= {
+            path.relative_to(ROOT).as_posix()
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+    assert wanted <= inside, wanted - inside
+
+
+def test_what_was_built_may_be_uploaded(built: Path) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_version_is_told_in_one_place_and_changed_in_the_changelog(environment: Path, tmp_path: Path) -> None:
+    version = PROJECT["project"]["version"]
+    assert run(environment, tmp_path, "thresher", "--version").stdout == f"thresher {version}\n"
+    (newest,) = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[:1]
+    assert re.fullmatch(rf"{re.escape(version)} \((unreleased|\d{{4}}-\d{{2}}-\d{{2}})\)", newest), newest
 
 
 def test_an_empty_environment_runs_the_program_from_elsewhere(environment: Path, tmp_path: Path) -> None:
@@ -108,10 +148,10 @@ def test_the_demo_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None
 
 
 def test_every_imported_package_is_declared() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = PROJECT["project"]
     declared = {re.split(r"[<>=\[ ]", line)[0].replace("-", "_") for line in project["dependencies"]}
     imported = set()
-    for room in ("cache", "harvest", "train", "evaluate", "recipes", "commands"):
+    for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
