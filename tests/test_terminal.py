@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.documents import document, documented
+from tests.documents import PAGE, document, documented
 from tests.program import environment
 from tests.test_cli import commands
 from thresher import cli
@@ -90,6 +90,15 @@ def test_examples_that_cost_nothing_run(words: list[str]) -> None:
     done = program(*words)
     assert done.exit_code == 0, done.output
     assert done.stdout
+
+
+def test_the_pipe_of_the_page_prints_what_the_page_says() -> None:
+    (line,) = re.findall(r"^```bash\n(.+)\n```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    ours, _, theirs = line.partition(" | python -c ")
+    done = program(*shlex.split(ours)[1:])
+    (code,) = shlex.split(theirs)
+    told = subprocess.run([sys.executable, "-c", code], input=done.stdout, capture_output=True, text=True, check=True)
+    assert f"prints {told.stdout.strip()}." in PAGE.read_text(encoding="utf-8")
 
 
 # --- completion -----------------------------------------------------------------------------------------------------
