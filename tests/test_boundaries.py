@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "evaluate": {"evaluate", "cache"},
     "interop": {"interop", "train", "cache"},
     "recipes": {"recipes", "cache"},
-    "commands": {"commands", "recipes", "interop", "cache", *STAGES},
+    "sharing": {"sharing", "cache", "train"},
+    "commands": {"commands", "interop", "sharing", "recipes", "cache", *STAGES},
 }
 
 
@@ -41,6 +42,13 @@ def test_no_room_imports_a_room_it_may_not_know(room: str) -> None:
         for name in imported(path):
             if name.startswith("thresher."):
                 assert name.split(".")[1] in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_sharing_knows_run_directories_and_nothing_else_of_training() -> None:
+    known = {"thresher.train.files", "thresher.train.found", "thresher.train.metrics", "thresher.train.tracking"}
+    for path in modules("sharing"):
+        of_training = {name for name in imported(path) if name.startswith("thresher.train")}
+        assert {".".join(name.split(".")[:3]) for name in of_training} <= known, path
 
 
 def test_contracts_and_records_import_no_arrays_on_disk() -> None:
