@@ -17,7 +17,7 @@ import typer
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.process import prepare_process
-from thresher.commands import cache, demo, document, evaluate, harvest, interop, recipes, target, train
+from thresher.commands import cache, demo, document, evaluate, harvest, interop, recipes, sharing, target, train
 from thresher.commands.options import err, examples
 
 app = typer.Typer(
@@ -33,6 +33,8 @@ app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=interop.EXPORT_EXAMPLES)(interop.export)
 app.command("import", epilog=interop.IMPORT_EXAMPLES)(interop.import_)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
+app.command(epilog=sharing.PUSH_EXAMPLES)(sharing.push)
+app.command(epilog=sharing.PULL_EXAMPLES)(sharing.pull)
 app.add_typer(target.app, name="target")
 app.add_typer(cache.app, name="cache")
 app.add_typer(recipes.app, name="recipes")

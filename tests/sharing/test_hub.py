@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
 from tests.sharing.conftest import House, everything_in
 from tests.sharing.hub_server import READER, WRITER, HubServer
 from thresher.cache.errors import UserError
+from thresher.cli import app
 from thresher.sharing import pull as pulling
 from thresher.sharing.index import INDEX
 from thresher.sharing.pull import pull
@@ -62,6 +64,20 @@ def test_one_run_a_folder_and_the_stem_of_a_set_can_be_pushed_and_pulled(
     assert [path.name for path in got.runs] == ["topk-L00", "topk-L01"]
     with pytest.raises(UserError, match=r"no run 'tpok-L00'\. Did you mean 'topk-L00'"):
         pull("ada/one", ["tpok-L00"], out=tmp_path)
+
+
+def test_two_commands_carry_a_run_over_the_hub(
+    hub: HubServer, house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pushed = CliRunner().invoke(app, ["push", str(house.runs / "topk"), "ada/books", "--license", "mit", "--private"])
+    assert (pushed.exit_code, pushed.output.startswith("2 runs pushed: http://")) == (0, True)
+    assert hub.repos["ada/books"].private
+    pulled = CliRunner().invoke(app, ["pull", "ada/books", "topk-L01"])
+    assert pulled.output.startswith("runs/books/topk-L01\n1 runs pulled from ada/books at ")
+    assert load_run(tmp_path / "runs" / "books" / "topk-L01").config["name"] == "topk-L01"
+    alone = CliRunner().invoke(app, ["push", "ada/books"])
+    assert "expected run directories and then the repository" in str(alone.exception)
 
 
 def test_checkpoints_travel_only_when_asked_for(hub: HubServer, house: House, tmp_path: Path) -> None:
