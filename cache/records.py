@@ -85,7 +85,7 @@ def product(lists: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
     A value that is not a list stands for a list of one. An empty mapping gives one empty combination.
     """
-    flat = dict(_flattened(lists))
+    flat = dict(flattened(lists))
     for key, values in flat.items():
         if isinstance(values, list) and not values:
             raise UserError(f"[sweep] {key} is an empty list: give at least one value, or remove it.")
@@ -96,7 +96,7 @@ def product(lists: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
     """`key: expected …, got …` for every dotted key in which two nested tables differ."""
-    want, have = dict(_flattened(expected)), dict(_flattened(got))
+    want, have = dict(flattened(expected)), dict(flattened(got))
     lines = []
     for key in sorted(want.keys() | have.keys()):
         left, right = want.get(key, "nothing"), have.get(key, "nothing")
@@ -142,10 +142,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flattened(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested tables under its dotted key, in order; an empty table counts as a value."""
     for key, value in tables.items():
         if isinstance(value, Mapping) and value:
-            yield from _flattened(value, f"{prefix}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -9,7 +9,17 @@ import typer
 from thresher.cache.errors import UserError
 from thresher.commands import completion
 from thresher.commands.document import Json, write
-from thresher.commands.options import Assignments, CachePath, Device, RunsPath, examples, on_device, out
+from thresher.commands.options import (
+    Assignments,
+    CachePath,
+    Device,
+    RunsPath,
+    Wandb,
+    WandbMode,
+    examples,
+    on_device,
+    out,
+)
 from thresher.commands.tables import known_tables
 from thresher.commands.wiring import plans_of, read_recipe, texts_for
 
@@ -52,6 +62,7 @@ def evaluate(
             "of them, or a dataset on the hub.",
         ),
     ] = None,
+    wandb: Wandb = "disabled",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -60,11 +71,11 @@ def evaluate(
     if len(names) == 1 and not Path(names[0]).is_dir():
         recipe = read_recipe(names[0], assignments)
         folder = report or usual_report(recipe.name)
-        results = evaluate_recipe(recipe, cache, runs, folder, text)
+        results = evaluate_recipe(recipe, cache, runs, folder, text, wandb)
     else:
         paths = [Path(name) for name in names]
         folder = report or usual_report(paths[0].name)
-        results = evaluate_runs(paths, assignments or [], cache, folder, text)
+        results = evaluate_runs(paths, assignments or [], cache, folder, text, wandb)
     if as_json:
         write(verdict(results, folder))
 
@@ -84,7 +95,12 @@ def verdict(results: "Results", report: Path) -> dict[str, Any]:
 
 
 def evaluate_recipe(
-    recipe: "Recipe", cache: Path | None, runs: Path | None, report: Path | None, text: str | None = None
+    recipe: "Recipe",
+    cache: Path | None,
+    runs: Path | None,
+    report: Path | None,
+    text: str | None = None,
+    wandb: WandbMode = "disabled",
 ) -> "Results":
     """Evaluate the runs that the recipe trained: all of them, and none that was trained under another recipe."""
     from thresher.evaluate.origin import check_recipe
@@ -106,7 +122,7 @@ def evaluate_recipe(
     paths = [folder / plan.name for plan in plans]
     out_folder = report or usual_report(recipe.name)
     own = None if text is None else own_config(recipe.tables["data"], text, {})
-    return judge(paths, recipe.tables, target, cache, out_folder, own)
+    return judge(paths, recipe.tables, target, cache, out_folder, own, wandb)
 
 
 def evaluate_runs(
@@ -115,6 +131,7 @@ def evaluate_runs(
     cache: Path | None,
     report: Path | None,
     text: str | None = None,
+    wandb: WandbMode = "disabled",
 ) -> "Results":
     """Evaluate run directories, under the settings of the first one's recipe; [data] says how `text` is read."""
     from thresher.cache.records import from_dict, override
@@ -141,7 +158,7 @@ def evaluate_runs(
     changed = {key.removeprefix("data."): value for key, value in reading.items()}
     own = None if text is None else own_config(built["data"], text, changed)
     target = load_target(built["target"])
-    return judge(paths, built, target, cache, report or usual_report(folders[0].name), own)
+    return judge(paths, built, target, cache, report or usual_report(folders[0].name), own, wandb)
 
 
 def judge(
@@ -151,6 +168,7 @@ def judge(
     cache: Path | None,
     report: Path,
     own: "DataConfig | None",
+    wandb: WandbMode = "disabled",
 ) -> "Results":
     """Judge runs on held-out text or on the user's `own`; `tables` are a recipe's [target], [data] and [evaluate]."""
     from thresher.evaluate.origin import Run, check_origin, replacements
@@ -184,4 +202,8 @@ def judge(
     for label, path in written._asdict().items():
         for item in path if isinstance(path, (list, tuple)) else [path]:
             out.print(f"{label:<8} {item}", highlight=False, soft_wrap=True)
+    if wandb != "disabled":
+        from thresher.sharing.tracked import track_evaluation
+
+        track_evaluation(report, paths, wandb)
     return results

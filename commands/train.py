@@ -78,8 +78,9 @@ def train_recipe(
     """Train all dictionaries of the recipe: from its cache, from a ring that harvest refills, or live."""
     from thresher.train.endtoend.setting import needs_target
     from thresher.train.run import train as run_train
+    from thresher.train.tracking import trial
 
-    folder = runs or Path("runs") / recipe.name
+    folder = (runs or Path("runs") / recipe.name) / (trial() or "")
     with open_source(recipe, cache, live) as source:
         plans = plans_of(recipe, source.sites)
         target = target_on(recipe, device) if needs_target(plans) else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thresher.cache.errors import UserError
-from thresher.cache.records import canonical, from_dict, nearest, override, product, to_dict
+from thresher.cache.records import canonical, flattened, from_dict, nearest, override, product, to_dict
 
 BUNDLED = Path(__file__).parent
 
@@ -111,9 +111,15 @@ def _known(raw: Mapping[str, Any], tables: Mapping[str, type]) -> Mapping[str, A
 
 
 def parsed(assignments: Sequence[str], tables: Mapping[str, type]) -> dict[str, Any]:
-    """`table.key=value` texts as {dotted key: value}. Raises UserError for a text of another form."""
-    values = {}
+    """`table.key=value` texts as {dotted key: value}. Raises UserError for a text of another form.
+
+    A text that is a JSON object holds several: {"train.lr": 3e-4} or {"train": {"lr": 3e-4}}, as programs write them.
+    """
+    values: dict[str, Any] = {}
     for text in assignments:
+        if text.lstrip().startswith("{"):
+            values |= _of_object(text, tables)
+            continue
         key, equals, value = text.partition("=")
         table = key.split(".")[0]
         if not equals or "." not in key:
@@ -124,6 +130,24 @@ def parsed(assignments: Sequence[str], tables: Mapping[str, type]) -> dict[str, 
             values[key.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             values[key.strip()] = value.strip()
+    return values
+
+
+def _of_object(text: str, tables: Mapping[str, type]) -> dict[str, Any]:
+    """The assignments of a JSON object, nested or with dotted keys."""
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--set {text!r} is no valid JSON: {error}. Write table.key=value instead.") from error
+    values = {}
+    for dotted, value in flattened(raw):
+        table, _, key = dotted.partition(".")
+        if not key or table not in tables:
+            raise UserError(
+                f"--set {text!r}: {dotted!r} is no key of a recipe.{nearest(table, tables)} Expected table.key, of "
+                f"{', '.join(tables)}."
+            )
+        values[dotted] = value
     return values
 
 

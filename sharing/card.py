@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from thresher.cache.records import flattened
 from thresher.sharing.evaluated import Evaluation, Row
 from thresher.sharing.facts import Facts, hub_name, short
 from thresher.sharing.index import REPORT, RUNS
@@ -26,7 +27,7 @@ import thresher
 
 dictionary = thresher.load("{place}")
 codes = dictionary.encode(activations)
-reconstruction = dictionary.decode(codes)
+reconstruction = dictionary(activations)
 ```
 
 `thresher pull {repo}` without a name fetches every run. Only safetensors and JSON are read, and the weights are held \
@@ -175,7 +176,7 @@ def _evaluation(evaluation: Evaluation, names: set[str], files: frozenset[str]) 
 
 def _recipes(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """What all runs were told, as a recipe file, and what each was told besides."""
-    flat = {name: dict(_flat(config["recipe"])) for name, config in configs.items() if config.get("recipe")}
+    flat = {name: dict(flattened(config["recipe"])) for name, config in configs.items() if config.get("recipe")}
     if not flat:
         return ""
     first = next(iter(flat.values()))
@@ -203,14 +204,6 @@ def recipe_toml(flat: Mapping[str, Any]) -> str:
         if value is not None:
             lines.append(f"{key} = {_toml(value)}")
     return "\n\n".join("\n".join([f"[{table}]", *lines]) for table, lines in tables.items())
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _toml(value: Any) -> str:

@@ -76,6 +76,7 @@ class Job:
         self.save()
         self.config["training"] |= {"failed": reason, "steps": self.fit.done, "rows": self.fit.position}
         write_config(self.path, self.config)
+        self.log.failed(reason)
         self.fit.release()
         display.fail(self.plan.name, reason)
         advice = "A lower train.lr or smaller train.clip often helps."

@@ -1,36 +1,50 @@
-"""Where a run's numbers go: metrics.jsonl always, Weights & Biases if asked.
+"""Where a run's numbers go: metrics.jsonl always, Weights & Biases (tracking.py) if asked.
 
 One JSON object per logging interval, with `step` and `rows` in each, so that a file can be read while it grows. When a
-run goes on from a checkpoint, lines after it are cut off first. W&B gets one run per dictionary, grouped as the sweep
-groups them; offline mode needs no account and no network.
+run goes on from a checkpoint, lines after it are cut off first. What W&B was told cannot be cut off: steps that it
+knows are not told again, which the second time would be the same numbers.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from thresher.cache.errors import UserError
 from thresher.cache.publish import publish
-
-WandbMode = Literal["disabled", "online", "offline"]
+from thresher.train.files import CONFIG, WEIGHTS, weights_hash
+from thresher.train.tracking import (
+    Tracker,
+    WandbMode,
+    begin_training,
+    dictionary_artifact,
+    outcome,
+    point,
+    tracked_before,
+)
 
 METRICS = "metrics.jsonl"
+FILES = (CONFIG, WEIGHTS, METRICS)
+"""What of a finished run directory is worth keeping elsewhere."""
 
 
 class MetricLog:
     """The numbers of one run."""
 
-    def __init__(
-        self, path: Path, *, name: str, group: str, config: Mapping[str, Any], wandb: WandbMode, after_step: int
-    ) -> None:
-        """Open for appending; lines of steps beyond `after_step` are dropped."""
+    def __init__(self, path: Path, *, config: Mapping[str, Any], wandb: WandbMode, after_step: int) -> None:
+        """Open for appending; lines of steps beyond `after_step` are dropped. `config`: what config.json will say."""
         path.mkdir(parents=True, exist_ok=True)
-        file = path / METRICS
-        kept = [line for line in _lines(file) if json.loads(line)["step"] <= after_step]
+        self._path, file = path, path / METRICS
+        steps = [(line, json.loads(line)["step"]) for line in _lines(file)]
+        self._told = max((step for _, step in steps), default=0) if tracked_before(path) else 0
+        kept = [line for line, step in steps if step <= after_step]
         publish(file, ["".join(f"{line}\n" for line in kept).encode()])
         self._file = file.open("a")
-        self._wandb = _wandb_run(path, name, group, config, wandb)
+        new = tracked_before(path) is None
+        self._tracker: Tracker | None = None if wandb == "disabled" else begin_training(path, config, wandb)
+        self._ended = False
+        if self._tracker is not None and new:
+            for line in kept:  # of steps that were done without W&B
+                self._tracker.log(point(json.loads(line)))
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one line; non-finite numbers become null."""
@@ -40,14 +54,27 @@ class MetricLog:
         }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(dict(clean), step=int(values["step"]))
+        if self._tracker is not None and values["step"] > self._told:
+            self._tracker.log(point(clean))
+
+    def finished(self, config: Mapping[str, Any]) -> None:
+        """Say what the run came to, once its directory is whole; `config`: config.json."""
+        self._ended = True
+        if self._tracker is not None:
+            weights = weights_hash(self._path)
+            self._tracker.summarise(outcome(config) | {"status": "finished", "weights_sha256": weights})
+            self._tracker.makes(dictionary_artifact(self._path, config, weights, FILES))
+
+    def failed(self, reason: str) -> None:
+        """Say why the run could not go on."""
+        if self._tracker is not None:
+            self._tracker.summarise({"status": "failed", "failed": reason})
 
     def close(self) -> None:
-        """Close file and W&B run."""
+        """Close file and W&B run; a run that did not finish is marked as such, until it goes on."""
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracker is not None:
+            self._tracker.finish(failed=not self._ended)
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
@@ -69,27 +96,3 @@ def _lines(file: Path) -> list[str]:
         return []
     text = file.read_text()
     return text[: text.rfind("\n") + 1].splitlines()
-
-
-def _wandb_run(path: Path, name: str, group: str, config: Mapping[str, Any], mode: WandbMode) -> Any:
-    if mode == "disabled":
-        return None
-    import wandb
-
-    try:
-        return wandb.init(
-            project="thresher",
-            name=name,
-            group=group,
-            config=dict(config),
-            dir=str(path),
-            mode=mode,
-            reinit="create_new",
-            settings=wandb.Settings(silent=True),
-        )
-    except Exception as error:  # whatever its client raises: no account, no network, a bad key
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"Weights & Biases could not be started in mode {mode!r} for run {name!r}: {why}. Log in with `wandb "
-            "login`, or use --wandb offline or --wandb disabled."
-        ) from error

@@ -39,9 +39,10 @@ from thresher.train.finetune import Origin, origin
 from thresher.train.fit import Fit
 from thresher.train.jobs import Job
 from thresher.train.kernels.workspace import Workspace
-from thresher.train.metrics import MetricLog, WandbMode, last_metrics
+from thresher.train.metrics import MetricLog, last_metrics
 from thresher.train.plan import RunPlan
 from thresher.train.state import load_checkpoint
+from thresher.train.tracking import WandbMode, check_trial
 
 __all__ = ["RunResult", "TrainConfig", "train"]
 
@@ -85,6 +86,8 @@ def train(
         raise UserError(
             f"Several dictionaries have the name {twice[0]!r}. Give their [[sweep]] blocks different names."
         )
+    if wandb != "disabled":
+        check_trial(names)
     where = resolve_device(device, "--device")
     groups = together(plans)
     if groups and target is None:
@@ -254,7 +257,7 @@ def _open(
         fit.start(reader)
     begun = (path / CONFIG).exists()
     try:
-        log = MetricLog(path, name=plan.name, group=plan.group, config=config, wandb=wandb, after_step=fit.done)
+        log = MetricLog(path, config=config, wandb=wandb, after_step=fit.done)
     except UserError:
         if not begun:
             shutil.rmtree(path, ignore_errors=True)  # or the next attempt would find a directory that is no run
@@ -308,6 +311,7 @@ def _finish(jobs: Sequence[Job], on: Shared, read: RowsOf | None) -> Iterable[Ru
             if check is not None and (note := job.config["training"]["held_out"]["note"]):
                 console.print(f"[yellow]{job.plan.name}[/]: {note}", highlight=False)
             save_run(job.path, coder, job.config)
+            job.log.finished(job.config)
             job.fit.release()  # a sweep of several streams must not keep what is done
     for job in jobs:
         status: Literal["trained", "failed"] = "failed" if job.failed else "trained"

@@ -166,12 +166,6 @@ def test_an_unfinished_run_needs_resume_and_another_recipe_is_refused(
         train(other, cache, out=tmp_path, device="cpu", resume=True, console=console)
 
 
-def test_wandb_offline_writes_beside_the_run(cache: CacheReader, tmp_path: Path, console: Console) -> None:
-    (plan,) = plans_for(cache, "clt", {"steps": 3, "log_every": 1}, kind="clt", **RULES["topk"])
-    (result,) = train([plan], cache, out=tmp_path, device="cpu", wandb="offline", console=console)
-    assert list((result.path / "wandb").glob("offline-run-*"))
-
-
 def test_foreign_newer_and_damaged_run_directories_are_refused(
     cache: CacheReader, tmp_path: Path, console: Console
 ) -> None:
