@@ -30,8 +30,8 @@ def started(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which all three stages of the small recipe have run."""
     folder = tmp_path_factory.mktemp("house")
-    for stage in ("harvest", "train", "evaluate"):
-        done = thresher(folder, stage, "books-demo", "--json", pictures=True)
+    for stage, *more in (("harvest",), ("train",), ("evaluate", "--wandb", "offline")):
+        done = thresher(folder, stage, "books-demo", "--json", *more, pictures=True)
         assert done.returncode == 0, done.stdout + done.stderr
         (folder / f"{stage}.json").write_text(done.stdout)
         (folder / f"{stage}.txt").write_text(done.stderr, newline="")
@@ -64,6 +64,7 @@ def test_three_commands_lead_from_text_to_report(house: Path) -> None:
     }  # fmt: skip
     assert all((report / name).stat().st_size for name in ("results.csv", "results.md", "report.html"))
     assert list((report / "plots").glob("*.png"))
+    assert list(report.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(list((house / "runs/books-demo").iterdir())) == 4 * 5 + 1
 
 
