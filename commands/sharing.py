@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from thresher.commands.options import out
+from thresher.commands.options import err, out
 
 Repository = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="A branch; to pull from, also a tag or a commit.")]
@@ -36,6 +36,7 @@ def push(
     from thresher.cache.errors import UserError
     from thresher.sharing.push import push as run_push
 
+    _bars_on_terminals_only()
     *runs, repo = places
     if not runs:
         raise UserError(
@@ -76,6 +77,7 @@ def pull(
     """Fetch runs from the Hugging Face hub, and check every file against its SHA-256."""
     from thresher.sharing.pull import pull as run_pull
 
+    _bars_on_terminals_only()
     folder = runs or Path("runs") / repo.split("/")[-1]
     done = run_pull(
         repo,
@@ -90,3 +92,11 @@ def pull(
         out.print(str(path), highlight=False, soft_wrap=True)
     held = f"; {len(done.reused)} were there already" if done.reused else ""
     out.print(f"{len(done.runs)} runs pulled from {repo} at {done.commit[:12]}{held}.", highlight=False, soft_wrap=True)
+
+
+def _bars_on_terminals_only() -> None:
+    """Keep the client's progress bars out of logs."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not err.is_terminal:
+        disable_progress_bars()

@@ -161,11 +161,26 @@ class Hub:
             for path, content in files.items()
         ]
         steps += [CommitOperationDelete(path) for path in delete]
-        with told(f"Nothing was pushed to {self._named()}"):
+        try:
             done = self._api.create_commit(
                 self.repo, steps, commit_message=message, revision=self.revision, parent_commit=onto
             )
+        except Exception as error:  # as in `told`
+            raise UserError(f"{self._fate(error, onto)}: {_reason(error)}") from error
         return str(done.commit_url)
+
+    def _fate(self, error: Exception, onto: str) -> str:
+        """What a failed commit left: an answer that was lost may have been a good one."""
+        nothing = f"Nothing was pushed to {self._named()}"
+        if _status(_root(error)) is not None:
+            return nothing
+        try:
+            now = self.look()
+        except UserError:
+            return f"It is not known whether the push to {self._named()} arrived"
+        if now is not None and now.commit == onto:
+            return nothing
+        return f"The answer of {self._named()} was lost, and it has a new commit: the push may have arrived"
 
     def _named(self) -> str:
         return self.repo if self.revision is None else f"{self.repo} at {self.revision}"
@@ -197,14 +212,25 @@ def told(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {_reason(error)}") from error
 
 
+def _root(error: Exception) -> Exception:
+    """What is behind an error: the client wraps an upload's in one that names the file alone."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def _status(error: Exception) -> int | None:
+    """The hub's HTTP status, if it was that which failed."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return None if status is None else int(status)
+
+
 def _reason(error: Exception) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 
-    cause = error
-    while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__  # an upload's error is wrapped in one that names the file alone
-    status = getattr(getattr(cause, "response", None), "status_code", None)
+    cause = _root(error)
+    status = _status(cause)
     if isinstance(error, GatedRepoError):
         return f"it is gated. Accept its terms on {constants.ENDPOINT}, log in with `hf auth login`, and run again."
     if isinstance(cause, OfflineModeIsEnabled):

@@ -168,10 +168,10 @@ def _with_card(
     """The index with the card's hash, the card added to `files`; a card that people edited is left alone."""
     there = hub.read(remote.commit, CARD)
     notes: tuple[str, ...] = ()
-    if there is not None and merged.card is not None and hashlib.sha256(there).hexdigest() != merged.card:
+    if there is not None and hashlib.sha256(there).hexdigest() != merged.card:
         notes = (
-            f"{CARD} of {hub.repo} was edited since the last push and is left as it is. Delete it there to have it "
-            "made anew.",
+            f"{CARD} of {hub.repo} is not as a push made it, and is left as it is. Delete it there to have it made "
+            "anew.",
         )
         return merged, notes
     text = render(_contents(hub, remote, given, merged)).encode()

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from tests.sharing.conftest import House, everything_in
-from tests.sharing.hub_server import READER, WRITER, HubServer
+from tests.sharing.hub_server import READER, WRITER, HubServer, Repo
 from thresher.cache.errors import UserError
 from thresher.cli import app
 from thresher.sharing import pull as pulling
@@ -230,8 +230,12 @@ def test_a_card_that_people_edited_is_left_alone(full: HubServer, house: House) 
     repo = full.repos["ada/books"]
     repo.add({**repo.head(), "README.md": b"---\nlicense: mit\n---\nBy hand.\n"}, "main")
     done = push([house.runs / "clt"], "ada/books", license="apache-2.0")
-    assert "was edited since the last push" in done.notes[0]
+    assert "is not as a push made it, and is left as it is" in done.notes[0]
     assert repo.head()["README.md"].endswith(b"By hand.\n")
+    full.repos["ada/hers"] = Repo(private=False)
+    full.repos["ada/hers"].add({"README.md": b"Begun on the web.\n"}, "main")
+    assert push([house.runs / "clt"], "ada/hers").notes
+    assert full.repos["ada/hers"].head()["README.md"] == b"Begun on the web.\n"
 
 
 def test_somebody_elses_push_meanwhile_is_not_overwritten(full: HubServer, house: House, tmp_path: Path) -> None:
@@ -271,6 +275,14 @@ def test_a_push_that_fails_changes_nothing(
     hub.faults.clear()
     hub.before_commit = lambda: None
     assert push([house.runs / "topk"], "ada/books").new == ("topk-L00", "topk-L01")
+
+
+def test_a_push_whose_answer_is_lost_may_have_arrived_and_can_be_repeated(hub: HubServer, house: House) -> None:
+    hub.fail("POST", "/commit/", "reset", 1)
+    with pytest.raises(UserError, match="has a new commit: the push may have arrived"):
+        push([house.runs / "clt"], "ada/books")
+    assert "runs/clt/config.json" in hub.repos["ada/books"].head()
+    assert push([house.runs / "clt"], "ada/books").held == ("clt",)
 
 
 def broken() -> None:
