@@ -1,8 +1,8 @@
 """Where a run's numbers go: metrics.jsonl always, Weights & Biases (tracking.py) if asked.
 
 One JSON object per logging interval, with `step` and `rows` in each, so that a file can be read while it grows. When a
-run goes on from a checkpoint, lines after it are cut off first. What W&B was told cannot be cut off: steps that it
-knows are not told again, which the second time would be the same numbers.
+run goes on from a checkpoint, lines after it are cut off first. What W&B was told cannot be cut off, so steps that
+it knows are not told again.
 """
 
 import json

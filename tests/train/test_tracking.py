@@ -18,6 +18,7 @@ from thresher.cache.reader import CacheReader
 from thresher.train.files import read_config, weights_hash
 from thresher.train.metrics import FILES
 from thresher.train.run import train
+from thresher.train.state import drop_checkpoints
 from thresher.train.tracking import artifact_name, begin_training, check_trial, point, trial
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +27,9 @@ RECIPE = {"dictionary": {"firing": "topk", "k": 3}, "train": {"lr": 0.003}}
 
 @pytest.fixture(scope="module")
 def sweep(cache: CacheReader, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLT that was stopped after step 12 of 20, and went on."""
+    """A CLT that was stopped after step 12 of 20, lost what was saved then, and went on from step 8."""
     out = tmp_path_factory.mktemp("tracked") / "my sweep"
-    steps = {"steps": 20, "log_every": 4, "checkpoint_every": 10}
+    steps = {"steps": 20, "log_every": 4, "checkpoint_every": 8}
     (plan,) = plans_for(cache, "clt topk", steps, kind="clt", **RULES["topk"])
     plan = plan._replace(recipe=RECIPE)
     with pytest.MonkeyPatch.context() as patch:
@@ -37,6 +38,7 @@ def sweep(cache: CacheReader, tmp_path_factory: pytest.TempPathFactory) -> Path:
         stop_at(patch, 12)
         with pytest.raises(Interrupted):
             train([plan], cache, out=out, device="cpu", wandb="offline", console=console)
+        drop_checkpoints(out / plan.name, after=8)
         train([plan], cache, out=out, device="cpu", wandb="offline", resume=True, console=console)
     return out
 
