@@ -5,10 +5,22 @@ from typing import Annotated
 
 import typer
 
-from thresher.commands.options import err, out
+from thresher.commands import completion
+from thresher.commands.document import Json, write
+from thresher.commands.options import examples, out
 
-Repository = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="A branch; to pull from, also a tag or a commit.")]
+PUSH_EXAMPLES = examples(
+    "thresher push runs/books-demo ada/books --license apache-2.0",
+    "thresher push runs/books-demo/sae-topk ada/books --report reports/books-demo",
+)
+PULL_EXAMPLES = examples(
+    "thresher pull ada/books",
+    "thresher pull ada/books sae-topk --runs runs/theirs --report reports/theirs",
+)
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="NAME", help="A branch; to pull from, also a tag or a commit."),
+]
 
 
 def push(
@@ -16,27 +28,36 @@ def push(
         list[str],
         typer.Argument(
             metavar="RUN… OWNER/NAME",
-            help="Run directories, folders of them, or the stem of a set's names; last, the repository on the hub.",
+            help="Runs, folders of them, or the stem of a set's names; last, the repository.",
+            autocompletion=completion.runs,
+            show_default=False,
         ),
     ],
     report: Annotated[
-        Path | None, typer.Option("--report", help="An evaluation of these runs: its numbers and plots go along.")
+        Path | None, typer.Option("--report", metavar="DIR", help="An evaluation of them: numbers and plots go along.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", help="Their cache: its manifest and statistics go along, not its rows.")
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="PATH",
+            help="Their cache: manifest and statistics go along, not the rows.",
+            autocompletion=completion.caches,
+        ),
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="For the model card, as the hub spells it: apache-2.0, mit, ….")
+        str | None,
+        typer.Option("--license", metavar="NAME", help="For the card, as the hub spells it: apache-2.0, mit."),
     ] = None,
     revision: Revision = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Push the training state too.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Push finished runs to the Hugging Face hub, with a model card made from their numbers."""
+    """Push finished runs to the Hugging Face hub, with a model card."""
     from thresher.cache.errors import UserError
     from thresher.sharing.push import push as run_push
 
-    _bars_on_terminals_only()
     *runs, repo = places
     if not runs:
         raise UserError(
@@ -57,27 +78,34 @@ def push(
         out.print(f"Note: {note}", highlight=False, soft_wrap=True)
     held = f"; {len(done.held)} were there already" if done.held else ""
     out.print(f"{len(done.new)} runs pushed{held}: {done.address}", highlight=False, soft_wrap=True)
+    if as_json:
+        write(done)
 
 
 def pull(
-    repo: Repository,
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="A repository that push filled.", show_default=False)
+    ],
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN…]", help="Names of runs or stems of sets; none: all runs.")
+        list[str] | None,
+        typer.Argument(metavar="[RUN…]", help="Runs, or stems of sets; none: all.", show_default=False),
     ] = None,
-    runs: Annotated[Path | None, typer.Option("--runs", help="Where run directories go; by default runs/NAME.")] = None,
+    runs: Annotated[
+        Path | None, typer.Option("--runs", metavar="DIR", help="Where run directories go; by default runs/NAME.")
+    ] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", help="Fetch the evaluation too, into this directory.")
+        Path | None, typer.Option("--report", metavar="DIR", help="Fetch the evaluation too, into this directory.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", help="Fetch the cache's manifest and statistics into this directory.")
+        Path | None, typer.Option("--cache", metavar="DIR", help="Fetch the cache's manifest and statistics too.")
     ] = None,
     revision: Revision = None,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Fetch the training state too.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Fetch runs from the Hugging Face hub, and check every file against its SHA-256."""
+    """Fetch runs from the Hugging Face hub, and check every file."""
     from thresher.sharing.pull import pull as run_pull
 
-    _bars_on_terminals_only()
     folder = runs or Path("runs") / repo.split("/")[-1]
     done = run_pull(
         repo,
@@ -92,11 +120,5 @@ def pull(
         out.print(str(path), highlight=False, soft_wrap=True)
     held = f"; {len(done.reused)} were there already" if done.reused else ""
     out.print(f"{len(done.runs)} runs pulled from {repo} at {done.commit[:12]}{held}.", highlight=False, soft_wrap=True)
-
-
-def _bars_on_terminals_only() -> None:
-    """Keep the client's progress bars out of logs."""
-    from huggingface_hub.utils import disable_progress_bars
-
-    if not err.is_terminal:
-        disable_progress_bars()
+    if as_json:
+        write(done)

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from tests.documents import document
 from tests.sharing.conftest import House, everything_in
 from tests.sharing.hub_server import READER, WRITER, HubServer, Repo
 from thresher.cache.errors import UserError
@@ -76,6 +77,10 @@ def test_two_commands_carry_a_run_over_the_hub(
     pulled = CliRunner().invoke(app, ["pull", "ada/books", "topk-L01"])
     assert pulled.output.startswith("runs/books/topk-L01\n1 runs pulled from ada/books at ")
     assert load_run(tmp_path / "runs" / "books" / "topk-L01").config["name"] == "topk-L01"
+    told = document("push", CliRunner().invoke(app, ["push", str(house.runs), "ada/books", "--json"]).stdout)
+    assert (told["new"], told["held"]) == (["clt"], ["topk-L00", "topk-L01"])
+    told = document("pull", CliRunner().invoke(app, ["pull", "ada/books", "--json"]).stdout)
+    assert (told["reused"], len(told["runs"])) == (["runs/books/topk-L01"], 2)
     alone = CliRunner().invoke(app, ["push", "ada/books"])
     assert "expected run directories and then the repository" in str(alone.exception)
 
