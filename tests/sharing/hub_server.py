@@ -105,16 +105,16 @@ def serving():
         server.server_close()
 
 
-class Answer(Exception):  # noqa: N818 - not an error: how a route ends
-    """An HTTP answer."""
+class AnswerError(Exception):
+    """An HTTP answer, good or bad: raised where it is known, which ends the route."""
 
     def __init__(self, status: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
         self.status, self.headers = status, headers or {}
         self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
-def not_found(code: str) -> Answer:
-    return Answer(404, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code})
+def not_found(code: str) -> AnswerError:
+    return AnswerError(404, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -134,13 +134,11 @@ class Handler(BaseHTTPRequestHandler):
         fault = next((fault for fault in self.server.faults if fault.hits(self.command, path)), None)
         try:
             if fault is not None and isinstance(fault.act, int):
-                raise Answer(fault.act, {"error": "injected"})
+                raise AnswerError(fault.act, {"error": "injected"})
             self._route(path, body)
-            raise Answer(501, {"error": f"{self.command} {path} is not part of this hub"})
-        except Answer as answer:
+            raise AnswerError(501, {"error": f"{self.command} {path} is not part of this hub"})
+        except AnswerError as answer:
             self._send(answer, fault)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815 - names of http.server
 
     def _chunks(self) -> bytes:
         out = b""
@@ -150,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return out
 
-    def _send(self, answer: Answer, fault: Fault | None) -> None:
+    def _send(self, answer: AnswerError, fault: Fault | None) -> None:
         body, status = answer.body, answer.status
         ranged = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if ranged and status == 200:
@@ -178,14 +176,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _writer(self) -> None:
         if self._token is None:
-            raise Answer(401, {"error": "no token"})
+            raise AnswerError(401, {"error": "no token"})
         if self._token != WRITER:
-            raise Answer(403, {"error": "this token reads only"})
+            raise AnswerError(403, {"error": "this token reads only"})
 
     def _repo(self, name: str) -> Repo:
         repo = self.server.repos.get(name)
         if repo is None or (repo.private and self._token is None):
-            raise not_found("RepoNotFound") if self._token else Answer(401, b"", {"X-Error-Code": "RepoNotFound"})
+            raise not_found("RepoNotFound") if self._token else AnswerError(401, b"", {"X-Error-Code": "RepoNotFound"})
         return repo
 
     def _files(self, name: str, revision: str) -> tuple[str, dict[str, bytes]]:
@@ -206,23 +204,23 @@ class Handler(BaseHTTPRequestHandler):
         told = json.loads(body)
         name = f"{told['organization']}/{told['name']}"
         if name in self.server.repos:
-            raise Answer(409, {"error": "there already", "url": f"{self.server.url}/{name}"})
+            raise AnswerError(409, {"error": "there already", "url": f"{self.server.url}/{name}"})
         self.server.repos[name] = Repo(told.get("visibility") == "private" or bool(told.get("private")))
-        raise Answer(200, {"url": f"{self.server.url}/{name}"})
+        raise AnswerError(200, {"url": f"{self.server.url}/{name}"})
 
     def branch(self, body: bytes, name: str, branch: str) -> None:
         self._writer()
         repo = self._repo(name)
         if branch in repo.branches:
-            raise Answer(409, {"error": "there already"})
+            raise AnswerError(409, {"error": "there already"})
         repo.branches[branch] = repo.branches["main"]
-        raise Answer(200, {})
+        raise AnswerError(200, {})
 
     def info(self, body: bytes, name: str, revision: str | None = None) -> None:
         commit, files = self._files(name, revision or "main")
         siblings = [{"rfilename": path} for path in files]
         private = self._repo(name).private
-        raise Answer(200, {"id": name, "sha": commit, "private": private, "siblings": siblings, "tags": []})
+        raise AnswerError(200, {"id": name, "sha": commit, "private": private, "siblings": siblings, "tags": []})
 
     def validate(self, body: bytes) -> None:
         raise card_answer(json.loads(body)["content"])
@@ -236,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
             oid = None if there is None else sha256(there) if large else git_id(there)
             mode = "lfs" if large else "regular"
             files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        raise Answer(200, {"files": files})
+        raise AnswerError(200, {"files": files})
 
     def batch(self, body: bytes, name: str) -> None:
         self._writer()
@@ -246,13 +244,13 @@ class Handler(BaseHTTPRequestHandler):
             if wanted["oid"] not in self.server.blobs:
                 entry["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}"}}
             objects.append(entry)
-        raise Answer(200, {"objects": objects, "transfer": "basic"})
+        raise AnswerError(200, {"objects": objects, "transfer": "basic"})
 
     def store(self, body: bytes, oid: str) -> None:
         if sha256(body) != oid:
-            raise Answer(400, {"error": "other bytes than announced"})
+            raise AnswerError(400, {"error": "other bytes than announced"})
         self.server.blobs[oid] = body
-        raise Answer(200, {})
+        raise AnswerError(200, {})
 
     def commit(self, body: bytes, name: str, branch: str) -> None:
         self._writer()
@@ -260,7 +258,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self._repo(name)
         header, *steps = [json.loads(line) for line in body.splitlines()]
         if header["value"].get("parentCommit") not in (None, repo.branches[branch]):
-            raise Answer(412, {"error": "a commit has happened since"})
+            raise AnswerError(412, {"error": "a commit has happened since"})
         files = dict(repo.head(branch))
         for step in steps:
             value = step["value"]
@@ -271,27 +269,30 @@ class Handler(BaseHTTPRequestHandler):
             elif step["key"] == "deletedFile":
                 del files[value["path"]]
             else:
-                raise Answer(501, {"error": step["key"]})
+                raise AnswerError(501, {"error": step["key"]})
         made = repo.add(files, branch)
-        raise Answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{made}", "commitOid": made})
+        raise AnswerError(200, {"commitUrl": f"{self.server.url}/{name}/commit/{made}", "commitOid": made})
 
     def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
         commit, files = self._files(name, revision)
         headers = {"X-Repo-Commit": commit}
         if path not in files:
-            raise Answer(404, b"", {**headers, "X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"})
+            raise AnswerError(404, b"", {**headers, "X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"})
         content = files[path]
         if path.endswith(LARGE):
             self.server.blobs[sha256(content)] = content
             headers |= {"X-Linked-Etag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}
-            raise Answer(302, b"", {**headers, "Location": self.server.cdn(content), "ETag": '"x"'})
-        raise Answer(200, content, {**headers, "ETag": f'"{git_id(content)}"'})
+            raise AnswerError(302, b"", {**headers, "Location": self.server.cdn(content), "ETag": '"x"'})
+        raise AnswerError(200, content, {**headers, "ETag": f'"{git_id(content)}"'})
 
     def blob(self, body: bytes, oid: str) -> None:
         if self._token is not None:
-            raise Answer(400, {"error": "the token was sent to another host"})
-        raise Answer(200, self.server.blobs[oid], {"ETag": f'"{oid}"'})
+            raise AnswerError(400, {"error": "the token was sent to another host"})
+        raise AnswerError(200, self.server.blobs[oid], {"ETag": f'"{oid}"'})
 
+
+for method in ("GET", "HEAD", "POST", "PUT"):
+    setattr(Handler, f"do_{method}", Handler._serve)
 
 _NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
@@ -309,7 +310,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
 ]
 
 
-def card_answer(text: str) -> Answer:
+def card_answer(text: str) -> AnswerError:
     """Whether a card's head is what the hub takes: YAML, known types, and a model-index with all its parts."""
     errors = []
     head = yaml.safe_load(text.split("---\n")[1])
@@ -321,7 +322,7 @@ def card_answer(text: str) -> Answer:
             good = result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"]
             if not good or not all(isinstance(metric["value"], int | float) for metric in result["metrics"]):
                 errors.append("model-index is not whole")
-    return Answer(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
+    return AnswerError(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
 
 
 def sha256(content: bytes) -> str:
