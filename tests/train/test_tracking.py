@@ -104,6 +104,18 @@ def test_the_run_directory_is_an_artifact_that_rests_on_the_cache(
     assert "dictionary" not in segments[0].artifacts
 
 
+def test_steps_that_were_done_without_wandb_are_told_when_it_comes_in(
+    tmp_path: Path, cache: CacheReader, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plan,) = plans_for(cache, "clt", {"steps": 6, "log_every": 2}, kind="clt", **RULES["topk"])
+    stop_at(monkeypatch, 4)
+    with pytest.raises(Interrupted):
+        train([plan], cache, out=tmp_path, device="cpu", console=console)
+    train([plan], cache, out=tmp_path, device="cpu", wandb="offline", resume=True, console=console)
+    (segment,) = logged(tmp_path / "clt")
+    assert [point["step"] for point in segment.history] == [2, 4, 6]
+
+
 def test_a_run_that_fails_says_so(tmp_path: Path, cache: CacheReader, console: Console) -> None:
     (plan,) = plans_for(cache, "clt", {"steps": 3, "lr": 1e30, "warmup": 0, "clip": 1e30}, kind="clt", **RULES["topk"])
     (result,) = train([plan], cache, out=tmp_path, device="cpu", wandb="offline", console=console)
