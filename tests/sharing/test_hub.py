@@ -72,7 +72,8 @@ def test_two_commands_carry_a_run_over_the_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pushed = CliRunner().invoke(app, ["push", str(house.runs / "topk"), "ada/books", "--license", "mit", "--private"])
-    assert (pushed.exit_code, pushed.output.startswith("2 runs pushed: http://")) == (0, True)
+    assert pushed.exit_code == 0, pushed.output
+    assert pushed.stdout.startswith("2 runs pushed: http://"), pushed.output
     assert hub.repos["ada/books"].private
     pulled = CliRunner().invoke(app, ["pull", "ada/books", "topk-L01"])
     assert pulled.output.startswith("runs/books/topk-L01\n1 runs pulled from ada/books at ")
