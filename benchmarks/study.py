@@ -1,8 +1,9 @@
 """The study of docs/study.md: firing rules on three topologies at one sparsity, and training through the model.
 
 Runs the bundled recipe from text to report (`thresher demo books-study`, which goes on where it was stopped),
-and makes of its results.json the page's tables and figures: per rule and topology the mean over seeds with the smallest
-and largest, beside it the mean bootstrap interval of one run.
+and makes of its results.json and documents.npz the page's tables and figures: per rule and topology the mean over
+seeds with its interval (95 % of the bootstrap over documents) and the smallest and largest seed; and what rules differ
+by, with intervals in which both sides share each draw of documents.
 
     python benchmarks/study.py                    # writes docs/study/ (how long has not been measured)
     python benchmarks/study.py --out DIR --only-summary
@@ -14,15 +15,21 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from thresher.evaluate.arms import patched_label
+from thresher.evaluate.paired import segments_from
+from thresher.evaluate.passes import CLEAN
+from thresher.evaluate.verdict import Draw, Judge
 
 PAGE = Path(__file__).parents[1] / "docs" / "study"
 PROTOCOLS = ("cascade", "clean_input", "single_site")
@@ -37,18 +44,30 @@ class Cell(NamedTuple):
 
     rule: str
     kind: str
+    sites: Sequence[str]
+    """Patched ones."""
+    names: list[str]
+    """Of the sets, in the order of seeds, as everything below."""
+    seeds: list[int]
     l0: list[float]
+    """On clean inputs."""
+    l0_patched: list[float]
+    """Of the codes that arise under cascade."""
     fvu: list[float]
     dead: list[float]
     delta: Mapping[str, list[float]]
-    """By protocol, in the order of seeds."""
+    """By protocol."""
     interval: Mapping[str, list[tuple[float, float]]]
     """95 % of the paired bootstrap over documents, by protocol and seed."""
 
 
+Cells = Mapping[tuple[str, str], Cell]
+Judges = Mapping[str, Judge]
+
+
 def rule_and_kind(name: str) -> tuple[str, str]:
     """From a run's label; `kl-cascade` and its like count as rules."""
-    through = re.fullmatch(r"kl-(transcoder|clt)-(\w+)", name)
+    through = re.fullmatch(r"kl-(transcoder|clt)-(\w+?)(-seed\d+)?", name)
     if through:
         return f"kl {through[2]}", through[1]
     parts = re.split(r"-seed|-prefixes", name)[0]
@@ -63,73 +82,134 @@ def cells(results: Mapping[str, Any]) -> dict[tuple[str, str], Cell]:
         if row["kind"] != "replacement":
             continue
         key = rule_and_kind(row["name"])
-        cell = found.setdefault(key, Cell(*key, [], [], [], {p: [] for p in PROTOCOLS}, {p: [] for p in PROTOCOLS}))
-        cell.delta[row["protocol"]].append(_delta(row))
-        cell.interval[row["protocol"]].append(_interval(row))
-        if row["protocol"] == "clean_input":
-            for values, metric in ((cell.l0, "l0"), (cell.fvu, "fvu"), (cell.dead, "dead")):
-                values.append(row["metrics"][metric])
+        lists: list[list[Any]] = [[] for _ in range(6)]
+        empty = Cell(*key, row["sites"], *lists, {p: [] for p in PROTOCOLS}, {p: [] for p in PROTOCOLS})
+        cell = found.setdefault(key, empty)
+        cell.delta[row["protocol"]].append(row["metrics"]["delta"])
+        cell.interval[row["protocol"]].append(tuple(row["intervals"]["delta"]))
+        if row["protocol"] == "cascade":
+            cell.names.append(row["name"])
+            cell.seeds.append(row["facts"]["seed"])
+            for metric in ("l0", "l0_patched", "fvu", "dead"):
+                getattr(cell, metric).append(row["metrics"][metric])
     return found
 
 
-def _delta(row: Mapping[str, Any]) -> float:
-    return float(row["metrics"]["delta"])
+def judges_of(report: Path, results: Mapping[str, Any]) -> Judges:
+    """By protocol, with the bootstrap of the report."""
+    with np.load(report / "documents.npz") as arrays:
+        segments = segments_from(dict(arrays))
+    settings = results["provenance"]["evaluate"]
+    draw = Draw(settings["resamples"], settings["seed"])
+    by_document = bool((segments.document >= 0).all())
+    return {protocol: Judge(segments, protocol, by_document, draw) for protocol in PROTOCOLS}
 
 
-def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
-    low, high = row["intervals"]["delta"]
-    return float(low), float(high)
+def arm(judge: Judge, protocol: str, cell: Cell, seeds: Sequence[int]) -> np.ndarray:
+    """Sums of a rule, the mean of some seeds."""
+    names = [name for name, seed in zip(cell.names, cell.seeds, strict=True) if seed in seeds]
+    sites = cell.sites if protocol == "single_site" else [None]
+    found = judge.arm([patched_label(protocol, name, site) for name in names for site in sites])
+    assert found is not None, names
+    return found
+
+
+def mean_delta(judge: Judge, protocol: str, cell: Cell, seeds: Sequence[int]) -> str:
+    """δ of the mean of some seeds and its interval."""
+    clean = judge.arm([CLEAN])
+    assert clean is not None
+    value, (low, high) = judge.difference(clean, arm(judge, protocol, cell, seeds))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def apart(judge: Judge, protocol: str, first: Cell, second: Cell) -> str:
+    """δ of the second minus δ of the first, means over the seeds that both have, with the paired interval."""
+    seeds = sorted({*first.seeds} & {*second.seeds})
+    value, (low, high) = judge.difference(*(arm(judge, protocol, cell, seeds) for cell in (first, second)))
+    return f"{_signed(value)} [{_signed(low)}, {_signed(high)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean, with the smallest and largest of several."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{statistics.fmean(values):.{digits}f} {_seeds(values, digits)}"
 
 
-def half(intervals: Iterable[tuple[float, float]]) -> str:
-    """Mean half-width of intervals."""
-    return f"±{statistics.fmean((high - low) / 2 for low, high in intervals):.3f}"
+def _seeds(values: Sequence[float], digits: int = 3) -> str:
+    return f"({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def rules_table(found: Mapping[tuple[str, str], Cell]) -> str:
-    """Markdown: a line per topology and rule, the smallest δ under cascade first."""
+def ordered(found: Cells, kind: str) -> list[Cell]:
+    """The rules on a topology, the smallest δ under cascade first."""
+    of_kind = [found[rule, kind] for rule in RULES if (rule, kind) in found]
+    return sorted(of_kind, key=lambda cell: statistics.fmean(cell.delta["cascade"]))
+
+
+def rules_table(found: Cells, judges: Judges) -> str:
+    """Markdown: a line per topology and rule."""
     lines = [
-        "| topology | rule | L0 | FVU | dead | δ cascade | δ clean_input | δ single_site | interval, cascade |",
+        "| topology | rule | L0 | L0 in cascade | FVU | dead | δ cascade | δ clean_input | δ single_site |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind, title in KINDS.items():
-        of_kind = [found[rule, kind] for rule in RULES if (rule, kind) in found]
-        for cell in sorted(of_kind, key=lambda cell: statistics.fmean(cell.delta["cascade"])):
-            deltas = " | ".join(spread(cell.delta[protocol]) for protocol in PROTOCOLS)
+        for cell in ordered(found, kind):
+            deltas = " | ".join(
+                f"{mean_delta(judges[protocol], protocol, cell, cell.seeds)} {_seeds(cell.delta[protocol])}"
+                for protocol in PROTOCOLS
+            )
             lines.append(
-                f"| {title} | {cell.rule} | {spread(cell.l0, 1)} | {spread(cell.fvu)} | "
-                f"{100 * statistics.fmean(cell.dead):.1f} % | {deltas} | {half(cell.interval['cascade'])} |"
+                f"| {title} | {cell.rule} | {spread(cell.l0, 1)} | {statistics.fmean(cell.l0_patched):.1f} | "
+                f"{spread(cell.fvu)} | {100 * statistics.fmean(cell.dead):.1f} % | {deltas} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def modes_table(found: Mapping[tuple[str, str], Cell]) -> str:
-    """Markdown: what a dictionary was trained for against how it is judged."""
+def differences_table(found: Cells, judges: Judges) -> str:
+    """Markdown: δ of a rule minus that of TopK on its topology, and minus that of transcoders with the rule."""
     lines = [
-        "| trained | topology | L0 | FVU | δ cascade | δ clean_input | δ single_site |",
-        "|---|---|---|---|---|---|---|",
+        "| topology | rule | − topk, cascade | − topk, clean_input | − topk, single_site | − transcoder, cascade |",
+        "|---|---|---|---|---|---|",
     ]
-    for kind in ("transcoder", "clt"):
-        for rule, title in (("batchtopk", "locally"), *((f"kl {mode}", f"KL, {mode}") for mode in MODES)):
-            if (rule, kind) in found:
-                cell = found[rule, kind]
-                values = " | ".join(
-                    f"{cell.delta[protocol][0]:.3f} [{cell.interval[protocol][0][0]:.3f}, "
-                    f"{cell.interval[protocol][0][1]:.3f}]"
-                    for protocol in PROTOCOLS
-                )
-                lines.append(f"| {title} | {KINDS[kind]} | {cell.l0[0]:.1f} | {cell.fvu[0]:.3f} | {values} |")
+    for kind, title in KINDS.items():
+        for cell in ordered(found, kind):
+            base, plain = found["topk", kind], found[cell.rule, "transcoder"]
+            values = [apart(judges[p], p, base, cell) if cell is not base else "" for p in PROTOCOLS]
+            values.append(apart(judges["cascade"], "cascade", plain, cell) if cell is not plain else "")
+            lines.append(f"| {title} | {cell.rule} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw_rules(found: Mapping[tuple[str, str], Cell], path: Path) -> None:
+def modes_table(found: Cells, judges: Judges) -> str:
+    """Markdown: what a dictionary was trained for against how it is judged; then δ minus that of local training."""
+    lines = [
+        "| trained | topology | seeds | L0 | L0 in cascade | FVU | δ cascade | δ clean_input | δ single_site |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    minus = [
+        "| trained | topology | − locally, cascade | − locally, clean_input | − locally, single_site |",
+        "|---|---|---|---|---|",
+    ]
+    for kind in ("transcoder", "clt"):
+        local = found["batchtopk", kind]
+        for rule, title in (("batchtopk", "locally"), *((f"kl {mode}", f"KL, {mode}") for mode in MODES)):
+            cell = found[rule, kind]
+            deltas = [mean_delta(judges[p], p, cell, cell.seeds) for p in PROTOCOLS]
+            lines.append(
+                f"| {title} | {KINDS[kind]} | {len(cell.seeds)} | {statistics.fmean(cell.l0):.1f} | "
+                f"{statistics.fmean(cell.l0_patched):.1f} | {statistics.fmean(cell.fvu):.3f} | {' | '.join(deltas)} |"
+            )
+            if cell is not local:
+                values = [apart(judges[p], p, local, cell) for p in PROTOCOLS]
+                minus.append(f"| {title} | {KINDS[kind]} | {' | '.join(values)} |")
+    return "\n".join([*lines, "", *minus]) + "\n"
+
+
+def draw_rules(found: Cells, path: Path) -> None:
     """δ of every rule and topology, a panel per protocol; dots are seeds, lines the interval of each."""
     order = sorted(
         RULES,
@@ -158,7 +238,7 @@ def draw_rules(found: Mapping[tuple[str, str], Cell], path: Path) -> None:
     _save(figure, path)
 
 
-def _labels(order: Sequence[str], found: Mapping[tuple[str, str], Cell]) -> list[str]:
+def _labels(order: Sequence[str], found: Cells) -> list[str]:
     """Rules with the mean L0 of each topology."""
     return [
         f"{rule}\n" + " / ".join(f"{statistics.fmean(found[rule, k].l0):.0f}" for k in KINDS if (rule, k) in found)
@@ -166,7 +246,7 @@ def _labels(order: Sequence[str], found: Mapping[tuple[str, str], Cell]) -> list
     ]
 
 
-def draw_modes(found: Mapping[tuple[str, str], Cell], path: Path) -> None:
+def draw_modes(found: Cells, path: Path) -> None:
     """δ by training and protocol, a panel per topology."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     trained = ["batchtopk", *(f"kl {mode}" for mode in MODES)]
@@ -177,10 +257,12 @@ def draw_modes(found: Mapping[tuple[str, str], Cell], path: Path) -> None:
                 continue
             cell = found[rule, kind]
             for at, protocol in enumerate(PROTOCOLS):
-                low, high = cell.interval[protocol][0]
-                x = at + 0.16 * (column - 1.5)
-                axis.plot([x, x], [low, high], color=colour, linewidth=1)
-                axis.plot(x, cell.delta[protocol][0], "o", color=colour, markersize=5)
+                for seed, value, (low, high) in zip(
+                    cell.seeds, cell.delta[protocol], cell.interval[protocol], strict=True
+                ):
+                    x = at + 0.18 * (column - 1.5) + 0.04 * (seed - 1)
+                    axis.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.7)
+                    axis.plot(x, value, "o", color=colour, markersize=4)
         axis.set_xticks(range(3), PROTOCOLS)
         axis.set_yscale("log")
         _plain_ticks(axis.yaxis)
@@ -216,13 +298,16 @@ def main() -> None:
     if not options.only_summary:
         command = [sys.executable, "-m", "thresher", "demo", "books-study", "--out", str(options.out)]
         subprocess.run(command, check=True)
-    found = cells(json.loads((options.out / "report" / "results.json").read_text()))
+    results = json.loads((options.out / "report" / "results.json").read_text())
+    found, judges = cells(results), judges_of(options.out / "report", results)
     options.page.mkdir(parents=True, exist_ok=True)
-    (options.page / "rules.md").write_text(rules_table(found))
-    (options.page / "modes.md").write_text(modes_table(found))
+    tables = {"rules": rules_table, "differences": differences_table, "modes": modes_table}
+    for name, table in tables.items():
+        text = table(found, judges)
+        (options.page / f"{name}.md").write_text(text)
+        print(text)
     draw_rules(found, options.page / "rules")
     draw_modes(found, options.page / "modes")
-    print(rules_table(found), modes_table(found), sep="\n")
 
 
 if __name__ == "__main__":
