@@ -21,7 +21,7 @@ WIDTH = 100
 PICTURES = {
     "harvest": "thresher harvest books-demo",
     "train": "thresher train books-demo",
-    "evaluate": "thresher evaluate books-demo",
+    "evaluate": "thresher evaluate books-demo --set evaluate.protocols=\"['cascade']\"",
     "cache": "thresher cache info caches/*.zarr",
     "help": "thresher --help",
 }
