@@ -178,7 +178,7 @@ def read(path: Path) -> list[Foreign]:
     Raises UserError for a normalisation that is no linear map or whose factor is not in the files, for architectures
     that are no inference form, and for tensors that do not fit.
     """
-    raw = read_json(path / CONFIG, "a SAELens directory")
+    raw = _as_of_6(read_json(path / CONFIG, "a SAELens directory"))
     stored = Stored.safetensors(path / WEIGHTS)
     kind = str(raw.get("architecture", "standard"))
     if kind not in _ARCHITECTURES:
@@ -217,6 +217,19 @@ def read(path: Path) -> list[Foreign]:
             scale_unknown=raw.get("normalize_activations") == "expected_average_only_in",
         )
     ]
+
+
+def _as_of_6(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """cfg.json in the terms of version 6 and later. Releases before it had hook and model at the top level, TopK as an
+    activation function of a standard SAE, and normalisation as yes or no."""
+    out = dict(raw)
+    if out.get("activation_fn_str", out.get("activation_fn")) == "topk":
+        out |= {"architecture": "topk", **(out.get("activation_fn_kwargs") or {})}
+    if isinstance(out.get("normalize_activations"), bool):
+        out["normalize_activations"] = "expected_average_only_in" if out["normalize_activations"] else "none"
+    if "hook_point" in out:
+        out.setdefault("hook_name", out["hook_point"])
+    return out
 
 
 FORMAT = Format("saelens", "SAELens: cfg.json and sae_weights.safetensors", refuse=refuse, write=write, read=read)
