@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Modules are compiled once and kept, whatever the caller's environment says: workers start many processes.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test suite lint types clean
+.PHONY: demo test suite parity lint types clean
 
 demo: $(VENV)/ready
 	$(BIN)/thresher demo
@@ -19,6 +19,11 @@ test: lint
 # some of another's: the slowest ones come last.
 suite: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+# Other packages' own classes on what we export (tests/parity/). The first time, up to an hour of installing, 11 GB in .parity/.
+parity: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity tests/parity
+	$(BIN)/python -m tests.parity.page
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
