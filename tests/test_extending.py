@@ -58,7 +58,7 @@ def test_both_take_less_than_sixty_lines() -> None:
 
 def commands() -> list[list[str]]:
     """The lines that the page shows, as words."""
-    (block,) = re.findall(r"^```\n(thresher harvest.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```bash\n(thresher harvest.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     return [line.split() for line in block.splitlines()]
 
 

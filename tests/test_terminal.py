@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from tests.documents import PAGE, document, documented
+from tests.pages import PROGRAM, check_command
 from tests.program import environment
 from tests.test_cli import commands
 from thresher import cli
@@ -24,10 +24,8 @@ from thresher.cache.records import described
 from thresher.commands import completion
 from thresher.commands.options import out
 from thresher.commands.tables import TABLES, known_tables
-from thresher.commands.wiring import read_recipe
 
 ESCAPE = "\x1b"
-PROGRAM = typer.main.get_command(cli.app)
 
 
 ELSEWHERE = (["recipes", "list"], ["recipes", "check"])
@@ -68,15 +66,7 @@ def commands_by_name() -> Iterator[tuple[str, Any]]:
     ("under", "words"), list(examples()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_examples_name_commands_options_recipes_and_keys_that_exist(under: str, words: list[str]) -> None:
-    assert words[0] == "thresher"
-    words = words[1 : words.index(">")] if ">" in words else words[1:]
-    name, group = "", PROGRAM
-    while hasattr(group, "commands"):
-        name, group = f"{name} {words[0]}".strip(), group.commands[words.pop(0)]
-    assert name.startswith(under)
-    given = group.make_context(name, words).params  # raises for an option that is not there
-    if recipe := given.get("recipe") or given.get("name"):
-        read_recipe("books-demo" if recipe.endswith(".toml") else recipe, given.get("assignments"))
+    check_command(words, under)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ SHORT = (*SMALL, "dictionary.expansion=1")
 
 
 def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
-    block, *_ = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    block, *_ = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     said = {}
     for line in block.splitlines():
         program, *arguments = line.split()
