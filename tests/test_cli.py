@@ -176,30 +176,6 @@ def test_both_other_names_are_the_same_program(tmp_path: Path) -> None:
     assert direct.stdout == thresher(tmp_path, "recipes", "list", sets=()).stdout
 
 
-def readme_blocks(language: str) -> list[str]:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
-
-
-def test_the_python_example_of_the_readme_runs(
-    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo/runs").symlink_to(house / "runs/books-demo")
-    monkeypatch.chdir(tmp_path)
-    (code,) = readme_blocks("python")
-    exec(code + "assert reconstruction.shape == acts[dictionary.writes[0]].flatten(0, 1).shape", {})
-    assert "tensor" in capsys.readouterr().out
-
-
-def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
-    (text,) = readme_blocks("toml")
-    (tmp_path / "mine.toml").write_text(text)
-    done = thresher(tmp_path, "recipes", "check", "mine.toml", sets=())
-    assert done.returncode == 0, done.stderr
-    assert [f"transcoder-batchtopk-k{k}" in done.stdout for k in (16, 32, 64)] == [True] * 3
-
-
 def test_every_command_has_help(tmp_path: Path) -> None:
     for command in ([], ["harvest"], ["train"], ["evaluate"], ["demo"], ["cache", "info"], ["recipes", "keys"]):
         done = thresher(tmp_path, *command, "--help", sets=())

@@ -119,8 +119,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(
             f"{file} is not the config of a Thresher run: expected format {FORMAT!r}, got "
-            f"{config.get('format') if isinstance(config, dict) else type(config).__name__!r}. Dictionaries of "
-            "other tools cannot be read."
+            f"{config.get('format') if isinstance(config, dict) else type(config).__name__!r}. A dictionary of another "
+            "tool becomes a run by `thresher import`."
         )
     if config.get("version") != VERSION:
         raise UserError(
