@@ -34,7 +34,7 @@ ELSEWHERE = {("extending", "*"): "test_extending.py", ("training", "thresher har
 """By page and first line: the test that runs a block."""
 SMALL = (
     *("data.max_tokens=8000", "data.context=64", "data.test_fraction=0.3", "data.validation_fraction=0.3"),
-    *("dictionary.expansion=0.5", "train.batch_rows=256", "train.epochs=0.5", "train.calibrate_rows=2000"),
+    *("dictionary.expansion=0.5", "train.batch_rows=256", "train.epochs=0.2", "train.calibrate_rows=2000"),
     *("evaluate.tokens=300", "evaluate.resamples=100", "evaluate.training_tokens=1000", "evaluate.neurons=[32]"),
 )
 """What makes the commands of the pages a matter of seconds: added behind them."""
@@ -58,7 +58,7 @@ def way(block: Block) -> str:
         return "elsewhere"
     if block.language == "bash":
         plain = all(words[0] in ("make", "pip") for words in lines(block))
-        return "checked" if block.flags or plain and block.text.strip() not in MAKES else "run"
+        return "checked" if block.flags or (plain and block.text.strip() not in MAKES) else "run"
     assert not block.flags, f"{block.where}: only commands can be left for another place"
     assert block.language in ("python", "toml", "json", "yaml", "text"), f"{block.where}: say what it is"
     return {"python": "run", "text": "shown"}.get(block.language, "read")
@@ -71,6 +71,32 @@ def test_every_block_is_run_read_or_checked(block: Block) -> None:
         assert not re.search(r"^(\$|>>>|thresher|make|pip|python|import|from|def) ?", block.text, re.MULTILINE)
     if test := elsewhere(block):
         assert f"docs/{block.page}.md" in (ROOT / "tests" / test).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("language", "flags", "text"),
+    [
+        ("", "", "thresher demo"),
+        ("text", "", "$ thresher demo"),
+        ("bash", "soon", "thresher demo"),
+        ("python", "network", "import thresher"),
+        ("bash", "network", "thresher harvest gpt3-small"),
+        ("bash", "network", "thresher harvest gpt2-small --sett data.max_tokens=1"),
+        ("bash", "network", "thresher harvest gpt2-small --set data.tokens=1"),
+        ("bash", "long", "python benchmarks/nothing.py"),
+        ("bash", "", "make dinner"),
+    ],
+)
+def test_a_block_that_fits_nowhere_or_is_wrong_is_noticed(language: str, flags: str, text: str) -> None:
+    block = Block("page", 1, language, frozenset(flags.split()), f"{text}\n")
+    noticed: list[Exception] = []
+    for test in (test_every_block_is_run_read_or_checked, test_commands_that_cannot_run_here_exist):
+        try:
+            test(block)
+        except Exception as error:
+            noticed.append(error)
+    assert noticed
+    assert not any(isinstance(error, (TypeError, AttributeError, IndexError)) for error in noticed)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if way(b) == "checked"], ids=lambda block: block.where)

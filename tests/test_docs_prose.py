@@ -11,6 +11,7 @@ from tests.pages import DOCS, ROOT, nav, pages
 
 PAGES = pages()
 HEADINGS = re.findall(r"^### `(.+)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+ROOMS = ("cache", "commands", "evaluate", "harvest", "interop", "recipes", "sharing", "train")
 ELSEWHERE = {"No space left": "the operating system's words"}
 
 
@@ -53,7 +54,8 @@ def test_every_picture_is_shown_somewhere_and_drawn_by_a_script() -> None:
 
 def test_diagrams_are_what_their_script_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("concepts", DOCS / "pictures/concepts.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "__file__", str(tmp_path / "concepts.py"))
@@ -66,9 +68,8 @@ def test_diagrams_are_what_their_script_draws(tmp_path: Path, monkeypatch: pytes
 
 def texts() -> str:
     """All strings of the program, `…` where a value stands in them."""
-    found = []
-    rooms = [path for path in ROOT.glob("*/") if path.name not in ("tests", "benchmarks", "docs") and path.name[0] != "."]
-    for path in [*ROOT.glob("*.py"), *(each for room in rooms for each in room.rglob("*.py"))]:
+    found: list[str] = []
+    for path in [*ROOT.glob("*.py"), *(each for room in ROOMS for each in (ROOT / room).rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
