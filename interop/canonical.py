@@ -33,7 +33,7 @@ class Source(NamedTuple):
     b_enc: Tensor
     """[F]."""
     threshold: Tensor | None
-    """[F] θ ≥ 0; None for topk and groupmax."""
+    """[F] 0 ≤ θ < ∞; None for topk and groupmax."""
     W_dec: Tensor
     """[F, T, E], T the destinations that it writes, its own first."""
 
@@ -118,7 +118,9 @@ def from_coder(coder: Coder) -> Canonical:
     """A finished run's dictionary.
 
     Where topk or groupmax ranks by a · n, the norm moves from the decoder's row into the encoder's: codes are then
-    a · n, reconstructions the same. Raises UserError, naming the nearest route, for what has no such form.
+    a · n, reconstructions the same. A latent that never fires (θ = ∞: it writes nothing) gets a pre-activation of 0 and
+    θ = 0, since an infinity in a file looks like damage. Raises UserError, naming the nearest route, for what has no
+    such form.
     """
     spec = coder.spec
     _check(spec, coder.label)
@@ -131,6 +133,9 @@ def from_coder(coder: Coder) -> Canonical:
         threshold = None
         if isinstance(encoder.rule, Deployed):
             threshold = encoder.rule.threshold.double().cpu().clamp_min(0.0)
+            never = threshold.isinf()
+            W_enc, b_enc = W_enc.masked_fill(never[:, None], 0.0), b_enc.masked_fill(never, 0.0)
+            threshold = threshold.masked_fill(never, 0.0)
         else:
             k = int(spec.k or 0)
             if encoder.norms is not None:

@@ -39,8 +39,6 @@ from thresher.train.files import publish_tensors
 READS = ("mlp.hook_in", "hook_resid_mid", "ln2.hook_normalized")
 """Hooks that its replacement models can read from."""
 WRITES = ("hook_mlp_out", "mlp.hook_out")
-_LARGEST = torch.finfo(torch.float32).max
-"""In the place of an infinite θ: a latent that never fires is none that is damaged."""
 
 
 def refuse(dictionaries: Sequence[Canonical]) -> str | None:
@@ -157,7 +155,7 @@ def cross_tensors(dictionary: Canonical, layer: int) -> tuple[dict[str, Tensor],
 
 def _threshold(part: Source) -> Tensor:
     assert part.threshold is not None, "it fires by one"
-    return part.threshold.clamp(0.0, _LARGEST)
+    return part.threshold.clamp_min(0.0)
 
 
 def write(folder: Path, items: Sequence[Exported]) -> None:

@@ -9,6 +9,7 @@ from thresher.cache.errors import UserError
 from thresher.interop import folds
 from thresher.interop.canonical import Canonical, codes, decoded, from_coder, to_coder
 from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.rules import Deployed
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.dictionary.topologies import build
 
@@ -67,6 +68,25 @@ def test_ranking_by_norm_moves_into_the_encoder(firing: str, rows: Tensor) -> No
     close(y, ours_y)
     plain = from_coder(coder)._replace(sources=(from_coder(to_coder(from_coder(coder))).sources[0],))
     assert not torch.equal(codes(plain, 0, rows) > 0, torch.zeros(64, LATENTS, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", ["sae", "clt"])
+def test_a_latent_that_never_fires_stays_silent_with_finite_numbers(kind, made: Made, rows: Tensor) -> None:
+    """Folding a decoder row of norm 0 into a threshold leaves an infinite one, which every reader takes for damage."""
+    coder = to_coder(made(kind, "threshold")).double()
+    rule = coder.encoder(0).rule
+    assert isinstance(rule, Deployed)
+    assert bool((coder.encode(0, rows).dense()[:, 5] > 0).any())
+    rule.threshold[5] = torch.inf
+    dictionary = from_coder(coder)
+    for part in dictionary.sources:
+        assert all(bool(tensor.isfinite().all()) for tensor in part if tensor is not None)
+    for folded in (dictionary, folds.unit_rows(dictionary), folds.for_subtracting_reader(dictionary)):
+        assert not codes(folded, 0, rows)[:, 5].any()
+    z, y = outputs(dictionary, rows)
+    ours_z, ours_y = of_module(coder, rows)
+    close(z, ours_z)
+    close(y, ours_y)
 
 
 @pytest.mark.parametrize("kind", ["sae", "transcoder", "clt"])
