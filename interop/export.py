@@ -45,11 +45,16 @@ def export(
 
     `thresholds`: give those that count their latents a threshold. `moved`: let the reader read at another hook. Raises
     UserError, before anything is written, for a format that cannot be written, for a dictionary it has no form for
-    (with the reason and the nearest route), for a cache that is gone, and for a place that is taken, unless
-    `overwrite`.
+    (with the reason and the nearest route), for a cache that is gone, for what the format has no use for, and for a
+    place that is taken, unless `overwrite`, or that holds one of the runs.
     """
     form = formats.load(to)
     if form.write_codes is not None:
+        for option, given in (("--thresholds", thresholds), ("--hook", moved)):
+            if given is not None:
+                raise UserError(
+                    f"{option} has no effect with --to {to}: it holds what the dictionaries themselves do. Leave it out."
+                )
         return _export_codes(form, runs, out, overwrite, text)
     write = form.write
     if write is None:
@@ -61,9 +66,9 @@ def export(
     if moved is not None:
         ready = moved_to(ready, moved)
     if thresholds is not None:
-        _checked(form, foreseen(ready), out, overwrite)
+        _checked(form, foreseen(ready), out, runs, overwrite)
         ready = with_thresholds(ready, thresholds)
-    return [_written(folder, items, write) for folder, items in _checked(form, ready, out, overwrite)]
+    return [_written(folder, items, write) for folder, items in _checked(form, ready, out, runs, overwrite)]
 
 
 def exported(path: Path, run: LoadedRun) -> Exported:
@@ -78,12 +83,14 @@ def check_form(form: Format, items: Sequence[Exported]) -> None:
         raise UserError(f"{_listed(items)} cannot be written for {form.name}: {reason}")
 
 
-def _checked(form: Format, ready: Sequence[Ready], out: Path, overwrite: bool) -> list[tuple[Path, list[Exported]]]:
+def _checked(
+    form: Format, ready: Sequence[Ready], out: Path, runs: Sequence[Path], overwrite: bool
+) -> list[tuple[Path, list[Exported]]]:
     """What goes into which directory. Raises UserError where it cannot."""
     parts = _parts([(_group(form, each.config), each.item) for each in ready], out)
     for folder, items in parts:
         check_form(form, items)
-        _check_free(folder, overwrite)
+        _check_free(folder, runs, overwrite)
     return parts
 
 
@@ -100,7 +107,7 @@ def _export_codes(form: Format, runs: Sequence[Path], out: Path, overwrite: bool
         coded.append((_group(form, run.config), Coded(run.dictionary, provenance.facts(path, run.config))))
     parts = _parts(coded, out)
     for folder, _ in parts:
-        _check_free(folder, overwrite)
+        _check_free(folder, runs, overwrite)
     return [_written(folder, items, lambda place, some: write(place, some, text)) for folder, items in parts]
 
 
@@ -117,9 +124,17 @@ def _parts(items: Sequence[tuple[str, _Item]], out: Path) -> list[tuple[Path, li
     return [(out if len(groups) == 1 else out / name, found) for name, found in groups.items()]
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+def _check_free(folder: Path, runs: Sequence[Path], overwrite: bool) -> None:
+    """Raise UserError for a place that is taken, and for one whose replacement would take more than an export away."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
         raise UserError(f"{folder} is there already. Give another place with --out, or add --overwrite.")
+    for inside in (*runs, Path.cwd()):
+        if inside.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--overwrite would delete all of {folder}, and {inside} with it. Give another place with --out."
+            )
 
 
 def _written(folder: Path, items: Sequence[_Item], write: Callable[[Path, Sequence[_Item]], None]) -> Written:

@@ -17,6 +17,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.interop import delphi
 from thresher.interop.canonical import Canonical, codes, to_coder
+from thresher.interop.adapting import Thresholds
 from thresher.interop.export import export
 from thresher.interop.formats import Coded, Text
 
@@ -232,6 +233,8 @@ def test_export_writes_runs_of_a_group_together_and_only_with_a_text(made: Made,
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["layers.1", "layers.1.mlp"]
     with pytest.raises(UserError, match="is there already"):
         export(runs, "delphi-cache", tmp_path / "out", text=text)
+    with pytest.raises(UserError, match="--thresholds has no effect with --to delphi-cache"):
+        export(runs, "delphi-cache", tmp_path / "new", text=text, thresholds=Thresholds(100))
 
 
 def test_an_interrupted_export_leaves_nothing(made: Made, facts, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.interop.conftest import WIDTH, Made
+from tests.interop.conftest import WIDTH, Made, finished
 from thresher.cache.errors import UserError
 from thresher.cache.reader import CacheReader
 from thresher.interop import saelens
@@ -110,3 +110,13 @@ def test_unknown_formats_and_readings_name_the_known(foreign: Path, cache: Cache
         import_dictionaries(tmp_path / "none", "saelens", cache, RECIPE, tmp_path, Naming("x"))
     with pytest.raises(UserError, match="is not a run directory"):
         export([tmp_path], "saelens", tmp_path / "out")
+
+
+def test_overwriting_never_deletes_a_run(made: Made, facts: Mapping[str, Any], tmp_path: Path) -> None:
+    run = finished(tmp_path / "runs" / "r", made("sae", "threshold"), facts)
+    for out in (run, tmp_path / "runs", tmp_path):
+        with pytest.raises(UserError, match="--overwrite would delete"):
+            export([run], "saelens", out, overwrite=True)
+    assert (run / "config.json").is_file()
+    export([run], "saelens", tmp_path / "out")
+    export([run], "saelens", tmp_path / "out", overwrite=True)
