@@ -111,6 +111,13 @@ class _Files:
 
     def __init__(self, architecture: str, raw: Mapping[str, Any], stored: Stored, hooks: tuple[str, str]) -> None:
         self.architecture, self.hooks = architecture, hooks
+        wanted = ("d_in", "d_sae", *(("k",) if architecture == "topk" else ()))
+        missing = [name for name in wanted if raw.get(name) is None]
+        if missing:
+            raise UserError(
+                f"{stored.path.parent / CONFIG} says nothing of {' and '.join(missing)}, which a {architecture} "
+                "dictionary needs. Restore the file, or add what is missing."
+            )
         d, m = int(raw["d_in"]), int(raw["d_sae"])
         o = int(raw.get("d_out") or d) if architecture.endswith("transcoder") else d
         self.k = int(raw["k"]) if architecture == "topk" else None
@@ -126,6 +133,7 @@ class _Files:
         jumps = architecture.startswith("jumprelu")
         self.threshold = stored.take("threshold", m) if jumps else torch.zeros(m, dtype=torch.float64)
         self.W_skip = stored.take("W_skip", o, d) if "skip_" in architecture else None
+        _check_unscaled(stored, m)
         stored.done()
 
     def reading(self, label: str, subtracts: bool) -> Reading:
@@ -170,6 +178,15 @@ class _Files:
             z_NF = torch.relu(pre_NF) * (pre_NF > self.threshold)
         y_NE = z_NF / torch.where(norms_F > 0, norms_F, 1.0) @ self.W_dec + self.b_dec
         return [z_NF], [y_NE if self.W_skip is None else y_NE + x_ND @ self.W_skip.T]
+
+
+def _check_unscaled(stored: Stored, m: int) -> None:
+    """Releases before version 6 wrote a `scaling_factor` of ones; one that was fine-tuned is refused."""
+    if "scaling_factor" in stored and not bool((stored.take("scaling_factor", m) == 1).all()):
+        raise UserError(
+            f"{stored.path}: scaling_factor is not 1 everywhere: codes were rescaled after training, which versions "
+            "from 6 on do not apply. It cannot be imported."
+        )
 
 
 def read(path: Path) -> list[Foreign]:

@@ -16,8 +16,8 @@ from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.interop import delphi
-from thresher.interop.canonical import Canonical, codes, to_coder
 from thresher.interop.adapting import Thresholds
+from thresher.interop.canonical import Canonical, codes, to_coder
 from thresher.interop.export import export
 from thresher.interop.formats import Coded, Text
 

@@ -30,7 +30,7 @@ def test_what_is_written_reads_back_the_same(
     saelens.write(tmp_path, [Exported(dictionary, facts)])
     assert written(tmp_path) == {"cfg.json", "sae_weights.safetensors"}
     config = json.loads((tmp_path / "cfg.json").read_text())
-    assert config["architecture"] == name.replace("transcoder", "skip_transcoder") if skip else name
+    assert config["architecture"] == (name.replace("transcoder", "skip_transcoder") if skip else name)
     assert config["apply_b_dec_to_input"] is False
     assert config["normalize_activations"] == "none"
     assert config["metadata"]["sae_lens_version"] == "6.18.0"
@@ -92,6 +92,8 @@ def test_b_dec_is_subtracted_where_the_config_is_silent(rows: Tensor, tmp_path: 
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
         ({"d_sae": 40}, "W_enc has shape"),
         ({"architecture": "jumprelu"}, "no tensor 'threshold'"),
+        ({"architecture": "topk"}, "says nothing of k, which a topk dictionary needs"),
+        ({"d_in": None}, "says nothing of d_in"),
     ],
 )
 def test_what_it_cannot_be_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -107,6 +109,18 @@ def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({**tensors, "W_extra": torch.zeros(2)}, tmp_path / "sae_weights.safetensors")
     with pytest.raises(UserError, match="W_extra"):
         saelens.read(tmp_path)
+
+
+def test_a_scaling_factor_of_before_version_6_means_nothing_unless_it_was_tuned(tmp_path: Path) -> None:
+    tensors = stored(tmp_path, "standard")
+    m = len(tensors["b_enc"])
+    for factor in (torch.ones(m), torch.full((m,), 2.0)):
+        safetensors.torch.save_file({**tensors, "scaling_factor": factor}, tmp_path / "sae_weights.safetensors")
+        if factor[0] == 1:
+            assert len(saelens.read(tmp_path)) == 1
+        else:
+            with pytest.raises(UserError, match="scaling_factor is not 1"):
+                saelens.read(tmp_path)
 
 
 def test_variants_without_a_form_name_the_route(made: Made) -> None:
