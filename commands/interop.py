@@ -77,7 +77,7 @@ def export(
             folder or Path("exports") / to,
             overwrite=overwrite,
             thresholds=Thresholds(ROWS, cache, stop) if thresholds else None,
-            moved=None if hook is None else _moved(paths[0], hook),
+            moved=None if hook is None else _moved(paths, hook),
             text=text,
         )
     print_written(written, out)
@@ -85,14 +85,30 @@ def export(
         write({"files": written})
 
 
-def _moved(run: Path, hook: str) -> "Moved":
-    """The norms of the target that a run was trained on."""
+def _config_of(runs: Sequence[Path], same: Sequence[str]) -> dict[str, Any]:
+    """config.json of the first run. Raises UserError where another one has, of what is `same`, something else."""
+    from thresher.cache.errors import UserError
+    from thresher.train.files import read_config
+
+    first = read_config(runs[0])
+    for run in runs[1:]:
+        identity = read_config(run)["cache"]["identity"]
+        unlike = [part for part in same if identity.get(part) != first["cache"]["identity"].get(part)]
+        if unlike:
+            raise UserError(
+                f"{run} has another {' and '.join(unlike)} than {runs[0]}; expected the same, since one is loaded for "
+                "all of them. Export them one by one."
+            )
+    return first
+
+
+def _moved(runs: Sequence[Path], hook: str) -> "Moved":
+    """The norms of the target that the runs were trained on."""
     from thresher.harvest.checkpoint import locate
     from thresher.interop.adapting import Moved
     from thresher.interop.norms import norms_of
-    from thresher.train.files import read_config
 
-    target = read_config(run)["recipe"]["target"]
+    target = _config_of(runs, ["target"])["recipe"]["target"]
     return Moved(hook, norms_of(locate(target["model"], target["revision"])))
 
 
@@ -108,9 +124,8 @@ def _text(runs: Sequence[Path], tokens: int, cache: Path | None, wanted: bool) -
     from thresher.harvest.target import load_target
     from thresher.harvest.texts import evenly
     from thresher.interop.formats import Text
-    from thresher.train.files import read_config
 
-    config, kinds = read_config(runs[0]), known_tables()
+    config, kinds = _config_of(runs, ["target", "data"]), known_tables()
     stored = config["recipe"]
     tables: dict[str, Any] = {
         name: from_dict(kinds[name], stored[name], name) for name in ("target", "data", "evaluate")

@@ -78,8 +78,9 @@ def _unit(dictionary: Canonical) -> Canonical:
     if counts and len(written_F) and float(written_F.max() / written_F.min()) > 1 + TOLERANCE:
         raise UserError(
             f"{name} has decoder rows of norm {float(written_F.min()):.4g} to {float(written_F.max()):.4g}; SAEBench "
-            f"expects 1, and scaled {dictionary.firing} codes would choose other latents. Calibrate thresholds with "
-            "--thresholds first, or train with decoder = 'unit'."
+            f"expects 1, and scaled {dictionary.firing} codes would choose other latents. Give it thresholds "
+            "(`thresher export --to npz --thresholds`, then `thresher import --from npz`) and take that run; or train "
+            "with decoder = 'unit'."
         )
     return folds.unit_rows(dictionary)
 
