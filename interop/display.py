@@ -11,6 +11,8 @@ from thresher.interop.importing import Imported
 
 _BETTER = 0.9
 """A reading whose FVU is below this share of the chosen one's is worth a word."""
+_EXACT = 1e-5
+"""Further than this share of the largest value, folded weights are another dictionary."""
 
 
 def print_written(written: Sequence[Written], console: Console) -> None:
@@ -37,6 +39,12 @@ def print_imported(done: Sequence[Imported], console: Console) -> None:
             table.add_row(escape(row.label), f"{row.fvu:.4f}", f"{row.l0:.1f}", f"{row.folding:.1e}", style=style)
         console.print(table)
         taken = next(row for row in each.readings if row.label == each.chosen)
+        if not taken.folding <= _EXACT:
+            console.print(
+                f"[yellow]The run is not what the files compute: a code or an output differs by {taken.folding:.1e} of "
+                "the largest. What has no form here, such as negative thresholds, was changed.[/]",
+                highlight=False,
+            )
         best = min(each.readings, key=lambda row: row.fvu)
         if best.fvu < _BETTER * taken.fvu:
             console.print(

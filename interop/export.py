@@ -53,7 +53,7 @@ def export(
         for option, given in (("--thresholds", thresholds), ("--hook", moved)):
             if given is not None:
                 raise UserError(
-                    f"{option} has no effect with --to {to}: it holds what the dictionaries themselves do. Leave it out."
+                    f"{option} has no effect with --to {to}, which holds what dictionaries do. Leave it out."
                 )
         return _export_codes(form, runs, out, overwrite, text)
     write = form.write

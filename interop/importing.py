@@ -20,7 +20,7 @@ from thresher.interop import formats
 from thresher.interop.canonical import to_coder
 from thresher.interop.formats import Foreign, Reading
 from thresher.interop.hooks import site_of
-from thresher.interop.readings import Measured, measure, rows_of, with_scales
+from thresher.interop.readings import Measured, held_out_split, measure, rows_of, with_scales
 from thresher.train.files import git_commit, save_run, versions
 
 
@@ -71,12 +71,13 @@ def import_dictionaries(
     whole = [each.readings[0].dictionary for each in placed]
     acts = rows_of(source, [site for each in whole for site in each.reads + each.writes])
     checked = [_checked(each, acts, source, reading) for each in placed]
+    seen = {"split": held_out_split(source), "rows": len(next(iter(acts.values())))}
     for each in checked:
         place = out / each.chosen.dictionary.name
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{place} is there already. Give another --name or --runs, or delete it.")
     origin = {"format": form, "path": str(path), "sha256": _digest(path)}
-    return [_saved(each, origin, source, recipe, out, naming.name) for each in checked]
+    return [_saved(each, origin, seen, source, recipe, out, naming.name) for each in checked]
 
 
 class _Checked(NamedTuple):
@@ -162,8 +163,15 @@ def _chosen(foreign: Foreign, label: str | None) -> Reading:
 
 
 def _saved(
-    each: _Checked, origin: Mapping[str, Any], source: Source, recipe: Mapping[str, Any], out: Path, group: str
+    each: _Checked,
+    origin: Mapping[str, Any],
+    seen: Mapping[str, Any],
+    source: Source,
+    recipe: Mapping[str, Any],
+    out: Path,
+    group: str,
 ) -> Imported:
+    """Save one; `seen`: split and number of the rows that its readings were measured on."""
     dictionary, table = each.chosen.dictionary, each.table
     coder = to_coder(dictionary, each.foreign.firing, each.foreign.k)
     coder.mean.copy_(torch.stack(each.means))
@@ -188,7 +196,7 @@ def _saved(
             "settings": {},
             "seed": None,
             "rows": None,
-            "held_out": {"split": "held out", "rows": None, "fvu": [measured.fvu], "l0": [measured.l0]},
+            "held_out": {**seen, "fvu": [measured.fvu], "l0": [measured.l0]},
         },
     }
     save_run(out / dictionary.name, coder, config)

@@ -8,12 +8,16 @@ from typing import Any
 from thresher.train.files import weights_hash
 
 _FIGURES = ("split", "rows", "fvu", "l0")
+_ORIGIN = ("format", "tool", "version", "architecture", "model", "hook_name", "sha256", "reading")
 
 
 def facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values: `config` is the run's config.json."""
+    """JSON values: `config` is the run's config.json.
+
+    Of an import also what it was before, and of a fine-tuned run the weights that it began from.
+    """
     identity, training = config["cache"]["identity"], config["training"]
-    held_out = training.get("held_out") or {}
+    held_out, origin, parent = training.get("held_out") or {}, config.get("imported"), config.get("init_from")
     return {
         "thresher_version": version("thresher"),
         "run": config["name"],
@@ -25,4 +29,6 @@ def facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "dictionary": {key: config["dictionary"][key] for key in ("kind", "firing", "k", "reads", "writes")},
         "training_rows": training.get("rows"),
         "held_out": {key: held_out[key] for key in _FIGURES if key in held_out},
+        **({} if origin is None else {"imported": {key: origin[key] for key in _ORIGIN if key in origin}}),
+        **({} if parent is None else {"finetuned_from_sha256": parent["weights"]}),
     }

@@ -116,9 +116,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
     path = tmp_path_factory.mktemp("interop") / "cache.zarr"
     rng = torch.Generator().manual_seed(3)
     sites = [Site(f"L{i:02d}.{tap}", i, tap, width) for i in range(LAYERS) for tap, width in TAPS.items()]
+    identity = {"target": {"model": "toy"}, "data": {"context": CONTEXT}}
     packed = {"train": _contexts(24), "validation": _contexts(12)}
     with CacheWriter.open(
-        path, identity={"model": "toy"}, sites=sites, contexts=packed, codec="bf16", seed=0, fvu_gate=1.0
+        path,
+        identity=identity,
+        sites=sites,
+        contexts=packed,
+        codec="bf16",
+        seed=0,
+        fvu_gate=1.0,
     ) as writer:
         for split, index in writer.pending():
             shard = writer.shard(split, index)

@@ -1,21 +1,29 @@
 """A foreign dictionary becomes a run like ours, and its conventions are tried on real activations."""
 
+import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from rich.console import Console
 
-from tests.interop.conftest import WIDTH, Made, finished
+from tests.interop.conftest import LATENTS, WIDTH, Made, finished
+from tests.train.conftest import RULES, plans_for
 from thresher.cache.errors import UserError
 from thresher.cache.reader import CacheReader
-from thresher.interop import saelens
-from thresher.interop.canonical import codes, from_coder
+from thresher.commands.interop import export as command
+from thresher.interop import circuit_tracer, saelens
+from thresher.interop.canonical import codes
+from thresher.interop.display import print_imported
 from thresher.interop.export import export
 from thresher.interop.formats import Exported
 from thresher.interop.importing import Naming, import_dictionaries
-from thresher.train.files import load_run
+from thresher.train.files import load_run, weights_hash
+from thresher.train.run import train
 
 RECIPE = {"target": {}, "data": {}, "harvest": {}, "evaluate": {}}
 
@@ -40,6 +48,8 @@ def test_an_import_is_a_run_with_the_same_codes(foreign: Path, made: Made, cache
     assert done.readings[0].l0 == pytest.approx(float((expected > 0).sum(1).double().mean()), rel=0.1)
     mean = torch.from_numpy(cache.statistics("L01.resid_post").mean).float()
     torch.testing.assert_close(run.dictionary.mean[0], mean)
+    assert run.config["training"]["held_out"]["split"] == "validation"
+    assert run.config["training"]["held_out"]["rows"] == len(cache.sample("validation", 4096))
     imported = run.config["imported"]
     assert imported["tool"] == "SAELens"
     assert len(imported["sha256"]) == 64
@@ -69,13 +79,17 @@ def test_a_wrong_reading_shows_in_the_table(
     assert load_run(forced.path).config["training"]["held_out"]["fvu"] == [other.fvu]
 
 
-def test_an_import_exports_again_unchanged(foreign: Path, cache: CacheReader, tmp_path: Path) -> None:
-    cacheless = dict(RECIPE)
-    [done] = import_dictionaries(foreign, "saelens", cache, cacheless, tmp_path / "runs", Naming("theirs"))
-    first = from_coder(load_run(done.path).dictionary)
-    [again] = saelens.read(foreign)
-    torch.testing.assert_close(first.sources[0].W_enc, again.readings[0].dictionary.sources[0].W_enc)
-    assert first.firing == "threshold"
+def test_an_import_exports_again_unchanged_and_says_what_it_was(
+    foreign: Path, cache: CacheReader, tmp_path: Path
+) -> None:
+    [done] = import_dictionaries(foreign, "saelens", cache, RECIPE, tmp_path / "runs", Naming("theirs"))
+    [back] = export([done.path], "saelens", tmp_path / "back")
+    theirs, ours = (safetensors.torch.load_file(at / saelens.WEIGHTS) for at in (foreign, back.path))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    told = json.loads((back.path / "cfg.json").read_text())["metadata"]["thresher"]["imported"]
+    assert told["sha256"] == load_run(done.path).config["imported"]["sha256"]
+    assert (told["tool"], told["reading"]) == ("SAELens", "as its config says")
 
 
 def test_nothing_is_written_for_sites_or_widths_that_are_not_there(
@@ -120,3 +134,47 @@ def test_overwriting_never_deletes_a_run(made: Made, facts: Mapping[str, Any], t
     assert (run / "config.json").is_file()
     export([run], "saelens", tmp_path / "out")
     export([run], "saelens", tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("option", ["delphi-cache", "hook"])
+def test_what_is_loaded_once_has_to_be_that_of_all_runs(
+    option: str, made: Made, facts: Mapping[str, Any], tmp_path: Path
+) -> None:
+    one = finished(tmp_path / "a", made("transcoder", "threshold"), facts)
+    two = finished(tmp_path / "b", made("transcoder", "threshold"), {**facts, "target": {"model": "other"}})
+    to, hook = ("delphi-cache", None) if option == "delphi-cache" else ("saelens", "ln2.hook_normalized")
+    with pytest.raises(UserError, match="b has another target than"):
+        command([one, two], to, tmp_path / "out", hook=hook)
+
+
+@pytest.mark.parametrize(("theta", "warned"), [(0.5, False), (-0.5, True)])
+def test_a_run_that_is_not_what_its_files_compute_is_announced(
+    theta: float, warned: bool, made: Made, facts: Mapping[str, Any], cache: CacheReader, tmp_path: Path
+) -> None:
+    """circuit-tracer lets what lies between a negative threshold and 0 through; no dictionary of ours does."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    base = made("transcoder", "threshold")._replace(reads=("L00.mlp_in",), writes=("L00.mlp_out",), layers=(0,))
+    circuit_tracer.write(folder, [Exported(base, facts)])
+    layer = safetensors.torch.load_file(folder / "layer_0.safetensors")
+    layer["activation_function.threshold"] = torch.full_like(layer["b_enc"], theta)
+    safetensors.torch.save_file(layer, folder / "layer_0.safetensors")
+    done = import_dictionaries(folder, "circuit-tracer", cache, RECIPE, tmp_path / "runs", Naming("theirs"))
+    console = Console(file=io.StringIO(), width=200)
+    print_imported(done, console)
+    assert ("not what the files compute" in console.file.getvalue()) is warned  # type: ignore[attr-defined]
+
+
+def test_training_goes_on_from_an_import(foreign: Path, cache: CacheReader, tmp_path: Path) -> None:
+    [done] = import_dictionaries(foreign, "saelens", cache, RECIPE, tmp_path / "runs", Naming("theirs"))
+    settings: dict[str, Any] = {"steps": 2, "batch_rows": 64, "lr": 1e-9, "init_from": str(done.path)}
+    plans = plans_for(cache, "on", settings, kind="sae", writes="resid_post", layers=(1,), n_latents=LATENTS,
+                      normalise="none", decoder="free", aux=0.0, **RULES["jumprelu"])  # fmt: skip
+    [result] = train(plans, cache, out=tmp_path / "more", device="cpu", console=Console(quiet=True))
+    before, after = load_run(done.path), load_run(result.path)
+    assert after.config["init_from"] == {"path": str(done.path), "weights": weights_hash(done.path)}
+    for name, value in before.dictionary.named_parameters():
+        torch.testing.assert_close(dict(after.dictionary.named_parameters())[name], value, rtol=1e-4, atol=1e-5)
+    [again] = export([result.path], "saelens", tmp_path / "back")
+    told = json.loads((again.path / "cfg.json").read_text())["metadata"]["thresher"]
+    assert told["finetuned_from_sha256"] == weights_hash(done.path)
