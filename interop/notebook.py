@@ -119,14 +119,14 @@ class Loaded(nn.Module):
 
         def read(source: int) -> Hook:
             def hook(tensor: Tensor, **_: object) -> None:
-                seen[source] = self.dictionary.encode(source, tensor.flatten(0, -2))
+                seen[source] = self._encoded(source, tensor)
 
             return hook
 
         def write(destination: int) -> Hook:
             def hook(tensor: Tensor, **_: object) -> Tensor:
                 parts = [seen[source] for source in self.dictionary.sources(destination)]
-                return self.dictionary.decode(destination, parts).view_as(tensor).to(tensor.dtype)
+                return self.dictionary.decode(destination, parts).view_as(tensor).to(tensor)
 
             return hook
 
@@ -156,13 +156,13 @@ class Loaded(nn.Module):
                 )
         return xs
 
-    @torch.no_grad()
     def _codes(self, xs: Sequence[Tensor]) -> tuple[Codes, ...]:
-        weight = self.dictionary.b_dec
-        return tuple(
-            self.dictionary.encode(source, x.flatten(0, -2).to(weight.device, weight.dtype))
-            for source, x in enumerate(xs)
-        )
+        return tuple(self._encoded(source, x) for source, x in enumerate(xs))
+
+    @torch.no_grad()
+    def _encoded(self, source: int, x: Tensor) -> Codes:
+        """Codes of activations of any shape, dtype and device, on the dictionary's own."""
+        return self.dictionary.encode(source, x.flatten(0, -2).to(self.dictionary.b_dec))
 
     def _written(self, parts: Sequence[Codes], shape: torch.Size) -> Any:
         coder = self.dictionary

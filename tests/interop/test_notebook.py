@@ -66,6 +66,17 @@ def test_a_wrong_width_is_refused(made: Made) -> None:
         loaded(made("sae", "topk")).encode(torch.zeros(2, 8))
 
 
+def test_hooks_serve_a_model_of_another_dtype(made: Made, rows: Tensor) -> None:
+    transcoder = loaded(made("transcoder", "threshold", skip=True))
+    (_, read), (_, write) = transcoder.hooks()
+    x = rows.bfloat16().unflatten(0, (4, 16))
+    assert read(x, hook=None) is None
+    patched = write(torch.zeros_like(x), hook=None)
+    assert patched is not None
+    assert patched.dtype == torch.bfloat16
+    torch.testing.assert_close(patched, transcoder(x).bfloat16())
+
+
 @pytest.fixture(scope="module")
 def bridge() -> TransformerBridge:
     return TransformerBridge.boot_transformers(str(bundled("bundled:books-128", "", "model")))
