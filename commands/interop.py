@@ -59,7 +59,8 @@ def export(
 ) -> None:
     """Write trained dictionaries in the format of another tool.
 
-    Its own class then computes the same. What it cannot hold is refused, with the nearest route.
+    Its own class then computes the same. What it cannot hold is refused, with the nearest route; of several runs those
+    that it can hold are written.
     """
     from thresher.cache.interrupts import deferred_interrupts
     from thresher.interop.adapting import Thresholds
@@ -69,7 +70,7 @@ def export(
     from thresher.interop.thresholds import ROWS
     from thresher.train.found import run_directories
 
-    paths = run_directories(runs)
+    paths, left_out = run_directories(runs), list[str]()
     with deferred_interrupts() as stop, _text(paths, tokens, cache, load(to).write_codes is not None) as text:
         written = run_export(
             paths,
@@ -79,10 +80,15 @@ def export(
             thresholds=Thresholds(ROWS, cache, stop) if thresholds else None,
             moved=None if hook is None else _moved(paths, hook),
             text=text,
+            left_out=left_out.append,
         )
     print_written(written, out)
+    for reason in left_out:
+        out.print(f"Left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        write({"files": written})
+        write({"files": written, "left_out": left_out})
+    if left_out:
+        raise typer.Exit(1)
 
 
 def _config_of(runs: Sequence[Path], same: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from thresher.interop.canonical import from_coder
 from thresher.interop.formats import Coded, Exported, Format, Text
 from thresher.train.files import LoadedRun, load_run
 
-_Item = TypeVar("_Item", Exported, Coded)
+_Item = TypeVar("_Item")
+_Part = TypeVar("_Part", Exported, Coded)
 
 
 class Written(NamedTuple):
@@ -40,9 +41,11 @@ def export(
     thresholds: Thresholds | None = None,
     moved: Moved | None = None,
     text: Text | None = None,
+    left_out: Callable[[str], None] | None = None,
 ) -> list[Written]:
     """Write run directories in the format `to` below `out`; `text` for formats that hold codes over one.
 
+    `left_out`: where something can be written, told why the rest cannot, in the place of an error: of a whole sweep.
     `thresholds`: give those that count their latents a threshold. `moved`: let the reader read at another hook. Raises
     UserError, before anything is written, for a format that cannot be written, for a dictionary it has no form for
     (with the reason and the nearest route), for a cache that is gone, for what the format has no use for, and for a
@@ -61,14 +64,58 @@ def export(
         raise UserError(
             f"--to {to}: that format is only read; expected one of {', '.join(formats.names(writing=True))}."
         )
-    loaded = [(path, load_run(path)) for path in runs]
-    ready = [Ready(run.config, exported(path, run)) for path, run in loaded]
+    ready = _ready(runs, left_out)
+    alone = len({_group(form, each.config) for each in ready}) == 1 and len(ready) == len(runs)
     if moved is not None:
         ready = moved_to(ready, moved)
+    ready = _fitting(form, ready, thresholds is not None, left_out)
+    parts = _parts([(_group(form, each.config), each) for each in ready], out, alone)
+    for folder, _ in parts:
+        _check_free(folder, runs, overwrite)
     if thresholds is not None:
-        _checked(form, foreseen(ready), out, runs, overwrite)
         ready = with_thresholds(ready, thresholds)
-    return [_written(folder, items, write) for folder, items in _checked(form, ready, out, runs, overwrite)]
+        parts = _parts([(_group(form, each.config), each) for each in ready], out, alone)
+    return [_written(folder, [each.item for each in some], write) for folder, some in parts]
+
+
+def _ready(runs: Sequence[Path], left_out: Callable[[str], None] | None) -> list[Ready]:
+    """The runs in canonical form, those that have one."""
+    done: list[Ready] = []
+    reasons: list[UserError] = []
+    for path in runs:
+        run = load_run(path)
+        try:
+            done.append(Ready(run.config, exported(path, run)))
+        except UserError as error:
+            reasons.append(error)
+    _tell(reasons, bool(done), left_out)
+    return done
+
+
+def _fitting(
+    form: Format, ready: Sequence[Ready], thresholds: bool, left_out: Callable[[str], None] | None
+) -> list[Ready]:
+    """Those that the format can hold, `thresholds` or not, by what goes into one directory."""
+    later = foreseen(ready) if thresholds else ready
+    groups = [_group(form, each.config) for each in ready]
+    reasons = {}
+    for group in dict.fromkeys(groups):
+        try:
+            check_form(form, [each.item for each, own in zip(later, groups, strict=True) if own == group])
+        except UserError as error:
+            reasons[group] = error
+    fitting = [each for each, group in zip(ready, groups, strict=True) if group not in reasons]
+    _tell(list(reasons.values()), bool(fitting), left_out)
+    return fitting
+
+
+def _tell(reasons: Sequence[UserError], more: bool, left_out: Callable[[str], None] | None) -> None:
+    """Raise the first reason, or tell all of them where there is something else to write."""
+    if reasons and (left_out is None or not more):
+        raise reasons[0]
+    for reason in reasons:
+        assert left_out is not None, "else it was raised"
+        left_out(str(reason))
 
 
 def exported(path: Path, run: LoadedRun) -> Exported:
@@ -83,17 +130,6 @@ def check_form(form: Format, items: Sequence[Exported]) -> None:
         raise UserError(f"{_listed(items)} cannot be written for {form.name}: {reason}")
 
 
-def _checked(
-    form: Format, ready: Sequence[Ready], out: Path, runs: Sequence[Path], overwrite: bool
-) -> list[tuple[Path, list[Exported]]]:
-    """What goes into which directory. Raises UserError where it cannot."""
-    parts = _parts([(_group(form, each.config), each.item) for each in ready], out)
-    for folder, items in parts:
-        check_form(form, items)
-        _check_free(folder, runs, overwrite)
-    return parts
-
-
 def _export_codes(form: Format, runs: Sequence[Path], out: Path, overwrite: bool, text: Text | None) -> list[Written]:
     write = form.write_codes
     assert write is not None, "as the caller saw"
@@ -105,7 +141,7 @@ def _export_codes(form: Format, runs: Sequence[Path], out: Path, overwrite: bool
     for path in runs:
         run = load_run(path, text.target.device)
         coded.append((_group(form, run.config), Coded(run.dictionary, provenance.facts(path, run.config))))
-    parts = _parts(coded, out)
+    parts = _parts(coded, out, len({group for group, _ in coded}) == 1)
     for folder, _ in parts:
         _check_free(folder, runs, overwrite)
     return [_written(folder, items, lambda place, some: write(place, some, text)) for folder, items in parts]
@@ -116,12 +152,12 @@ def _group(form: Format, config: Mapping[str, Any]) -> str:
     return str(config["group"] if form.whole else config["name"])
 
 
-def _parts(items: Sequence[tuple[str, _Item]], out: Path) -> list[tuple[Path, list[_Item]]]:
-    """What goes into which directory: `out` itself where there is only one."""
+def _parts(items: Sequence[tuple[str, _Item]], out: Path, alone: bool) -> list[tuple[Path, list[_Item]]]:
+    """What goes into which directory: `out` itself where only one was asked for."""
     groups: dict[str, list[_Item]] = {}
     for name, item in items:
         groups.setdefault(name, []).append(item)
-    return [(out if len(groups) == 1 else out / name, found) for name, found in groups.items()]
+    return [(out if alone else out / name, found) for name, found in groups.items()]
 
 
 def _check_free(folder: Path, runs: Sequence[Path], overwrite: bool) -> None:
@@ -137,7 +173,7 @@ def _check_free(folder: Path, runs: Sequence[Path], overwrite: bool) -> None:
             )
 
 
-def _written(folder: Path, items: Sequence[_Item], write: Callable[[Path, Sequence[_Item]], None]) -> Written:
+def _written(folder: Path, items: Sequence[_Part], write: Callable[[Path, Sequence[_Part]], None]) -> Written:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     try:

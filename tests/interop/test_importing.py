@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import typer
 from rich.console import Console
 
 from tests.interop.conftest import LATENTS, WIDTH, Made, finished
@@ -178,3 +179,24 @@ def test_training_goes_on_from_an_import(foreign: Path, cache: CacheReader, tmp_
     [again] = export([result.path], "saelens", tmp_path / "back")
     told = json.loads((again.path / "cfg.json").read_text())["metadata"]["thresher"]
     assert told["finetuned_from_sha256"] == weights_hash(done.path)
+
+
+def test_of_a_sweep_what_fits_is_written_and_the_rest_named(
+    made: Made, facts: Mapping[str, Any], tmp_path: Path
+) -> None:
+    runs = [
+        finished(tmp_path / "runs" / name, made(kind, firing), facts, group=name)
+        for name, kind, firing in (("a", "sae", "threshold"), ("b", "clt", "threshold"), ("c", "transcoder", "topk"))
+    ]
+    with pytest.raises(UserError, match=r"^b cannot be written"):
+        export(runs, "saelens", tmp_path / "none")
+    reasons: list[str] = []
+    [done] = export(runs, "saelens", tmp_path / "some", left_out=reasons.append)
+    assert (done.path, done.runs) == (tmp_path / "some" / "a", ("a",))
+    assert [reason.split()[0] for reason in reasons] == ["b", "c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "some"]
+    with pytest.raises(UserError, match=r"^b cannot be written"):
+        export(runs[1:], "saelens", tmp_path / "none", left_out=reasons.append)
+    with pytest.raises(typer.Exit):
+        command([tmp_path / "runs"], "saelens", tmp_path / "more")
+    assert (tmp_path / "more" / "a" / "cfg.json").is_file()
