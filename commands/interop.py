@@ -23,7 +23,7 @@ EXPORT_EXAMPLES = examples(
     "thresher export runs/books-demo --to npz --thresholds --out exports/all",
 )
 IMPORT_EXAMPLES = examples(
-    "thresher import exports/saelens books-demo --from saelens --name back",
+    "thresher import exports/saelens/sae-topk-L02 books-demo --from saelens",
     "thresher import theirs mine.toml --from saelens --reads L05.mlp_in --writes L05.mlp_out",
 )
 
@@ -40,7 +40,7 @@ def export(
     ],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="saelens, circuit-tracer, dictionary-learning, …")],
     folder: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where the files go; by default exports/FORMAT.")
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the files go; by default exports/FORMAT/RUN.")
     ] = None,
     thresholds: Annotated[
         bool,
@@ -77,6 +77,7 @@ def export(
             to,
             folder or Path("exports") / to,
             overwrite=overwrite,
+            nested=folder is None,
             thresholds=Thresholds(ROWS, cache, stop) if thresholds else None,
             moved=None if hook is None else _moved(paths, hook),
             text=text,

@@ -45,12 +45,11 @@ class Ready(NamedTuple):
     item: Exported
 
 
-def moved_to(ready: Sequence[Ready], moved: Moved) -> list[Ready]:
+def moved_to(ready: Ready, moved: Moved) -> Ready:
     """Reading at another hook."""
-    return [
-        each._replace(item=each.item._replace(dictionary=reading_at(each.item.dictionary, moved.hook, moved.norms)))
-        for each in ready
-    ]
+    return ready._replace(
+        item=ready.item._replace(dictionary=reading_at(ready.item.dictionary, moved.hook, moved.norms))
+    )
 
 
 def foreseen(ready: Sequence[Ready]) -> list[Ready]:

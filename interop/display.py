@@ -45,6 +45,12 @@ def print_imported(done: Sequence[Imported], console: Console) -> None:
                 "the largest. What has no form here, such as negative thresholds, was changed.[/]",
                 highlight=False,
             )
+        console.print(
+            f"As saved, in float32, outputs differ by {each.served.output:.1e} of the largest and L0 on "
+            f"{each.served.other_l0} of {each.served.rows:,} rows.",
+            highlight=False,
+            soft_wrap=True,
+        )
         best = min(each.readings, key=lambda row: row.fvu)
         if best.fvu < _BETTER * taken.fvu:
             console.print(

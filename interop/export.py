@@ -42,9 +42,11 @@ def export(
     moved: Moved | None = None,
     text: Text | None = None,
     left_out: Callable[[str], None] | None = None,
+    nested: bool = False,
 ) -> list[Written]:
-    """Write run directories in the format `to` below `out`; `text` for formats that hold codes over one.
+    """Write run directories in the format `to` into `out`, several of them, or all if `nested`, into `out`/NAME.
 
+    `text`: for formats that hold codes over one.
     `left_out`: where something can be written, told why the rest cannot, in the place of an error: of a whole sweep.
     `thresholds`: give those that count their latents a threshold. `moved`: let the reader read at another hook. Raises
     UserError, before anything is written, for a format that cannot be written, for a dictionary it has no form for
@@ -58,16 +60,14 @@ def export(
                 raise UserError(
                     f"{option} has no effect with --to {to}, which holds what dictionaries do. Leave it out."
                 )
-        return _export_codes(form, runs, out, overwrite, text)
+        return _export_codes(form, runs, out, overwrite, text, nested)
     write = form.write
     if write is None:
         raise UserError(
             f"--to {to}: that format is only read; expected one of {', '.join(formats.names(writing=True))}."
         )
-    ready = _ready(runs, left_out)
-    alone = len({_group(form, each.config) for each in ready}) == 1 and len(ready) == len(runs)
-    if moved is not None:
-        ready = moved_to(ready, moved)
+    ready = _ready(runs, moved, left_out)
+    alone = not nested and len({_group(form, each.config) for each in ready}) == 1 and len(ready) == len(runs)
     ready = _fitting(form, ready, thresholds is not None, left_out)
     parts = _parts([(_group(form, each.config), each) for each in ready], out, alone)
     for folder, _ in parts:
@@ -78,14 +78,15 @@ def export(
     return [_written(folder, [each.item for each in some], write) for folder, some in parts]
 
 
-def _ready(runs: Sequence[Path], left_out: Callable[[str], None] | None) -> list[Ready]:
-    """The runs in canonical form, those that have one."""
+def _ready(runs: Sequence[Path], moved: Moved | None, left_out: Callable[[str], None] | None) -> list[Ready]:
+    """The runs in canonical form, those that have one, reading where they shall be read."""
     done: list[Ready] = []
     reasons: list[UserError] = []
     for path in runs:
         run = load_run(path)
         try:
-            done.append(Ready(run.config, exported(path, run)))
+            ready = Ready(run.config, exported(path, run))
+            done.append(ready if moved is None else moved_to(ready, moved))
         except UserError as error:
             reasons.append(error)
     _tell(reasons, bool(done), left_out)
@@ -130,7 +131,9 @@ def check_form(form: Format, items: Sequence[Exported]) -> None:
         raise UserError(f"{_listed(items)} cannot be written for {form.name}: {reason}")
 
 
-def _export_codes(form: Format, runs: Sequence[Path], out: Path, overwrite: bool, text: Text | None) -> list[Written]:
+def _export_codes(
+    form: Format, runs: Sequence[Path], out: Path, overwrite: bool, text: Text | None, nested: bool
+) -> list[Written]:
     write = form.write_codes
     assert write is not None, "as the caller saw"
     if text is None:
@@ -141,7 +144,7 @@ def _export_codes(form: Format, runs: Sequence[Path], out: Path, overwrite: bool
     for path in runs:
         run = load_run(path, text.target.device)
         coded.append((_group(form, run.config), Coded(run.dictionary, provenance.facts(path, run.config))))
-    parts = _parts(coded, out, len({group for group, _ in coded}) == 1)
+    parts = _parts(coded, out, not nested and len({group for group, _ in coded}) == 1)
     for folder, _ in parts:
         _check_free(folder, runs, overwrite)
     return [_written(folder, items, lambda place, some: write(place, some, text)) for folder, items in parts]
@@ -175,18 +178,23 @@ def _check_free(folder: Path, runs: Sequence[Path], overwrite: bool) -> None:
 
 def _written(folder: Path, items: Sequence[_Part], write: Callable[[Path, Sequence[_Part]], None]) -> Written:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    token = secrets.token_hex(6)
+    temporary, aside = (folder.with_name(f".{folder.name}.{token}.{word}") for word in ("tmp", "old"))
     try:
         temporary.mkdir()
         write(temporary, items)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(aside)  # so that at every moment one of them is there
         temporary.rename(folder)
         flush_directory(folder.parent)
     except OSError as error:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
         raise explained(error, folder, 0) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
     calibrated = {item.dictionary.name: item.facts["thresholds"] for item in items if "thresholds" in item.facts}
     return Written(folder, tuple(item.dictionary.name for item in items), calibrated)
 

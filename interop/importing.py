@@ -20,7 +20,7 @@ from thresher.interop import formats
 from thresher.interop.canonical import to_coder
 from thresher.interop.formats import Foreign, Reading
 from thresher.interop.hooks import site_of
-from thresher.interop.readings import Measured, held_out_split, measure, rows_of, with_scales
+from thresher.interop.readings import Measured, Served, held_out_split, measure, rows_of, serve, with_scales
 from thresher.train.files import git_commit, save_run, versions
 
 
@@ -33,6 +33,8 @@ class Imported(NamedTuple):
     """Label of the reading that was taken."""
     readings: tuple[Measured, ...]
     """All readings on held-out rows, the one that the files state first."""
+    served: Served
+    """The saved run beside the chosen reading, on the same rows."""
 
 
 class Naming(NamedTuple):
@@ -77,7 +79,7 @@ def import_dictionaries(
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{place} is there already. Give another --name or --runs, or delete it.")
     origin = {"format": form, "path": str(path), "sha256": _digest(path)}
-    return [_saved(each, origin, seen, source, recipe, out, naming.name) for each in checked]
+    return [_saved(each, acts, origin, seen, source, recipe, out, naming.name) for each in checked]
 
 
 class _Checked(NamedTuple):
@@ -164,6 +166,7 @@ def _chosen(foreign: Foreign, label: str | None) -> Reading:
 
 def _saved(
     each: _Checked,
+    acts: Mapping[str, Tensor],
     origin: Mapping[str, Any],
     seen: Mapping[str, Any],
     source: Source,
@@ -171,11 +174,12 @@ def _saved(
     out: Path,
     group: str,
 ) -> Imported:
-    """Save one; `seen`: split and number of the rows that its readings were measured on."""
+    """Save one; `acts`: the rows that its readings were measured on, `seen`: their split and number."""
     dictionary, table = each.chosen.dictionary, each.table
     coder = to_coder(dictionary, each.foreign.firing, each.foreign.k)
     coder.mean.copy_(torch.stack(each.means))
     measured = next(row for row in table if row.label == each.chosen.label)
+    served = serve(coder, each.chosen, acts)
     spec = to_dict(coder.spec)
     config = {
         "name": dictionary.name,
@@ -187,6 +191,7 @@ def _saved(
             **origin,
             "reading": each.chosen.label,
             "readings": [row._asdict() for row in table],
+            "served": served._asdict(),
             **each.foreign.facts,
         },
         "versions": versions(),
@@ -200,7 +205,7 @@ def _saved(
         },
     }
     save_run(out / dictionary.name, coder, config)
-    return Imported(out / dictionary.name, each.chosen.label, table)
+    return Imported(out / dictionary.name, each.chosen.label, table, served)
 
 
 def _digest(path: Path) -> str:

@@ -12,7 +12,7 @@ may have transformer-lens's hook names (an `ActivationCache`) or our site names 
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from thresher.interop.hooks import hook_name
 from thresher.train.dictionary.coder import Coder
 from thresher.train.files import load_run
 
+T = TypeVar("T")
 Hook = Callable[..., Tensor | None]
 
 
@@ -71,38 +72,58 @@ class Loaded(nn.Module):
         """The one site written. Raises UserError where there are several."""
         return self._only(self.hooks_out, "writes", "hooks_out")
 
-    def encode(self, x: Tensor | Sequence[Tensor] | Acts) -> Any:
-        """[..., F] dense codes; of several sources a tuple of them."""
+    def encode(self, x: Tensor | Sequence[Tensor] | Acts) -> Tensor:
+        """[..., F] dense codes. Raises UserError where there are several sources: `encode_all`."""
+        return self._only(self.encode_all(x), "reads", "encode_all")
+
+    def encode_all(self, x: Tensor | Sequence[Tensor] | Acts) -> tuple[Tensor, ...]:
+        """[..., F] dense codes by source."""
         xs = self._inputs(x)
-        z = tuple(codes.dense().unflatten(0, one.shape[:-1]) for codes, one in zip(self._codes(xs), xs, strict=True))
-        return z[0] if len(z) == 1 else z
+        return tuple(codes.dense().unflatten(0, one.shape[:-1]) for codes, one in zip(self._codes(xs), xs, strict=True))
 
     def codes(self, x: Tensor | Sequence[Tensor] | Acts) -> tuple[Codes, ...]:
         """Sparse codes by source, leading dimensions flattened: the form for wide dictionaries."""
         return self._codes(self._inputs(x))
 
-    def decode(self, z: Tensor | Sequence[Tensor], x: Tensor | Sequence[Tensor] | Acts | None = None) -> Any:
-        """[..., E] reconstructions in raw units from dense codes; of several destinations a dict by hook name.
+    def decode(self, z: Tensor, x: Tensor | Sequence[Tensor] | Acts | None = None) -> Tensor:
+        """[..., E] reconstruction in raw units from dense codes; `x` as in `decode_all`.
+
+        Raises UserError where there are several sources or destinations: `decode_all`.
+        """
+        return self._only(tuple(self.decode_all([z], x).values()), "writes", "decode_all")
+
+    def decode_all(self, z: Sequence[Tensor], x: Tensor | Sequence[Tensor] | Acts | None = None) -> dict[str, Tensor]:
+        """[..., E] reconstructions in raw units by hook name, from dense codes by source.
 
         `x`: what was encoded; needed where more than the codes goes into a reconstruction (a skip connection, a
         mixture of linear transforms, per-token normalisation). Raises UserError where it is and was not given.
         """
-        zs = [z] if isinstance(z, Tensor) else list(z)
+        if len(z) != len(self.dictionary.inputs):
+            raise UserError(
+                f"{self.name} has {len(self.dictionary.inputs)} sources and was given codes of {len(z)}. Give what "
+                "encode_all returns."
+            )
+        given = [sparse(one.flatten(0, -2)) for one in z]
         if x is not None:
-            bare = self.codes(x)
+            base = self.codes(x)
         else:
             self._check_free_of_inputs()
-            bare = tuple(sparse(one.flatten(0, -2)) for one in zs)
-        parts = [
-            found._replace(frame=base.frame, x=base.x)
-            for found, base in zip([sparse(one.flatten(0, -2)) for one in zs], bare, strict=True)
-        ]
-        return self._written(parts, zs[0].shape[:-1])
+            base = tuple(given)
+        parts = [own._replace(frame=of.frame, x=of.x) for own, of in zip(given, base, strict=True)]
+        return self._written(parts, z[0].shape[:-1])
 
-    def forward(self, x: Tensor | Sequence[Tensor] | Acts) -> Any:
-        """[..., E] reconstructions of what the dictionary writes, as `decode`."""
+    def forward(self, x: Tensor | Sequence[Tensor] | Acts) -> Tensor:
+        """[..., E] reconstruction. Raises UserError where there are several destinations: `forward_all`."""
+        return self._only(tuple(self.forward_all(x).values()), "writes", "forward_all")
+
+    def forward_all(self, x: Tensor | Sequence[Tensor] | Acts) -> dict[str, Tensor]:
+        """[..., E] reconstructions by hook name."""
         xs = self._inputs(x)
         return self._written(self._codes(xs), xs[0].shape[:-1])
+
+    if TYPE_CHECKING:  # nn.Module's own says nothing of what comes out
+
+        def __call__(self, x: Tensor | Sequence[Tensor] | Acts) -> Tensor: ...
 
     def hooks(self) -> list[tuple[str, Hook]]:
         """`fwd_hooks` for transformer-lens that put the reconstructions in the place of what the dictionary writes.
@@ -164,13 +185,12 @@ class Loaded(nn.Module):
         """Codes of activations of any shape, dtype and device, on the dictionary's own."""
         return self.dictionary.encode(source, x.flatten(0, -2).to(self.dictionary.b_dec))
 
-    def _written(self, parts: Sequence[Codes], shape: torch.Size) -> Any:
+    def _written(self, parts: Sequence[Codes], shape: torch.Size) -> dict[str, Tensor]:
         coder = self.dictionary
-        out = {
+        return {
             name: coder.decode(j, [parts[s] for s in coder.sources(j)]).unflatten(0, shape)
             for j, name in enumerate(self.hooks_out)
         }
-        return next(iter(out.values())) if len(out) == 1 else out
 
     def _check_free_of_inputs(self) -> None:
         coder = self.dictionary
@@ -180,10 +200,10 @@ class Loaded(nn.Module):
                 "beside the codes. Pass them as decode(z, x), or call forward(x)."
             )
 
-    def _only(self, names: Sequence[str], verb: str, plural: str) -> str:
-        if len(names) > 1:
-            raise UserError(f"{self.name} {verb} {len(names)} sites. Use {plural}.")
-        return names[0]
+    def _only(self, found: Sequence[T], verb: str, plural: str) -> T:
+        if len(found) > 1:
+            raise UserError(f"{self.name} {verb} {len(found)} sites. Use {plural}.")
+        return found[0]
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> Loaded:

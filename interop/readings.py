@@ -4,6 +4,7 @@ A file that forgot to say that activations were scaled, or whether b_dec comes o
 are then wrong without a word. FVU and L0 on held-out rows say which reading is meant: the wrong ones reconstruct badly.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from thresher.cache.source import Source
 from thresher.interop import folds
 from thresher.interop.canonical import Canonical, codes, decoded
 from thresher.interop.formats import Foreign, Reading
+from thresher.train.dictionary.coder import Coder
 
 ROWS = 4096
 _PIECE = 512
@@ -32,6 +34,17 @@ class Measured(NamedTuple):
     folding: float
     """Largest difference of a code or an output between the tool's own equation and the folded weights, over the
     largest value."""
+
+
+class Served(NamedTuple):
+    """The run as it is saved, in float32, against the tool's own equation."""
+
+    output: float
+    """Largest difference of an output over the largest value."""
+    other_l0: int
+    """Rows and sources with another L0: those whose gate is as close to its threshold as float32 can tell."""
+    rows: int
+    """Rows times sources."""
 
 
 def with_scales(foreign: Foreign, source: Source) -> Foreign:
@@ -112,6 +125,22 @@ def measure(reading: Reading, acts: Mapping[str, Tensor], means: Sequence[Tensor
     return Measured(reading.label, error / variance, active / count, apart)
 
 
+@torch.no_grad()
+def serve(coder: Coder, reading: Reading, acts: Mapping[str, Tensor]) -> Served:
+    """The float32 module that is saved, beside the tool's own equation in float64, on rows by site."""
+    xs = [acts[site] for site in coder.reads]
+    apart, other = 0.0, 0
+    for start in range(0, xs[0].shape[0], _PIECE):
+        some = [x[start : start + _PIECE] for x in xs]
+        z, said = reading.forward(some)
+        ours = [coder.encode(s, x.float()) for s, x in enumerate(some)]
+        written = [coder.decode(j, [ours[s] for s in coder.sources(j)]) for j in range(len(coder.writes))]
+        apart = max([apart, *(_difference(a, b.double()) for a, b in zip(said, written, strict=True))])
+        other += sum(int(((a > 0).sum(1) != b.l0()).sum()) for a, b in zip(z, ours, strict=True))
+    return Served(apart, other, xs[0].shape[0] * len(xs))
+
+
 def _difference(a: Tensor, b: Tensor) -> float:
-    """max |a − b| / max |a|."""
-    return float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+    """max |a − b| / max |a|; infinite where one of them is not a number, which a maximum would lose."""
+    found = float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+    return found if math.isfinite(found) else math.inf

@@ -46,6 +46,8 @@ def test_an_import_is_a_run_with_the_same_codes(foreign: Path, made: Made, cache
     expected = codes(made("sae", "threshold"), 0, rows)
     torch.testing.assert_close(run.dictionary.encode(0, rows).dense(), expected.float(), rtol=1e-4, atol=1e-5)
     assert done.readings[0].folding < 1e-12
+    assert done.served.output < 1e-5
+    assert done.served.other_l0 <= done.served.rows // 100
     assert done.readings[0].l0 == pytest.approx(float((expected > 0).sum(1).double().mean()), rel=0.1)
     mean = torch.from_numpy(cache.statistics("L01.resid_post").mean).float()
     torch.testing.assert_close(run.dictionary.mean[0], mean)
@@ -200,3 +202,17 @@ def test_of_a_sweep_what_fits_is_written_and_the_rest_named(
     with pytest.raises(typer.Exit):
         command([tmp_path / "runs"], "saelens", tmp_path / "more")
     assert (tmp_path / "more" / "a" / "cfg.json").is_file()
+
+
+def test_one_export_to_the_default_place_stands_beside_the_others(
+    foreign: Path, cache: CacheReader, tmp_path: Path
+) -> None:
+    runs = [
+        import_dictionaries(foreign, "saelens", cache, RECIPE, tmp_path / "runs", Naming(name))[0].path
+        for name in ("a", "b")
+    ]
+    for overwrite in (False, True):
+        for run in runs:
+            export([run], "saelens", tmp_path / "out", nested=True, overwrite=overwrite)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
+    assert {path.name for path in (tmp_path / "out" / "a").iterdir()} == {"cfg.json", "sae_weights.safetensors"}

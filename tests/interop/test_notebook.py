@@ -37,16 +37,21 @@ def test_several_sites_come_as_a_mapping_or_in_order(made: Made, rows: Tensor) -
     clt = loaded(made("clt", "threshold"))
     x = [rows.float() + s for s in range(LAYERS)]
     acts = {f"blocks.{s}.mlp.hook_in": one for s, one in enumerate(x)}
-    z, y = clt.encode(acts), clt(acts)
+    z, y = clt.encode_all(acts), clt.forward_all(acts)
     assert [part.shape for part in z] == [(64, LATENTS)] * LAYERS
     assert list(y) == [f"blocks.{s}.hook_mlp_out" for s in range(LAYERS)]
-    for name, again in clt.decode(z).items():
+    for name, again in clt.decode_all(z).items():
         torch.testing.assert_close(again, y[name])
-        torch.testing.assert_close(clt(x)[name], y[name])
+        torch.testing.assert_close(clt.forward_all(x)[name], y[name])
     with pytest.raises(UserError, match="Use hooks_in"):
         _ = clt.hook_in
+    for alone, plural in ((clt.encode, "encode_all"), (clt, "forward_all")):
+        with pytest.raises(UserError, match=f"Use {plural}"):
+            alone(acts)
+    with pytest.raises(UserError, match="has 3 sources and was given codes of 1"):
+        clt.decode(z[0])
     with pytest.raises(UserError, match=r"reads L01.mlp_in, which is not among"):
-        clt({"blocks.0.mlp.hook_in": x[0]})
+        clt.encode_all({"blocks.0.mlp.hook_in": x[0]})
     with pytest.raises(UserError, match="given 1 tensors"):
         clt(x[0])
 
