@@ -101,7 +101,7 @@ def begin(path: Path, labels: Labels, config: Mapping[str, Any], mode: WandbMode
             job_type=labels.job,
             tags=[tag[:64] for tag in labels.tags],
             config=dict(config),
-            dir=str(path),
+            dir=str(path.absolute()),  # W&B's service outlives a change of the working directory
             mode=mode,
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off"),

@@ -19,7 +19,7 @@ from thresher.train.files import read_config, weights_hash
 from thresher.train.metrics import FILES
 from thresher.train.run import train
 from thresher.train.state import drop_checkpoints
-from thresher.train.tracking import artifact_name, begin_training, check_trial, point, trial
+from thresher.train.tracking import Labels, artifact_name, begin, begin_training, check_trial, point, trial
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"dictionary": {"firing": "topk", "k": 3}, "train": {"lr": 0.003}}
@@ -182,3 +182,13 @@ def test_a_trial_of_an_agent_is_one_run_under_the_agents_id(
     begin_training(path, read_config(sweep / "clt topk"), "online")
     assert (told["id"], told["resume"], told["group"]) == (None, None, "mine")
     assert not path.exists()
+
+
+def test_its_files_go_where_the_run_is_though_its_service_was_started_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("first", "second"):
+        (tmp_path / folder / "run").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / folder)
+        begin(Path("run"), Labels(folder, "group", "train", ()), {}, "offline", None).finish(failed=False)
+        assert list((tmp_path / folder / "run").glob("wandb/offline-run-*/run-*.wandb"))
