@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shellingham
 from typer.testing import CliRunner
 
 from tests.documents import PAGE, document, documented
@@ -137,10 +138,13 @@ def test_keys_offered_are_those_of_the_tables() -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_every_shell_gets_its_script(shell: str) -> None:
-    done = program("--show-completion", shell)
+def test_every_shell_gets_its_script(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever shell, if any, the tests were started from."""
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: (shell, f"/bin/{shell}"))
+    done = program("--show-completion")
     assert done.exit_code == 0
     assert "_THRESHER_COMPLETE" in done.stdout
+    assert {"bash": "complete -o", "zsh": "compdef", "fish": "complete --command"}[shell] in done.stdout
 
 
 # --- documents ------------------------------------------------------------------------------------------------------
