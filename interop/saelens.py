@@ -28,6 +28,8 @@ from thresher.train.files import publish_tensors
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.18.0"
 """The SAELens whose rules the files follow."""
+_FIRST = {"jumprelu_skip_transcoder": "6.54.12"}
+"""By architecture that VERSION cannot load: the first SAELens that is known to. The rules are the same."""
 _ARCHITECTURES = (
     "standard", "jumprelu", "gated", "topk", "transcoder", "jumprelu_transcoder", "skip_transcoder",
     "jumprelu_skip_transcoder",
@@ -72,9 +74,9 @@ def tensors(dictionary: Canonical) -> dict[str, Tensor]:
 def config(item: Exported) -> dict[str, Any]:
     """cfg.json."""
     dictionary, facts = item
-    data = facts["data"]
+    data, kind = facts["data"], architecture(dictionary)
     return {
-        "architecture": architecture(dictionary),
+        "architecture": kind,
         "d_in": dictionary.d_in,
         "d_sae": dictionary.n_latents,
         **({"d_out": dictionary.d_out} if dictionary.kind == "transcoder" else {}),
@@ -85,7 +87,7 @@ def config(item: Exported) -> dict[str, Any]:
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
-            "sae_lens_version": VERSION,
+            "sae_lens_version": _FIRST.get(kind, VERSION),
             "sae_lens_training_version": None,
             "model_name": facts["target"]["model"],
             "hook_name": hook_name(dictionary.reads[0]),
