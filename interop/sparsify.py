@@ -30,6 +30,11 @@ from thresher.train.files import publish_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _ACTIVATIONS: tuple[Firing, ...] = ("topk", "groupmax")
+_KNOWN = {
+    *("activation", "d_in", "k", "num_latents", "expansion_factor", "skip_connection", "transcode"),
+    *("normalize_decoder", "multi_topk", "thresher"),
+}
+"""Keys of cfg.json that have a meaning here; the last three change training alone, or nothing."""
 
 
 def refuse(dictionaries: Sequence[Canonical]) -> str | None:
@@ -173,7 +178,7 @@ class _Files:
 def read(path: Path) -> list[Foreign]:
     """The dictionary of a directory, or those of the directories in it.
 
-    Raises UserError for an activation it does not know and for tensors that do not fit.
+    Raises UserError for an activation or a setting it does not know and for tensors that do not fit.
     """
     if (path / CONFIG).is_file() or not path.is_dir():
         return [_read(path)]
@@ -190,6 +195,7 @@ def _read(folder: Path) -> Foreign:
             f"{folder / CONFIG}: activation is {activation!r} and d_in {raw.get('d_in')!r}; expected "
             f"{' or '.join(_ACTIVATIONS)} and the width read. It is no directory of sparsify, or of a newer version."
         )
+    _check_known(folder, raw)
     files = _Files(raw, Stored.safetensors(folder / WEIGHTS))
     reads, writes = _sites(folder, raw, files.transcode)
     return Foreign(
@@ -204,6 +210,26 @@ def _read(folder: Path) -> Foreign:
             "hook_name": reads,
         },
     )
+
+
+def _check_known(folder: Path, raw: Mapping[str, Any]) -> None:
+    """Raise UserError for a setting that another version or a fork may compute by.
+
+    Versions before 1.0 had `signed`, by which the k largest magnitudes fire and keep their sign. What is off (false,
+    null, 0) is what it was before there was such a key.
+    """
+    on = {name: value for name, value in raw.items() if name not in _KNOWN and value}
+    if on.get("signed"):
+        raise UserError(
+            f"{folder / CONFIG}: signed is true: the k largest magnitudes fire and codes may be negative, for which "
+            "there is no form here. It cannot be imported."
+        )
+    if on:
+        listed = ", ".join(f"{name}: {json.dumps(value)}" for name, value in on.items())
+        raise UserError(
+            f"{folder / CONFIG} has settings that neither sparsify 1.3.0 nor 1.3.3 knows ({listed}); expected "
+            f"{', '.join(sorted(_KNOWN - {'thresher'}))}. If they change nothing that it computes, remove them there."
+        )
 
 
 def _sites(folder: Path, raw: Mapping[str, Any], transcode: bool) -> tuple[str, str]:

@@ -160,12 +160,22 @@ def test_several_dtypes_are_refused_since_the_first_would_round_the_rest(tmp_pat
         ({"k": 49}, "k is 49"),
         ({"num_latents": 40}, "encoder.weight has shape"),
         ({"skip_connection": True}, "no tensor 'W_skip'"),
+        ({"signed": True}, "signed is true: the k largest magnitudes fire and codes may be negative"),
+        ({"batch_topk": True, "groups": 3}, r"neither sparsify .* knows \(batch_topk: true, groups: 3\)"),
     ],
 )
 def test_what_it_cannot_be_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     theirs(tmp_path, **settings)
     with pytest.raises(UserError, match=words):
         sparsify.read(tmp_path)
+
+
+def test_settings_of_other_versions_that_are_off_change_nothing(tmp_path: Path) -> None:
+    theirs(tmp_path / "plain")
+    theirs(tmp_path / "old", signed=False, group=None)
+    plain, old = (sparsify.read(tmp_path / name)[0].readings[0].dictionary for name in ("plain", "old"))
+    assert torch.equal(plain.sources[0].W_enc, old.sources[0].W_enc)
+    assert (plain.firing, plain.k) == (old.firing, old.k)
 
 
 def test_variants_without_a_form_name_the_route(made: Made) -> None:
