@@ -172,11 +172,11 @@ def import_(
     """
     from thresher.cache.records import to_dict
     from thresher.interop.display import print_imported
-    from thresher.interop.importing import Naming, import_dictionaries
+    from thresher.interop.importing import Naming, called_after, import_dictionaries
 
     found = read_recipe(recipe, assignments)
     tables = {table: to_dict(found.tables[table]) for table in ("target", "data", "harvest", "evaluate")}
-    naming = Naming(name or path.resolve().name, reads, writes)
+    naming = Naming(name or called_after(path), reads, writes)
     with open_cache(found, cache) as source:
         done = import_dictionaries(path, form, source, tables, runs or Path("runs") / found.name, naming, reading)
     print_imported(done, out)

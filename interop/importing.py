@@ -47,6 +47,19 @@ class Naming(NamedTuple):
     writes: str | None = None
 
 
+_EVERYWHERE = ("params", "ae")
+"""Stems that Gemma Scope and dictionary_learning give the file of every dictionary."""
+
+
+def called_after(path: Path) -> str:
+    """Name of a run that was given none: the directory's or the file's, in whose place its directory's if it says
+    nothing."""
+    path = path.resolve()
+    if path.is_file():
+        return path.parent.name if path.stem in _EVERYWHERE else path.stem
+    return path.name
+
+
 def import_dictionaries(
     path: Path,
     form: str,

@@ -22,7 +22,7 @@ from thresher.interop.canonical import codes
 from thresher.interop.display import print_imported
 from thresher.interop.export import export
 from thresher.interop.formats import Exported
-from thresher.interop.importing import Naming, import_dictionaries
+from thresher.interop.importing import Naming, called_after, import_dictionaries
 from thresher.train.files import load_run, weights_hash
 from thresher.train.run import train
 
@@ -216,3 +216,20 @@ def test_one_export_to_the_default_place_stands_beside_the_others(
             export([run], "saelens", tmp_path / "out", nested=True, overwrite=overwrite)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
     assert {path.name for path in (tmp_path / "out" / "a").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("average_l0_71/params.npz", "average_l0_71"),
+        ("trainer_0/ae.pt", "trainer_0"),
+        ("theirs/mine.safetensors", "mine"),
+        ("theirs.v2/cfg.json", "cfg"),
+    ],
+)
+def test_a_run_without_a_name_is_called_after_what_says_most(file: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / file
+    path.parent.mkdir()
+    path.touch()
+    assert called_after(path) == name
+    assert called_after(path.parent) == path.parent.name, "a directory, with what looks like a suffix too"
