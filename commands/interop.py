@@ -1,7 +1,7 @@
 """`thresher export` and `thresher import`: our runs as other tools' files, theirs as our runs."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +14,14 @@ from thresher.commands.tables import known_tables
 from thresher.commands.wiring import open_cache, read_recipe, texts_for
 
 if TYPE_CHECKING:
+    from thresher.cache.reader import CacheReader
     from thresher.interop.adapting import Moved
+    from thresher.interop.export import Written
     from thresher.interop.formats import Text
 
 EXPORT_EXAMPLES = examples(
     "thresher export runs/books-demo/sae-topk-L02 --to saelens",
-    "thresher export runs/books-demo/clt-batchtopk --to circuit-tracer",
+    "thresher export runs/books-demo/clt-batchtopk --to circuit-tracer --pages",
     "thresher export runs/books-demo --to npz --thresholds --out exports/all",
 )
 IMPORT_EXAMPLES = examples(
@@ -50,6 +52,7 @@ def export(
         str | None,
         typer.Option("--hook", metavar="HOOK", help="Let an MLP's dictionary read here: ln2.hook_normalized."),
     ] = None,
+    pages: Annotated[bool, typer.Option("--pages", help="circuit-tracer: show what latents fire on.")] = False,
     cache: CachePath = None,
     tokens: Annotated[
         int, typer.Option("--tokens", metavar="N", min=1, help="delphi-cache: tokens of held-out text to encode.")
@@ -71,23 +74,25 @@ def export(
     from thresher.train.found import run_directories
 
     paths, left_out = run_directories(runs), list[str]()
-    with deferred_interrupts() as stop, _text(paths, tokens, cache, load(to).write_codes is not None) as text:
-        written = run_export(
-            paths,
-            to,
-            folder or Path("exports") / to,
-            overwrite=overwrite,
-            nested=folder is None,
-            thresholds=Thresholds(ROWS, cache, stop) if thresholds else None,
-            moved=None if hook is None else _moved(paths, hook),
-            text=text,
-            left_out=left_out.append,
-        )
-    print_written(written, out)
+    with _pages(paths, to, cache, hook, pages) as add:
+        with deferred_interrupts() as stop, _text(paths, tokens, cache, load(to).write_codes is not None) as text:
+            written = run_export(
+                paths,
+                to,
+                folder or Path("exports") / to,
+                overwrite=overwrite,
+                nested=folder is None,
+                thresholds=Thresholds(ROWS, cache, stop) if thresholds else None,
+                moved=None if hook is None else _moved(paths, hook),
+                text=text,
+                left_out=left_out.append,
+            )
+        print_written(written, out)
+        shown = [add(part) for part in written] if add is not None else []
     for reason in left_out:
         out.print(f"Left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        write({"files": written, "left_out": left_out})
+        write({"files": written, "pages": shown, "left_out": left_out})
     if left_out:
         raise typer.Exit(1)
 
@@ -143,6 +148,75 @@ def _text(runs: Sequence[Path], tokens: int, cache: Path | None, wanted: bool) -
     with Progress(console=out, transient=True) as progress:
         task = progress.add_task("encoding", total=len(contexts.token_id))
         yield Text(target, contexts, held_out.source, advance=lambda count: progress.advance(task, count))
+
+
+@contextmanager
+def _pages(
+    runs: Sequence[Path], to: str, cache: Path | None, hook: str | None, wanted: bool
+) -> "Iterator[Callable[[Written], Path] | None]":
+    """What writes the pages of an export and says where: from the cache of its runs, in words of their target's.
+
+    Raises UserError, before anything is exported, for another format, and for what cache or target does not have.
+    """
+    if not wanted:
+        yield None
+        return
+    from thresher.cache.errors import UserError
+    from thresher.interop import circuit_tracer, feature_pages
+    from thresher.interop.adapting import Caches
+    from thresher.train.files import read_config
+
+    if to != circuit_tracer.FORMAT.name:
+        raise UserError(f"--pages has no effect with --to {to}: only circuit-tracer's viewer shows any. Leave it out.")
+    word, configs = _word(runs), [read_config(run) for run in runs]
+    with ExitStack() as opened:
+        caches = Caches("--pages", cache, opened)
+        for config in configs:
+            source = caches.of(config)
+            if hook is not None:
+                _check_stored(config, source, hook)
+
+        def add(part: "Written") -> Path:
+            own = [c for c in configs if c["name"] in part.runs]
+            own = [c for c in own if c["group"] == part.path.name] or own  # two sets may have names in common
+            with out.status(f"pages of {part.path.name}"):
+                feature_pages.add_pages(part.path, caches.of(own[0]), word)
+            out.print(f"{part.path / feature_pages.FOLDER}  pages", highlight=False, soft_wrap=True)
+            return part.path / feature_pages.FOLDER
+
+        yield add
+
+
+def _check_stored(config: dict[str, Any], source: "CacheReader", hook: str) -> None:
+    """Raise UserError where the cache of a run does not have what an export for `hook` reads."""
+    from thresher.cache.errors import UserError
+    from thresher.interop.hooks import layer_of, site_of
+
+    for name in config["dictionary"]["reads"]:
+        wanted = f"blocks.{layer_of(name)}.{hook}"
+        try:
+            site_of(wanted, source.sites.values(), "--hook")
+        except UserError as error:
+            raise UserError(
+                f"--pages looks at what the export reads, which with --hook {hook} is {wanted}, and {source.path} has "
+                "not stored that. Leave one of them out, or harvest that site too."
+            ) from error
+
+
+def _word(runs: Sequence[Path]) -> Callable[[int], str]:
+    """The text of a token id of the runs' target. Raises UserError for one that has no tokenizer."""
+    from thresher.cache.errors import UserError
+    from thresher.cache.records import from_dict
+    from thresher.harvest.target import load_tokenizer
+
+    stored = _config_of(runs, ["target"])["recipe"]["target"]
+    tokenizer = load_tokenizer(from_dict(known_tables()["target"], stored, "target"))
+    if tokenizer is None:
+        raise UserError(
+            f"--pages shows text, but the target {stored['model']} has no tokenizer files. Put them beside its "
+            "weights, or leave --pages out."
+        )
+    return lambda token: str(tokenizer.decode([token]))
 
 
 def import_(

@@ -71,7 +71,7 @@ def with_thresholds(ready: Sequence[Ready], how: Thresholds) -> list[Ready]:
         raise UserError(f"--thresholds is given, but {names} fire by thresholds already. Leave it out.")
     done = []
     with ExitStack() as opened:
-        caches = _Caches(how.cache, opened)
+        caches = Caches("--thresholds", how.cache, opened)
         for each in ready:
             if each.item.dictionary.firing in COUNTED:
                 dictionary, facts = thresholded(each.item.dictionary, caches.of(each.config), how.rows, how.stop)
@@ -81,11 +81,11 @@ def with_thresholds(ready: Sequence[Ready], how: Thresholds) -> list[Ready]:
     return done
 
 
-class _Caches:
-    """Open caches by place, each opened once."""
+class Caches:
+    """Open caches by place, each opened once, for an option that looks at what runs were trained on."""
 
-    def __init__(self, given: Path | None, opened: ExitStack) -> None:
-        self.given, self._opened = given, opened
+    def __init__(self, option: str, given: Path | None, opened: ExitStack) -> None:
+        self.option, self.given, self._opened = option, given, opened
         self._readers: dict[Path, CacheReader] = {}
 
     def of(self, config: Mapping[str, Any]) -> CacheReader:
@@ -93,15 +93,15 @@ class _Caches:
         path = self.given or Path(config["cache"]["path"])
         if not path.exists():
             raise UserError(
-                f"--thresholds calibrates run {config['name']} on the cache that it was trained on, but {path} does "
-                "not exist. Harvest it again (thresher harvest), or say where it is with --cache."
+                f"{self.option} needs the cache that run {config['name']} was trained on, but {path} does not exist. "
+                "Harvest it again (thresher harvest), or say where it is with --cache."
             )
         if path not in self._readers:
             self._readers[path] = self._opened.enter_context(CacheReader.open(path))
         reader = self._readers[path]
         if reader.fingerprint != config["cache"]["fingerprint"]:
             raise UserError(
-                f"--thresholds: run {config['name']} was trained on another cache than {path} (fingerprint "
+                f"{self.option}: run {config['name']} was trained on another cache than {path} (fingerprint "
                 f"{config['cache']['fingerprint'][:12]}, found {reader.fingerprint[:12]}). Give its own with --cache."
             )
         return reader

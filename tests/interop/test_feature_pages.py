@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,18 @@ import torch
 import yaml
 from torch import Tensor
 
-from tests.interop.conftest import LATENTS, LAYERS, TAPS, Made
+from tests.interop.conftest import LATENTS, LAYERS, TAPS, Made, finished
 from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.reader import CacheReader
 from thresher.cache.writer import CacheWriter
+from thresher.commands.interop import export as command
 from thresher.interop import circuit_tracer, feature_pages
+from thresher.interop.canonical import Canonical
+from thresher.interop.export import exported
 from thresher.interop.formats import Exported
+from thresher.train.files import load_run
 
 CONTEXT, HELD_OUT = 40, 6
 
@@ -144,3 +149,48 @@ def test_the_cache_has_to_be_the_targets(
     with pytest.raises(UserError, match="neither layer_0"):
         feature_pages.add_pages(tmp_path, told, str)
     assert not (tmp_path / "features").exists()
+
+
+def run_of(place: Path, dictionary: Canonical, told: CacheReader, facts: Mapping[str, Any], **cache: Any) -> Path:
+    """A run directory of the cache `told`, `cache` said otherwise."""
+    run = finished(place, dictionary, facts)
+    config = json.loads((run / "config.json").read_text())
+    config["recipe"] = {"target": {"model": "bundled:books-128"}}
+    config["cache"] |= {"path": str(told.path), "fingerprint": told.fingerprint, **cache}
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+def test_the_command_shows_runs_on_their_own_cache_in_their_targets_words(
+    made: Made, facts: Mapping[str, Any], told: CacheReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    monkeypatch.setattr("thresher.harvest.target.load_tokenizer", lambda config: tokenizer)
+    run = run_of(tmp_path / "run", made("clt", "threshold"), told, facts)
+    command([run], "circuit-tracer", tmp_path / "out", pages=True)
+    by_hand = tmp_path / "by_hand"
+    by_hand.mkdir()
+    circuit_tracer.write(by_hand, [exported(run, load_run(run))])
+    feature_pages.add_pages(by_hand, told, lambda token: f"<{token}>")
+    names = sorted(file.name for file in (by_hand / "features").iterdir())
+    assert sorted(file.name for file in (tmp_path / "out" / "features").iterdir()) == names
+    for latent in (0, 17):
+        assert fetched(tmp_path / "out", 1, latent) == fetched(by_hand, 1, latent)
+
+
+def test_what_pages_cannot_be_made_of_is_said_before_anything_is_exported(
+    made: Made, facts: Mapping[str, Any], told: CacheReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dictionary, out = made("clt", "threshold"), tmp_path / "out"
+    run = run_of(tmp_path / "run", dictionary, told, facts)
+    with pytest.raises(UserError, match="no effect with --to saelens"):
+        command([run], "saelens", out, pages=True)
+    gone = run_of(tmp_path / "gone", dictionary, told, facts, path=str(tmp_path / "none.zarr"))
+    with pytest.raises(UserError, match=r"--pages needs the cache .*none\.zarr does not exist"):
+        command([gone], "circuit-tracer", out, pages=True)
+    with pytest.raises(UserError, match=r"--hook ln2\.hook_normalized is blocks\.0\.ln2\.hook_normalized"):
+        command([run], "circuit-tracer", out, pages=True, hook="ln2.hook_normalized")
+    monkeypatch.setattr("thresher.harvest.target.load_tokenizer", lambda config: None)
+    with pytest.raises(UserError, match="bundled:books-128 has no tokenizer files"):
+        command([run], "circuit-tracer", out, pages=True)
+    assert not out.exists()
