@@ -1,6 +1,8 @@
 """Every block of every page is run here, or checked with the reason beside it, or run by a test that is named."""
 
+import ast
 import fnmatch
+import inspect
 import json
 import re
 import subprocess
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
+import thresher as package
 from tests.pages import DOCS, ROOT, Block, blocks, check_command, lines, pages
 from tests.program import thresher
 from thresher.cache.reader import CacheReader
@@ -29,7 +32,9 @@ REASONS = {
     "installs": "changes the machine it runs on, outside its folder",
     "together": "two commands that run side by side; tests/test_cli_rolling.py runs them",
 }
-"""Why a block is only checked: its commands, options, recipes and keys have to exist."""
+"""Why a block of commands is only checked: they, their options, recipes and keys have to exist."""
+PACKAGES = {"saelens": "needs SAELens, which is no dependency; tests/interop/test_objects.py has one of its surface"}
+"""Why a block of Python is only checked: what it takes of ours has to exist and to take what it is given."""
 ELSEWHERE = {("extending", "*"): "test_extending.py", ("training", "thresher harvest*"): "test_training_page.py"}
 """By page and first line: the test that runs a block."""
 SMALL = (
@@ -53,13 +58,16 @@ def elsewhere(block: Block) -> str | None:
 
 def way(block: Block) -> str:
     """What is done with a block; a KeyError or AssertionError for one that fits nowhere."""
-    assert block.flags <= REASONS.keys(), f"{block.where}: {set(block.flags)} is none of {', '.join(REASONS)}"
+    reasons = PACKAGES if block.language == "python" else REASONS
+    assert block.flags <= reasons.keys(), f"{block.where}: {set(block.flags)} is none of {', '.join(reasons)}"
     if elsewhere(block):
         return "elsewhere"
     if block.language == "bash":
         plain = all(words[0] in ("make", "pip") for words in lines(block))
         return "checked" if block.flags or (plain and block.text.strip() not in MAKES) else "run"
-    assert not block.flags, f"{block.where}: only commands can be left for another place"
+    if block.language == "python" and block.flags:
+        return "checked"
+    assert not block.flags, f"{block.where}: only commands and Python can be left for another place"
     assert block.language in ("python", "toml", "json", "yaml", "text"), f"{block.where}: say what it is"
     return {"python": "run", "text": "shown"}.get(block.language, "read")
 
@@ -80,6 +88,9 @@ def test_every_block_is_run_read_or_checked(block: Block) -> None:
         ("text", "", "$ thresher demo"),
         ("bash", "soon", "thresher demo"),
         ("python", "network", "import thresher"),
+        ("python", "saelens", "thresher.to_saelense('runs/mine')"),
+        ("python", "saelens", "thresher.to_saelens('runs/mine', dtype=1)"),
+        ("python", "saelens", "print('hello')"),
         ("bash", "network", "thresher harvest gpt3-small"),
         ("bash", "network", "thresher harvest gpt2-small --sett data.max_tokens=1"),
         ("bash", "network", "thresher harvest gpt2-small --set data.tokens=1"),
@@ -101,6 +112,9 @@ def test_a_block_that_fits_nowhere_or_is_wrong_is_noticed(language: str, flags: 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if way(b) == "checked"], ids=lambda block: block.where)
 def test_commands_that_cannot_run_here_exist(block: Block) -> None:
+    if block.language == "python":
+        check_code(block)
+        return
     for words in lines(block):
         if words[0] == "thresher":
             check_command(words)
@@ -112,6 +126,26 @@ def test_commands_that_cannot_run_here_exist(block: Block) -> None:
             assert words[1] == "install"
         else:
             assert Path(words[0]).name in OTHERS
+
+
+def check_code(block: Block) -> None:
+    """Raise unless a block takes something of `thresher`, and calls it as it can be called."""
+    tree = ast.parse(block.text)
+    taken = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "thresher"
+    ]
+    assert taken, f"{block.where}: nothing of ours is in it, so nothing can be checked"
+    assert {node.attr for node in taken} <= set(package.__all__), f"{block.where}: thresher has no such name"
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and call.func in taken:
+            assert isinstance(call.func, ast.Attribute)
+            given = {word.arg or "": word.value for word in call.keywords}
+            try:
+                inspect.signature(getattr(package, call.func.attr)).bind(*call.args, **given)
+            except TypeError as error:
+                raise AssertionError(f"{block.where}: {error}") from error
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if way(b) == "read"], ids=lambda block: block.where)
