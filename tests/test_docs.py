@@ -192,6 +192,24 @@ def test_every_block_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.Monke
         expected = reader.gather("test", "L02.mlp_in", np.arange(len(rows)))
         assert len(rows) == reader.rows("test")
     np.testing.assert_array_equal(rows, expected.numpy())
+    an_import_is_judged_as_the_original(folder / "reports/both/results.json")
+
+
+def an_import_is_judged_as_the_original(results: Path) -> None:
+    """Of the page of other tools: a run, and itself on the way back from another tool's files, in one report."""
+    judged: dict[str, dict[str, Any]] = {"sae-topk": {}, "back": {}}
+    for row in json.loads(results.read_text(encoding="utf-8"))["rows"]:
+        if row["name"] in judged:
+            judged[row["name"]][row["protocol"]] = row
+    original, imported = judged.values()
+    assert len(original) == 3, "protocols"
+    assert original.keys() == imported.keys()
+    for protocol, row in original.items():
+        for part in ("metrics", "intervals", "cost"):
+            assert row[part].keys() == imported[protocol][part].keys()
+            for name, number in row[part].items():
+                assert imported[protocol][part][name] == pytest.approx(number, rel=1e-5, abs=1e-9), (protocol, name)
+        assert row["metrics"]["l0"] > 0, "it does something"
 
 
 def obey(words: list[str], block: Block, folder: Path, done: dict[str, str]) -> None:
