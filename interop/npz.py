@@ -15,10 +15,9 @@ We write `params.npz` and, since arrays hold no text, `thresher.json` with our p
 """
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,24 +27,9 @@ from thresher.cache.errors import UserError
 from thresher.interop import folds
 from thresher.interop.canonical import Canonical, Kind, Source, firing_of
 from thresher.interop.formats import Exported, Foreign, Format, Reading
-from thresher.interop.tensors import Stored, read_json
+from thresher.interop.npz_files import FACTS, WEIGHTS, Layer, Said, load, said_by
 
-WEIGHTS, FACTS = "params.npz", "thresher.json"
 _SUFFIXES = (".npz", ".safetensors")
-_LAYER = re.compile(r"layer_(\d+)")
-_L0 = re.compile(r"average_l0_(\d+)")
-_KINDS = ("transcoder", "clt", "embedding")
-_OUTPUTS = {"resid_post": "hook_resid_post", "attn_out": "attn.hook_z", "mlp_out": "hook_mlp_out"}
-"""Hook within the block that an SAE reads, by the part of the path that says so; hook_z is read flattened."""
-_SCOPES = {"-res": "hook_resid_post", "-att": "attn.hook_z", "-mlp": "hook_mlp_out"}
-"""The same by the end of the repository's name."""
-_POINTS = {
-    "output": "hook_resid_post",
-    "self_attn.o_proj.input": "attn.hook_z",
-    "pre_feedforward_layernorm.output": "mlp.hook_in",
-    "post_feedforward_layernorm.output": "hook_mlp_out",
-}
-"""Hook within the block of a config.json's `model.layers.N.…`."""
 
 
 def refuse(dictionaries: Sequence[Canonical]) -> str | None:
@@ -83,43 +67,6 @@ def write(folder: Path, items: Sequence[Exported]) -> None:
     (folder / FACTS).write_text(json.dumps(dict(item.facts), indent=2) + "\n")
 
 
-class Said(NamedTuple):
-    """What a path and what lies beside a file say of it."""
-
-    layer: int | None
-    what: str
-    """`sae`, or one of `transcoder`, `clt`, `embedding`."""
-    hook: str
-    """Hook within the block that an SAE reads."""
-    facts: Mapping[str, Any]
-
-    def sites(self, layer: int) -> tuple[str, str]:
-        """Names of the sites read and written."""
-        named = self.facts.get("sites")
-        if named is not None:
-            return str(named[0]), str(named[1])
-        if self.what == "embedding":
-            return "hook_embed", "hook_embed"
-        if self.what == "sae":
-            return f"blocks.{layer}.{self.hook}", f"blocks.{layer}.{self.hook}"
-        reads = "mlp.hook_in" if self.facts["version"] == 2 else "ln2.hook_normalized"
-        return f"blocks.{layer}.{reads}", f"blocks.{layer}.hook_mlp_out"
-
-
-class _Layer(NamedTuple):
-    """One file's tensors, as they are stored."""
-
-    W_enc: Tensor
-    """[F, D]."""
-    b_enc: Tensor
-    threshold: Tensor
-    W_dec: Tensor
-    """[F, E], or [F, L, E] of a cross-layer transcoder."""
-    b_dec: Tensor
-    affine: Tensor | None
-    """[D, E]."""
-
-
 def read(path: Path) -> list[Foreign]:
     """The dictionaries of a file, or of all files below a directory; files with W_dec by layer make one of them all.
 
@@ -128,7 +75,7 @@ def read(path: Path) -> list[Foreign]:
     files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .npz and no .safetensors. Give the directory that params.npz is in.")
-    found = [(file, said_by(file), _load(file)) for file in files]
+    found = [(file, said_by(file), load(file)) for file in files]
     layers = [said.layer for _, said, _ in found]
     twice = next((layer for layer in layers if len(layers) > 1 and (layer is None or layers.count(layer) > 1)), -1)
     if twice != -1:
@@ -145,73 +92,7 @@ def read(path: Path) -> list[Foreign]:
     return [_single(said, loaded) for _, said, loaded in found]
 
 
-def said_by(file: Path) -> Said:
-    """What the path of a file and the JSON beside it say."""
-    parts = file.resolve().parts
-    path = "/".join(parts[-7:])
-    version = 2 if file.suffix == ".safetensors" else 1
-    layer, l0 = _LAYER.findall(path), _L0.findall(path)
-    facts: dict[str, Any] = {
-        "tool": "Gemma Scope",
-        "version": version,
-        "architecture": "jumprelu",
-        "model": None,
-        "average_l0": int(l0[-1]) if l0 else None,
-    }
-    what = next((kind for kind in _KINDS if kind in path), "sae")
-    named = [hook for name, hook in _OUTPUTS.items() if name in path]
-    scoped = [hook for end, hook in _SCOPES.items() if any(end in part and "scope" in part for part in parts[-7:])]
-    hook = (named or scoped or ["hook_resid_post"])[0]
-    if (file.parent / FACTS).is_file():
-        ours = read_json(file.parent / FACTS, "a directory with provenance")
-        sites = (ours["dictionary"]["reads"][0], ours["dictionary"]["writes"][0])
-        facts |= {"tool": "thresher", "version": ours["thresher_version"], "sites": sites}
-        facts["model"] = ours["target"]["model"]
-        what = "sae" if sites[0] == sites[1] else "transcoder"
-    elif (file.parent / "config.json").is_file():
-        config = read_json(file.parent / "config.json", "a directory of Gemma Scope 2")
-        points = [config.get("hf_hook_point_in"), config.get("hf_hook_point_out") or config.get("hf_hook_point_in")]
-        facts["model"] = config.get("model_name")
-        if all(points):
-            facts["sites"] = tuple(_hook_of_point(str(point)) for point in points)
-    return Said(int(layer[-1]) if layer else None, what, hook, facts)
-
-
-def _hook_of_point(point: str) -> str:
-    """The hook name of `model.layers.12.output`; the point itself where it is none that we know."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", point)
-    return f"blocks.{found[1]}.{_POINTS[found[2]]}" if found and found[2] in _POINTS else point
-
-
-def _load(file: Path) -> _Layer:
-    stored = Stored.npz(file) if file.suffix == ".npz" else Stored.safetensors(file)
-    stored.tensors = {name.lower(): tensor for name, tensor in stored.tensors.items()}
-    scale = stored.take("scaling_factor", None) if "scaling_factor" in stored else torch.ones(1)
-    if not bool((scale == 1).all()):
-        raise UserError(
-            f"{file}: scaling_factor is not 1 everywhere: codes were rescaled after training, and nothing says where "
-            "and how. It cannot be imported."
-        )
-    W_enc = stored.take("w_enc", None, None).T
-    m, d = W_enc.shape
-    crossing = "w_dec" in stored and stored.tensors["w_dec"].ndim == 3
-    W_dec = stored.take("w_dec", m, None, None) if crossing else stored.take("w_dec", m, None)
-    o = W_dec.shape[-1]
-    loaded = _Layer(
-        W_enc,
-        stored.take("b_enc", m),
-        stored.take("threshold", m),
-        W_dec,
-        stored.take("b_dec", o),
-        stored.take("affine_skip_connection", d, o) if "affine_skip_connection" in stored else None,
-    )
-    stored.done()
-    return loaded
-
-
-def _canonical(
-    kind: Kind, layers: Sequence[int], sites: Sequence[tuple[str, str]], each: Sequence[_Layer]
-) -> Canonical:
+def _canonical(kind: Kind, layers: Sequence[int], sites: Sequence[tuple[str, str]], each: Sequence[Layer]) -> Canonical:
     sources = []
     for index, one in enumerate(each):
         W_dec = one.W_dec[:, index:] if kind == "clt" else one.W_dec[:, None]
@@ -231,12 +112,12 @@ def _canonical(
     )
 
 
-def _codes(one: _Layer, x_ND: Tensor) -> Tensor:
+def _codes(one: Layer, x_ND: Tensor) -> Tensor:
     pre_NF = x_ND @ one.W_enc.T + one.b_enc
     return torch.relu(pre_NF) * (pre_NF > one.threshold)
 
 
-def _single(said: Said, one: _Layer) -> Foreign:
+def _single(said: Said, one: Layer) -> Foreign:
     """A dictionary of one file. What reads and writes the same width may be a transcoder whose path does not say so."""
     layer = said.layer or 0
     sites = said.sites(layer)
@@ -264,7 +145,7 @@ def _unnamed(said: Said) -> dict[str, Any]:
     return {name: value for name, value in said.facts.items() if name != "sites"}
 
 
-def _of_embedding(one: _Layer, stored: Canonical, scaled: bool) -> Reading:
+def _of_embedding(one: Layer, stored: Canonical, scaled: bool) -> Reading:
     """Of an SAE trained on embeddings that the model multiplies by √d before anyone sees them."""
     root = torch.tensor(float(one.W_enc.shape[1])).double().sqrt()
     zero = torch.zeros((), dtype=torch.float64)
@@ -279,7 +160,7 @@ def _of_embedding(one: _Layer, stored: Canonical, scaled: bool) -> Reading:
     return Reading("embedding, b_dec times √d too" if scaled else "embedding, weights times √d", folded, forward)
 
 
-def _crosslayer(path: Path, said: Sequence[Said], each: Sequence[_Layer]) -> Foreign:
+def _crosslayer(path: Path, said: Sequence[Said], each: Sequence[Layer]) -> Foreign:
     """The cross-layer transcoder of all files of a directory."""
     count = len(each)
     shapes = {(tuple(one.W_enc.shape), tuple(one.W_dec.shape), one.affine is None) for one in each}
