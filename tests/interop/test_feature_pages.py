@@ -15,7 +15,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from tests.documents import document
 from tests.interop.conftest import LATENTS, LAYERS, TAPS, Made, finished
+from tests.program import thresher
 from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
@@ -167,7 +169,11 @@ def test_the_command_shows_runs_on_their_own_cache_in_their_targets_words(
     tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
     monkeypatch.setattr("thresher.harvest.target.load_tokenizer", lambda config: tokenizer)
     run = run_of(tmp_path / "run", made("clt", "threshold"), told, facts)
-    command([run], "circuit-tracer", tmp_path / "out", pages=True)
+    words = ("export", str(run), "--to", "circuit-tracer", "--out", "out", "--pages", "--json")
+    done = thresher(tmp_path, *words, sets=())
+    assert done.returncode == 0, done.stderr
+    answer = document("export", done.stdout)
+    assert (answer["pages"], answer["left_out"]) == (["out/features"], [])
     by_hand = tmp_path / "by_hand"
     by_hand.mkdir()
     circuit_tracer.write(by_hand, [exported(run, load_run(run))])
