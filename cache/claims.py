@@ -5,8 +5,6 @@ holder dies; the file stays then, and tells whoever takes the shard that there m
 what is done, by whomever. So any number of processes share the work without a word between them.
 """
 
-import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from thresher.cache.directory import discard
 from thresher.cache.locks import Lock, try_hold
 from thresher.cache.plan import Plan
 from thresher.cache.publish import flush_directory
+from thresher.cache.world import from_environment
 
 Shard = tuple[str, int]
 """(split, index)."""
@@ -118,12 +117,6 @@ def _scan_order(plan: Plan) -> list[Shard]:
     everything waits for with codec int8z, always comes first.
     """
     shards = [(split, i) for split, sizes in plan.splits.items() for i in range(sizes.shards)]
-    world = max(1, _environment_number("WORLD_SIZE", 1))
-    start = len(shards) * (_environment_number("RANK", 0) % world) // world
+    world = from_environment()
+    start = len(shards) * world.rank // world.size
     return shards[:1] + shards[max(start, 1) :] + shards[1 : max(start, 1)]
-
-
-def _environment_number(name: str, default: int) -> int:
-    with contextlib.suppress(ValueError):
-        return int(os.environ.get(name, ""))
-    return default

@@ -1,10 +1,9 @@
 """Which device a setting means."""
 
-import os
-
 import torch
 
 from thresher.cache.errors import UserError
+from thresher.cache.world import from_environment
 
 
 def resolve_device(device: str, field: str) -> torch.device:
@@ -17,7 +16,7 @@ def resolve_device(device: str, field: str) -> torch.device:
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = from_environment().local_rank
         return torch.device("cuda", local) if 0 < local < torch.cuda.device_count() else torch.device("cuda")
     try:
         wanted = torch.device(device)

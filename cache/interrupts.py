@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a flag that a loop reads between two steps, so that it can save first."""
 
 import signal
+import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +19,25 @@ class StopFlag:
     requested: bool = False
 
 
+ECHO_SECONDS = 2.0
+"""Ctrl-C reaches every process of a terminal, and torchrun, being one of them, passes it on to its own."""
+
+
 @contextmanager
-def deferred_interrupts() -> Iterator[StopFlag]:
+def deferred_interrupts(echo_s: float = 0.0) -> Iterator[StopFlag]:
     """Within the block the first SIGINT or SIGTERM sets the flag; a second one raises KeyboardInterrupt at once.
 
-    Outside the main thread signals cannot be caught: the flag then stays False.
+    One that follows the first within `echo_s` is taken for its echo. Outside the main thread signals cannot be caught:
+    the flag then stays False.
     """
-    flag = StopFlag()
+    flag, first = StopFlag(), 0.0
 
     def handle(number: int, frame: types.FrameType | None) -> None:
-        if flag.requested:
+        nonlocal first
+        now = time.monotonic()
+        if first and now - first >= echo_s:
             raise KeyboardInterrupt
-        flag.requested = True
+        flag.requested, first = True, first or now
 
     try:
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

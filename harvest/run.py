@@ -11,7 +11,6 @@ With `extend`, a cache that is there gets more sites or more text instead (exten
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from thresher.cache.errors import UserError
 from thresher.cache.reader import find_complete
 from thresher.cache.records import differences
 from thresher.cache.stored import read_contexts, read_root
+from thresher.cache.world import from_environment
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.extend import can_extend, extend_cache
 from thresher.harvest.fill import fill_part, note_versions, outcome, shown
@@ -48,7 +48,7 @@ def harvest(
     Under torchrun, every process fills its share and the first one speaks.
     """
     started = time.perf_counter()
-    if os.environ.get("RANK", "0") != "0":
+    if not from_environment().speaks:
         console = Console(quiet=True)
     wanted = identity(target, data, config)
     if extend:
