@@ -23,30 +23,30 @@ from rich.console import Console
 from thresher.cache.contracts import Target
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
-from thresher.cache.interrupts import Interrupted, deferred_interrupts
-from thresher.cache.records import differences, to_dict
+from thresher.cache.interrupts import Interrupted
+from thresher.cache.roster import Roster
 from thresher.cache.source import Source
 from thresher.train.calibrate import HeldOut, RowsOf, calibrate, difference, held_out
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew
 from thresher.train.dictionary.topologies import topology
+from thresher.train.division import agreed, division, show_all, spoken, work
 from thresher.train.endtoend.decomposed import DecompositionFit
 from thresher.train.endtoend.feed import common_step, feed_group
 from thresher.train.endtoend.setting import Setting, together
 from thresher.train.feed import Shared, Stream, feed
-from thresher.train.files import CONFIG, check_weights, git_commit, read_config, save_run, versions, write_config
+from thresher.train.files import CONFIG, read_config, save_run, write_config
 from thresher.train.finetune import Origin, origin
 from thresher.train.fit import Fit
 from thresher.train.jobs import Job
 from thresher.train.kernels.workspace import Workspace
 from thresher.train.metrics import MetricLog, last_metrics
 from thresher.train.plan import RunPlan
+from thresher.train.standing import config_of, reusable
 from thresher.train.state import load_checkpoint
 from thresher.train.tracking import WandbMode, check_trial
 
 __all__ = ["RunResult", "TrainConfig", "train"]
-
-_OPERATIONAL = ("checkpoint_every", "log_every")  # settings that change no number of the result
 
 
 class RunResult(NamedTuple):
@@ -72,11 +72,13 @@ def train(
     profile: bool = False,
     console: Console,
     target: Target | None = None,
+    roster: Roster | None = None,
 ) -> list[RunResult]:
     """Train all plans from the cache into `out`/<name>; results in the order of the plans.
 
     `target`: the language model, frozen, on `device`; needed where a plan's objective is not local. `profile` writes a
-    trace of some steps into the first run directory of every pass (train/profile.py).
+    trace of some steps into the first run directory of every pass (train/profile.py). `roster`, entered: the ranks that
+    the plans are divided among (train/division.py); rank 0 returns all results, the others those of their share.
     Raises UserError before any work for duplicate names, for directories that hold something else, and for unfinished
     runs without `resume`. Raises Interrupted after SIGINT or SIGTERM, with everything saved.
     """
@@ -99,25 +101,23 @@ def train(
     origins = {plan.name: origin(plan) for plan in plans}
     totals = [_total(plan, reader, setting) for plan in plans]
     configs = [
-        _config(plan, origins[plan.name], total, reader, where, groups)
+        config_of(plan, origins[plan.name], total, reader, where, groups)
         for plan, total in zip(plans, totals, strict=True)
     ]
-    finished = {
-        plan.name: _reusable(plan, config, out / plan.name, resume) for plan, config in zip(plans, configs, strict=True)
-    }
+    roster = roster or Roster()
+    rank, console = roster.world.rank, spoken(roster.world, console)
+    owners, results = {}, {}
+    if roster.world.speaks:
+        results = _reused(plans, configs, groups, out, resume)
+        if results:
+            console.print(f"Reusing {len(results)} finished of {len(plans)} runs in {out}.")
+        owners = division([w for w in work(plans, totals, out) if w.name not in results], roster.world.size)
+    owners = agreed(owners, roster, where, console)
+    todo = [(plan, config) for plan, config in zip(plans, configs, strict=True) if owners.get(plan.name) == rank]
     for members in groups.values():
-        if any(finished[plan.name] is None for plan in members):  # a group ends together; what is done comes out again
-            finished |= dict.fromkeys(plan.name for plan in members)
+        if owners.get(members[0].name) == rank:
             common_step([out / plan.name for plan in members])
-    results = {
-        plan.name: RunResult(plan.name, plan.group, out / plan.name, "reused", found)
-        for plan in plans
-        if (found := finished[plan.name]) is not None
-    }
-    if results:
-        console.print(f"Reusing {len(results)} finished of {len(plans)} runs in {out}.")
-    todo = [(plan, config) for plan, config in zip(plans, configs, strict=True) if plan.name not in results]
-    with ExitStack() as stack, deferred_interrupts() as stop, Crew(where) as crew, warnings.catch_warnings():
+    with ExitStack() as stack, roster.interrupts() as stop, Crew(where) as crew, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         workspace = Workspace()
         jobs = [
@@ -141,7 +141,40 @@ def train(
                 joint = setting.group([job.fit for job in group])
                 feed_group(group, joint, shared)
                 results |= _finished(group, out, shared, joint.trained_rows if _reads_patched(group) else None)
-    return [results[name] for name in names]
+        if roster.world.speaks:
+            roster.wait()
+    elsewhere = [plan for plan in plans if roster.world.speaks and owners.get(plan.name, rank) != rank]
+    results |= {plan.name: _done_elsewhere(plan, out / plan.name) for plan in elsewhere}
+    if elsewhere:
+        show_all(results, names, console)
+    return [results[name] for name in names if name in results]
+
+
+def _reused(
+    plans: Sequence[RunPlan],
+    configs: Sequence[dict[str, Any]],
+    groups: Mapping[str, Sequence[RunPlan]],
+    out: Path,
+    resume: bool,
+) -> dict[str, RunResult]:
+    """Results by name of the runs that are finished already. Raises UserError for directories that stand in the way."""
+    found = {
+        plan.name: reusable(plan, config, out / plan.name, resume) for plan, config in zip(plans, configs, strict=True)
+    }
+    for members in groups.values():
+        if any(found[plan.name] is None for plan in members):  # a group ends together; what is done comes out again
+            found |= dict.fromkeys(plan.name for plan in members)
+    return {
+        plan.name: RunResult(plan.name, plan.group, out / plan.name, "reused", training)
+        for plan in plans
+        if (training := found[plan.name]) is not None
+    }
+
+
+def _done_elsewhere(plan: RunPlan, path: Path) -> RunResult:
+    """What became of a plan that another rank has trained, from its run directory."""
+    training = read_config(path)["training"]
+    return RunResult(plan.name, plan.group, path, "trained" if training["finished"] else "failed", training)
 
 
 def _reads_patched(jobs: Sequence[Job]) -> bool:
@@ -154,74 +187,6 @@ def _total(plan: RunPlan, reader: Source, setting: Setting | None) -> int:
     if plan.train.objective == "local" or setting is None:
         return plan.train.total_steps(reader.rows("train"))
     return setting.total_steps(plan)
-
-
-def _config(
-    plan: RunPlan,
-    begun: Origin | None,
-    total: int,
-    reader: Source,
-    device: torch.device,
-    groups: Mapping[str, Sequence[RunPlan]],
-) -> dict[str, Any]:
-    """config.json of a run that is about to start."""
-    return {
-        "name": plan.name,
-        "group": plan.group,
-        "dictionary": to_dict(plan.spec),
-        "recipe": plan.recipe,
-        "cache": {"path": str(reader.path), "fingerprint": reader.fingerprint, "identity": dict(reader.identity)},
-        "init_from": None if begun is None else begun.record(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "training": {
-            "finished": False,
-            "settings": to_dict(plan.train),
-            "seed": plan.seed,
-            "total_steps": total,
-            "device": str(device),
-            **({"together": sorted(other.name for other in groups[plan.group])} if plan.group in groups else {}),
-        },
-    }
-
-
-def _decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that decides the result."""
-    training = config["training"]
-    settings = {key: value for key, value in training["settings"].items() if key not in _OPERATIONAL}
-    return {
-        "dictionary": config["dictionary"],
-        "train": settings,
-        "seed": training["seed"],
-        "cache": config["cache"]["fingerprint"],
-        "init_from": config.get("init_from"),
-        "together": training.get("together"),
-    }
-
-
-def _reusable(plan: RunPlan, config: dict[str, Any], path: Path, resume: bool) -> dict[str, Any] | None:
-    """Metrics of the finished run at `path`, or None when there is work to do. Raises UserError when in doubt."""
-    if not path.exists() or not any(path.iterdir()):
-        return None
-    if not (path / CONFIG).exists():
-        raise UserError(
-            f"{path} is not empty and holds no {CONFIG}: it is no run of ours. Choose another place with --runs."
-        )
-    stored = read_config(path)
-    lines = differences(_decisive(config), _decisive(stored))
-    if lines:
-        raise UserError(
-            f"{path} holds a run with other settings ({'; '.join(lines[:5])}; 'expected' is the recipe's). Give this "
-            "one another name or --runs, or delete the directory."
-        )
-    training: dict[str, Any] = stored["training"]
-    if training.get("finished"):
-        check_weights(path)
-        return training
-    if not resume:
-        why = f"has failed ({training['failed']})" if training.get("failed") else "is unfinished"
-        raise UserError(f"Run {path} {why}. Add --resume to go on from its last checkpoint, or delete the directory.")
-    return None
 
 
 def _fit(

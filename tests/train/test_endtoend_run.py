@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ranks import on_ranks
 from tests.train import tiny
+from tests.train.conftest import plans_for
 from tests.train.test_profile import traces
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
@@ -201,3 +203,20 @@ def test_training_lowers_its_own_loss_and_its_threshold_holds_on_the_path_it_was
     edits = cascade_edits(dictionaries, patch, observe=lambda i, s, codes: seen.update({i: codes.l0().double().mean()}))
     tiny_target.logits(torch.from_numpy(contexts.token_id).long(), edits)
     assert [float(seen[i]) for i in range(2)] == pytest.approx([4.0, 4.0], rel=0.02)
+
+
+def test_dictionaries_of_a_group_are_trained_by_one_rank(go: Any, tiny_cache: CacheReader, tmp_path: Path) -> None:
+    end = {"steps": 2, "objective": "kl", "batch_rows": 64}
+    plans = [
+        plan
+        for label in ("one", "two")
+        for plan in plans_for(tiny_cache, label, end, kind="transcoder", firing="topk", k=3)
+    ]
+    groups = {label: {plan.name for plan in plans if plan.group == label} for label in ("one", "two")}
+    assert all(len(names) > 1 for names in groups.values())
+    go(plans, tmp_path / "alone")
+    outcomes = on_ranks(2, lambda roster: go(plans, tmp_path / "spread", roster=roster))
+    assert {result.name for result in outcomes[1]} in groups.values()
+    assert [path.read_bytes() for path in sorted((tmp_path / "spread").glob("*/weights.safetensors"))] == [
+        path.read_bytes() for path in sorted((tmp_path / "alone").glob("*/weights.safetensors"))
+    ]
