@@ -8,29 +8,33 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from thresher.cache.contracts import Target
+from thresher.cache.contracts import Site, Target
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
 from thresher.cache.records import fingerprint, to_dict
+from thresher.cache.roster import Roster
 from thresher.evaluate import comparison, verdict
 from thresher.evaluate.arms import Plan, protocols_that_fit
-from thresher.evaluate.causality import check_causality
+from thresher.evaluate.causality import Causality, check_causality
 from thresher.evaluate.checks import Replacement, check_replacements, check_tokens
+from thresher.evaluate.fitting import Fitted
 from thresher.evaluate.masks import Scored, scored
 from thresher.evaluate.positions import buckets_of
 from thresher.evaluate.results import Results
 from thresher.evaluate.rounds import run_passes
 from thresher.evaluate.seeds import seed_spreads
+from thresher.evaluate.splice import Protocol
 from thresher.evaluate.statistics import FEW_UNITS
 from thresher.evaluate.store import Store
+from thresher.evaluate.tally import Tally
 from thresher.evaluate.yardsticks import baselines, learned
 
-__all__ = ["EvaluateConfig", "Replacement", "evaluate"]
+__all__ = ["EvaluateConfig", "Replacement", "contribute", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,22 @@ class EvaluateConfig:
                 raise UserError(f"evaluate.{field} is {list(values)}; expected each name at most once.")
 
 
+class _Measured(NamedTuple):
+    """What an evaluation has measured, and what the verdict needs beside it."""
+
+    judged: list[Replacement]
+    replacements: list[Replacement]
+    """With the baselines beside them."""
+    sites: dict[str, Site]
+    protocols: tuple[Protocol, ...]
+    text: Scored
+    plan: Plan
+    tally: Tally
+    fitted: Fitted
+    causality: Causality | None
+    notes: list[str]
+
+
 def evaluate(
     replacements: Sequence[Replacement],
     target: Target,
@@ -94,36 +114,18 @@ def evaluate(
     provenance: Mapping[str, Any],
     training: Contexts | None = None,
     store: Store | None = None,
+    roster: Roster | None = None,
 ) -> Results:
     """Patch every replacement into the target on held-out contexts and measure what is lost.
 
     From contexts of the `training` split come the affine baseline and the norm of an outlier; without them neither is
     reported. With a `store`, sums that it holds are not computed again, and Ctrl-C or SIGTERM end in Interrupted with
-    the sums so far in it. `provenance` is recorded as it is, beside versions, settings, target and masks. Raises
-    UserError for replacements that do not fit the target, contexts that cannot be scored, and numbers that are not
-    finite.
+    the sums so far in it. `provenance` is recorded as it is, beside versions, settings, target and masks. `roster`,
+    entered: the ranks that measure along (`contribute`); this is rank 0. Raises UserError for replacements that do not
+    fit the target, contexts that cannot be scored, and numbers that are not finite.
     """
-    sites = check_replacements(replacements, target)
-    protocols, left_out = protocols_that_fit(replacements, config.protocols)
-    text = scored(contexts, config.tokens)
-    check_tokens(text, target)
-    causality = check_causality(target, replacements, text)
-    fitted = learned(replacements, target, training, config.training_tokens, store)
-    beside = baselines(replacements, target, fitted, config.neurons)
-    judged, replacements = list(replacements), [*replacements, *beside.replacements]
-    sites = {site.name: site for site in target.sites(list({**sites, **beside.sites}))}
-    plan = Plan(protocols, config.arms, config.batch_contexts, config.single_site_share)
-    with _progress(console) as progress:
-
-        def begin(passes: int, known: int) -> Callable[[], None]:
-            if known:
-                of = f"{known} of {len(judged)} replacements were measured before: their sums are taken up."
-                console.print(of, highlight=False)
-            task = progress.add_task("evaluate", total=passes)
-            return lambda: progress.advance(task)
-
-        norms = fitted.outlier_norm
-        tally = run_passes(text, replacements, target, plan, norms=norms, store=store, begin=begin)
+    found = _measure(replacements, target, contexts, config, console, training, store, roster or Roster())
+    judged, replacements, sites, protocols, text, plan, tally, fitted, causality, notes = found
     buckets = buckets_of(text, tally)
     segments = verdict.segments_of(text, tally)
     draw = verdict.Draw(config.resamples, config.seed)
@@ -159,8 +161,63 @@ def evaluate(
         hypervolumes=comparison.hypervolumes(groups, rows),
         matched=comparison.matched(groups),
         excluded=tuple(excluded),
-        notes=tuple(left_out + beside.notes + _notes(facts, checks, str(text.facts["unit"]))),
+        notes=tuple(notes + _notes(facts, checks, str(text.facts["unit"]))),
         segments=segments,
+    )
+
+
+def contribute(
+    replacements: Sequence[Replacement],
+    target: Target,
+    contexts: Contexts,
+    config: EvaluateConfig,
+    *,
+    roster: Roster,
+    store: Store,
+    training: Contexts | None = None,
+) -> None:
+    """On a rank other than 0: measure this rank's share of what `evaluate` measures on rank 0, into the same store."""
+    _measure(replacements, target, contexts, config, Console(quiet=True), training, store, roster)
+
+
+def _measure(
+    replacements: Sequence[Replacement],
+    target: Target,
+    contexts: Contexts,
+    config: EvaluateConfig,
+    console: Console,
+    training: Contexts | None,
+    store: Store | None,
+    roster: Roster,
+) -> _Measured:
+    """Refuse what cannot work, choose rows and masks, run the passes."""
+    sites = check_replacements(replacements, target)
+    protocols, left_out = protocols_that_fit(replacements, config.protocols)
+    text = scored(contexts, config.tokens)
+    check_tokens(text, target)
+    causality = check_causality(target, replacements, text)
+    if not roster.world.speaks:
+        roster.hear("learned")  # what rank 0 has learned is in the store then
+    fitted = learned(replacements, target, training, config.training_tokens, store)
+    if roster.world.speaks:
+        roster.tell("learned", "")
+    beside = baselines(replacements, target, fitted, config.neurons)
+    judged, replacements = list(replacements), [*replacements, *beside.replacements]
+    sites = {site.name: site for site in target.sites(list({**sites, **beside.sites}))}
+    plan = Plan(protocols, config.arms, config.batch_contexts, config.single_site_share)
+    with _progress(console) as progress:
+
+        def begin(passes: int, known: int) -> Callable[[], None]:
+            if known:
+                of = f"{known} of {len(judged)} replacements were measured before: their sums are taken up."
+                console.print(of, highlight=False)
+            task = progress.add_task("evaluate", total=passes)
+            return lambda: progress.advance(task)
+
+        norms = fitted.outlier_norm
+        tally = run_passes(text, replacements, target, plan, norms=norms, store=store, begin=begin, roster=roster)
+    return _Measured(
+        judged, replacements, sites, protocols, text, plan, tally, fitted, causality, left_out + beside.notes
     )
 
 
