@@ -7,8 +7,9 @@ import itertools
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,8 +18,11 @@ import typer
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.process import prepare_process
+from thresher.cache.world import World, from_environment
 from thresher.commands import cache, demo, document, evaluate, harvest, interop, recipes, sharing, target, train
 from thresher.commands.options import err, examples
+
+_GRACE_SECONDS = 3.0
 
 app = typer.Typer(
     help="Harvest a transformer's activations once, train every sparse dictionary from them, judge all of them "
@@ -101,11 +105,35 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def _fail(word: str, error: Exception, code: int, debug: bool) -> NoReturn:
     if debug:
         raise error
+    world = _place()
+    if not world.speaks:
+        _leave_it_to_the_first(error, code)
+        word = f"{world}: {word}"
     err.print(f"[bold red]{word}:[/] ", end="")
     err.print(str(error), markup=False, highlight=False)
-    if document.FLAG in sys.argv:
+    if document.FLAG in sys.argv and world.speaks:
         document.write_error(str(error))
     sys.exit(code)
+
+
+def _place() -> World:
+    """This process among those of its job; what is wrong with the environment has been said by then."""
+    with suppress(UserError):
+        return from_environment()
+    return World()
+
+
+def _leave_it_to_the_first(error: Exception, code: int) -> None:
+    """Wait a moment before a process that is not the first says what has stopped it.
+
+    What all of them meet, and what stops the whole job, the first one says; torchrun then ends the others meanwhile.
+    """
+    if isinstance(error, Interrupted):
+        sys.exit(code)
+    try:
+        time.sleep(_GRACE_SECONDS)
+    except KeyboardInterrupt:
+        sys.exit(code)
 
 
 def _version(wanted: bool) -> None:

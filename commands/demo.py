@@ -9,7 +9,7 @@ from thresher.commands import completion
 from thresher.commands.document import Json, write
 from thresher.commands.evaluate import evaluate_recipe, verdict
 from thresher.commands.harvest import harvest_recipe
-from thresher.commands.options import Assignments, examples, out
+from thresher.commands.options import Assignments, examples, out, refuse_several
 from thresher.commands.train import train_recipe
 from thresher.commands.wiring import read_recipe
 
@@ -32,6 +32,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """All three stages on the bundled model, on a CPU, in minutes."""
+    refuse_several(
+        "thresher demo",
+        "it runs the stages in a row without waiting for others in between",
+        "Run it without torchrun, or start harvest, train and evaluate under torchrun one after the other.",
+    )
     recipe = read_recipe(name, assignments)
     cache, runs = folder / "cache.zarr", folder / "runs"
     live = recipe.tables["harvest"].window_gb is not None  # nobody could refill a ring meanwhile

@@ -24,6 +24,7 @@ from thresher.commands.tables import known_tables
 from thresher.commands.wiring import plans_of, read_recipe, texts_for
 
 if TYPE_CHECKING:
+    from thresher.cache.roster import Roster
     from thresher.evaluate.results import Results
     from thresher.evaluate.run import EvaluateConfig
     from thresher.harvest.corpus import DataConfig
@@ -170,9 +171,41 @@ def judge(
     own: "DataConfig | None",
     wandb: WandbMode = "disabled",
 ) -> "Results":
-    """Judge runs on held-out text or on the user's `own`; `tables` are a recipe's [target], [data] and [evaluate]."""
-    from thresher.evaluate.origin import Run, check_origin, replacements
+    """Judge runs on held-out text or on the user's `own`; `tables` are a recipe's [target], [data] and [evaluate].
+
+    Of several processes the first one judges; the others measure their share and raise Exit.
+    """
+    from thresher.cache.roster import meet
     from thresher.evaluate.report import print_table, write_report
+
+    with meet("evaluate", "The same command goes on from there.") as roster:
+        results = measure(paths, tables, target, cache, report, own, roster)
+    if results is None:
+        raise typer.Exit
+    print_table(results, out)
+    written = write_report(results, report)
+    for label, path in written._asdict().items():
+        for item in path if isinstance(path, (list, tuple)) else [path]:
+            out.print(f"{label:<8} {item}", highlight=False, soft_wrap=True)
+    if wandb != "disabled":
+        from thresher.sharing.tracked import track_evaluation
+
+        track_evaluation(report, paths, wandb)
+    return results
+
+
+def measure(
+    paths: Sequence[Path],
+    tables: Mapping[str, Any],
+    target: "TransformerTarget",
+    cache: Path | None,
+    report: Path,
+    own: "DataConfig | None",
+    roster: "Roster",
+) -> "Results | None":
+    """Results of the runs without their report; on a rank other than 0 its share of the sums, and None."""
+    from thresher.evaluate.origin import Run, check_origin, replacements
+    from thresher.evaluate.run import contribute
     from thresher.evaluate.run import evaluate as run_evaluate
     from thresher.evaluate.store import Store
     from thresher.train.files import load_run, weights_hash
@@ -186,24 +219,19 @@ def judge(
         Run(path, run.dictionary, run.dictionary.spec.sparsity_label, run.config, weights_hash(path), curves(path))
         for path, run in zip(paths, loaded, strict=True)
     ]
+    sets, store = replacements(judged, together=settings.together), Store(report / "sums")
+    if not roster.world.speaks:
+        contribute(sets, target, texts.contexts, settings, roster=roster, store=store, training=texts.training)
+        return None
     results = run_evaluate(
-        replacements(judged, together=settings.together),
+        sets,
         target,
         texts.contexts,
         settings,
         console=out,
         provenance={"contexts": texts.source, "runs": [str(path) for path in paths], **texts.facts},
         training=texts.training,
-        store=Store(report / "sums"),
+        store=store,
+        roster=roster,
     )
-    results = results._replace(notes=(*texts.notes, *results.notes))
-    print_table(results, out)
-    written = write_report(results, report)
-    for label, path in written._asdict().items():
-        for item in path if isinstance(path, (list, tuple)) else [path]:
-            out.print(f"{label:<8} {item}", highlight=False, soft_wrap=True)
-    if wandb != "disabled":
-        from thresher.sharing.tracked import track_evaluation
-
-        track_evaluation(report, paths, wandb)
-    return results
+    return results._replace(notes=(*texts.notes, *results.notes))

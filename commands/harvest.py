@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thresher.cache.errors import UserError
+from thresher.cache.world import from_environment
 from thresher.commands.document import Json, write
 from thresher.commands.options import Assignments, CachePath, Device, RecipeName, examples, on_device, out
 from thresher.commands.wiring import default_cache, read_recipe
@@ -38,7 +39,7 @@ def harvest(
     if extend and cache is None:
         raise UserError("--extend needs --cache PATH: the cache to be extended, since this recipe names another one.")
     result = harvest_recipe(read_recipe(name, on_device(assignments, device)), cache, extend=extend)
-    if as_json:
+    if as_json and from_environment().speaks:
         write(result)
 
 

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from thresher.cache.errors import UserError
+from thresher.cache.world import from_environment
 from thresher.commands import completion
 
 out = Console()
@@ -66,3 +68,10 @@ def examples(*lines: str) -> str:
 def on_device(assignments: list[str] | None, device: str | None) -> list[str] | None:
     """`assignments`, and `--device` as the one for target.device."""
     return assignments if device is None else [*(assignments or []), f"target.device={device}"]
+
+
+def refuse_several(what: str, why: str, remedy: str) -> None:
+    """Raise UserError where torchrun has started several processes of what only one can do."""
+    world = from_environment()
+    if not world.alone:
+        raise UserError(f"{what} is for one process, and this job has {world.size}: {why}. {remedy}")

@@ -7,7 +7,7 @@ import typer
 
 from thresher.cache.errors import UserError
 from thresher.commands.document import Json, write
-from thresher.commands.options import Assignments, RecipeName, examples, out
+from thresher.commands.options import Assignments, RecipeName, examples, out, refuse_several
 from thresher.commands.wiring import read_recipe
 
 app = typer.Typer(help="Make a target: train a small language model from text.", no_args_is_help=True)
@@ -33,6 +33,7 @@ def target_train(
     from thresher.harvest.pretraining.display import print_result
     from thresher.harvest.pretraining.run import target_folder, train_target
 
+    refuse_several("thresher target train", "a target is trained by one process", "Run it without torchrun.")
     recipe = read_recipe(name, assignments)
     if "pretrain" not in recipe.given:
         raise UserError(

@@ -17,6 +17,7 @@ from thresher.commands.options import (
     WandbMode,
     examples,
     out,
+    refuse_several,
 )
 from thresher.commands.wiring import open_source, plans_of, read_recipe, target_on
 
@@ -75,13 +76,28 @@ def train_recipe(
     wandb: WandbMode,
     profile: bool = False,
 ) -> "list[RunResult]":
-    """Train all dictionaries of the recipe: from its cache, from a ring that harvest refills, or live."""
+    """Train all dictionaries of the recipe: from its cache, from a ring that harvest refills, or live.
+
+    Several processes train a share each from the cache; the first one returns all results, the others raise Exit.
+    """
+    from thresher.cache.roster import meet
     from thresher.train.endtoend.setting import needs_target
     from thresher.train.run import train as run_train
     from thresher.train.tracking import trial
 
     folder = (runs or Path("runs") / recipe.name) / (trial() or "")
-    with open_source(recipe, cache, live) as source:
+    if live or recipe.tables["harvest"].window_gb is not None:
+        refuse_several(
+            "thresher train --live" if live else "Training from a ring (harvest.window_gb)",
+            "every process would run the target over the whole text for itself"
+            if live
+            else "a ring has one reader, which says what may be evicted",
+            "Harvest a cache (without harvest.window_gb) to train from several processes, or run one.",
+        )
+    with (
+        meet("train", "Run the same command with --resume to go on from there.") as roster,
+        open_source(recipe, cache, live) as source,
+    ):
         plans = plans_of(recipe, source.sites)
         target = target_on(recipe, device) if needs_target(plans) else None
         results = run_train(
@@ -89,13 +105,16 @@ def train_recipe(
             source,
             out=folder,
             device=device,
-            resume=resume,
+            resume=resume or roster.world.restarts > 0,
             wandb=wandb,
             profile=profile,
             console=out,
             target=target,
+            roster=roster,
         )
         source.finish()
+    if not roster.world.speaks:
+        raise typer.Exit
     failed = [result.name for result in results if result.status == "failed"]
     out.print(
         f"{len(results) - len(failed)} dictionaries in {folder}" + (f"; failed: {', '.join(failed)}" if failed else "")
