@@ -29,6 +29,7 @@ REASONS = {
     "network": "needs the hub, a model that is no part of the repository, or an account",
     "gpu": "needs a GPU",
     "long": "takes minutes",
+    "processes": "starts several processes, as tests/train/test_ranks.py does",
     "installs": "changes the machine it runs on, outside its folder",
     "together": "two commands that run side by side; tests/test_cli_rolling.py runs them",
 }
@@ -95,6 +96,7 @@ def test_every_block_is_run_read_or_checked(block: Block) -> None:
         ("bash", "network", "thresher harvest gpt2-small --sett data.max_tokens=1"),
         ("bash", "network", "thresher harvest gpt2-small --set data.tokens=1"),
         ("bash", "long", "python benchmarks/nothing.py"),
+        ("bash", "processes", "torchrun --nproc-per-node 2 -m thresher tain books-demo"),
         ("bash", "", "make dinner"),
     ],
 )
@@ -116,8 +118,8 @@ def test_commands_that_cannot_run_here_exist(block: Block) -> None:
         check_code(block)
         return
     for words in lines(block):
-        if words[0] == "thresher":
-            check_command(words)
+        if words[0] in ("thresher", "torchrun"):
+            check_command(words[words.index("-m") + 1 :] if words[0] == "torchrun" else words)
         elif words[0] == "make":
             assert set(words[1:]) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         elif words[0] == "python" and words[1] != "-m":
