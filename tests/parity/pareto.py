@@ -1,4 +1,4 @@
-"""An SAE that SAELens trained and SAEs of ours, of one shape and on the same activations, in one Pareto table.
+"""SAEs that SAELens trained and SAEs of ours, of one shape and on the same activations, in one table.
 
     python -m tests.parity.pareto OUT
 
@@ -19,8 +19,11 @@ from thresher.cache.reader import CacheReader
 
 RECIPE = environments.HERE / "pareto.toml"
 SITE, HOOK = "L01.mlp_out", "blocks.1.hook_mlp_out"
-SETTINGS = {"d_sae": 1024, "batch": 2048, "steps": 300, "lr": 2e-3, "model_name": "books-128", "hook_name": HOOK}
-KS = (8, 16, 32)
+SETTINGS = {"d_sae": 1024, "batch": 2048, "steps": 300, "model_name": "books-128", "hook_name": HOOK}
+K = 16
+RATES = (5e-4, 2e-3, 8e-3, 3.2e-2)
+"""Learning rates that both are trained at: one rate is not the same step for rows of norm 1 as for rows that start at
+norm 0.1, so each is judged at its own best."""
 
 
 def thresher(*arguments: str | Path, cwd: Path) -> None:
@@ -38,12 +41,12 @@ def main(out: Path) -> None:
     rows = out / "rows.safetensors"
     with CacheReader.open(cache) as reader:
         save_file({"x": reader.gather("train", SITE, np.arange(reader.rows("train")))}, rows)
-    for k in KS:
-        settings, made = out / f"saelens-k{k}.json", out / f"saelens-k{k}"
-        settings.write_text(json.dumps(SETTINGS | {"k": k, "seed": 0}))
+    for rate in RATES:
+        name = f"saelens-batchtopk-lr{rate:g}"
+        settings, made = out / f"{name}.json", out / name
+        settings.write_text(json.dumps(SETTINGS | {"k": K, "lr": rate, "seed": 0}))
         print(environments.run("saelens", "train_saelens.py", [rows, settings, made]))
-        arguments = ["--cache", cache, "--runs", runs, "--name", f"saelens-batchtopk-k{k}"]
-        thresher("import", made, RECIPE, "--from", "saelens", *arguments, cwd=out)
+        thresher("import", made, RECIPE, "--from", "saelens", "--cache", cache, "--runs", runs, "--name", name, cwd=out)
     thresher("evaluate", runs, "--cache", cache, "--out", out / "report", "--set", "evaluate.tokens=10000", cwd=out)
 
 
