@@ -90,7 +90,8 @@ def check_command(words: list[str], under: str = "") -> None:
             return
         name, group = f"{name} {words[0]}".strip(), group.commands[words.pop(0)]
     assert name.startswith(under)
-    given = group.make_context(name, words).params  # raises for an option that is not there
+    with group.make_context(name, words) as context:  # raises for an option that is not there; gives stdout back
+        given = context.params
     for parameter in group.params:
         value = given.get(parameter.name or "")
         if "RECIPE" in (getattr(parameter, "metavar", None) or "") and value:
