@@ -100,6 +100,13 @@ class Roster:
             stop.requested |= self.fault is not None  # one that came between the two lines
             yield stop
 
+    def meeting_place(self, name: str) -> "Store":
+        """A part of the job's store, for process groups of the same ranks."""
+        from torch.distributed import PrefixStore
+
+        assert self._store is not None, "a rank alone meets nobody"
+        return PrefixStore(name, self._store)
+
     def tell(self, name: str, text: str) -> None:
         """From rank 0 to all others."""
         if self._store is not None:

@@ -8,6 +8,7 @@ TABLES = {
     "harvest": "thresher.harvest.settings:HarvestConfig",
     "dictionary": "thresher.train.dictionary.spec:DictionaryConfig",
     "train": "thresher.train.config:TrainConfig",
+    "parallel": "thresher.train.mesh:ParallelConfig",
     "evaluate": "thresher.evaluate.run:EvaluateConfig",
     "pretrain": "thresher.harvest.pretraining.settings:PretrainConfig",
     "reference": "thresher.recipes.reference:ReferenceConfig",
