@@ -161,6 +161,8 @@ def _pages(
     if not wanted:
         yield None
         return
+    from rich.progress import Progress
+
     from thresher.cache.errors import UserError
     from thresher.interop import circuit_tracer, feature_pages
     from thresher.interop.adapting import Caches
@@ -179,8 +181,14 @@ def _pages(
         def add(part: "Written") -> Path:
             own = [c for c in configs if c["name"] in part.runs]
             own = [c for c in own if c["group"] == part.path.name] or own  # two sets may have names in common
-            with out.status(f"pages of {part.path.name}"):
-                feature_pages.add_pages(part.path, caches.of(own[0]), word)
+            with Progress(console=out, transient=True) as progress:
+                task = progress.add_task(f"pages of {part.path.name}", total=None)
+                feature_pages.add_pages(
+                    part.path,
+                    caches.of(own[0]),
+                    word,
+                    advance=lambda done, of: progress.update(task, completed=done, total=of),
+                )
             out.print(f"{part.path / feature_pages.FOLDER}  pages", highlight=False, soft_wrap=True)
             return part.path / feature_pages.FOLDER
 

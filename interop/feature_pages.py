@@ -10,8 +10,11 @@ of the active ones. Left out: the logits that a latent promotes, which need the 
 """
 
 import gzip
+import itertools
 import json
+import shutil
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,11 +57,18 @@ class Text(NamedTuple):
     """By context, without its padding."""
 
 
-def add_pages(folder: Path, source: CacheReader, word: Callable[[int], str], rows: int = ROWS) -> list[Path]:
+def add_pages(
+    folder: Path,
+    source: CacheReader,
+    word: Callable[[int], str],
+    rows: int = ROWS,
+    advance: Callable[[int, int], object] = lambda done, of: None,
+) -> list[Path]:
     """Write the pages of a directory of circuit-tracer, from about `rows` held-out tokens of its target's cache.
 
-    `word`: the text of a token id. Raises UserError for a directory that is none, for sites and widths that the cache
-    does not have, and for dictionaries that count their latents, whose codes no single latent knows.
+    They are there when all are written, and not before. `word`: the text of a token id; `advance` is told how many
+    latents are done, and of how many. Raises UserError for a directory that is none, for sites and widths that the
+    cache does not have, and for dictionaries that count their latents, whose codes no single latent knows.
     """
     found = [foreign.readings[0].dictionary for foreign in circuit_tracer.read(folder)]
     layers = [(each, s) for each in found for s in range(len(each.sources))]
@@ -72,16 +82,21 @@ def add_pages(folder: Path, source: CacheReader, word: Callable[[int], str], row
             )
     split = held_out_split(source)
     text = text_of(source, split, word, rows)
-    out = folder / FOLDER
-    out.mkdir(exist_ok=True)
-    index, written = [], []
-    for layer, ((each, s), site) in enumerate(zip(layers, sites, strict=True)):
-        file = out / f"layer_{layer}.bin"
-        x_nD = source.gather(split, site.name, text.rows)
-        index.append({"filename": file.name, "offsets": _layer(file, each, s, x_nD, text)})
-        written.append(file)
-    (out / INDEX).write_bytes(gzip.compress(json.dumps(index).encode()))
-    return [*written, out / INDEX]
+    whole, done = sum(each.n_latents for each, _ in layers), itertools.count(1)
+    index: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix=f".{FOLDER}.", dir=folder) as made:
+        for layer, ((each, s), site) in enumerate(zip(layers, sites, strict=True)):
+            x_nD = source.gather(split, site.name, text.rows)
+            file = Path(made) / f"layer_{layer}.bin"
+            offsets = _layer(file, each, s, x_nD, text, lambda: advance(next(done), whole))
+            index.append({"filename": file.name, "offsets": offsets})
+        (Path(made) / INDEX).write_bytes(gzip.compress(json.dumps(index).encode()))
+        out = folder / FOLDER
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        for entry in sorted(Path(made).iterdir(), key=lambda file: file.name == INDEX):
+            entry.rename(out / entry.name)  # the index last: without it the viewer finds nothing
+    return [out / entry["filename"] for entry in index] + [out / INDEX]
 
 
 def text_of(source: CacheReader, split: str, word: Callable[[int], str], rows: int) -> Text:
@@ -105,13 +120,16 @@ def text_of(source: CacheReader, split: str, word: Callable[[int], str], rows: i
     return Text(chosen, context, position, place, words)
 
 
-def _layer(file: Path, dictionary: Canonical, source: int, x_nD: Tensor, text: Text) -> list[int]:
-    """Write one layer's latents; where each begins, and where the last ends."""
+def _layer(
+    file: Path, dictionary: Canonical, source: int, x_nD: Tensor, text: Text, advance: Callable[[], object]
+) -> list[int]:
+    """Write one layer's latents; where each begins, and where the last ends. `advance`: called after each."""
     offsets = [0]
     with file.open("wb") as handle:
         for latent, z_n in _by_latent(dictionary, source, x_nD):
             packed = zlib.compress(json.dumps(page(z_n, latent, file.stem, text), ensure_ascii=False).encode())
             offsets.append(offsets[-1] + handle.write(struct.pack("<I", len(packed)) + packed))
+            advance()
     return offsets
 
 

@@ -153,6 +153,26 @@ def test_the_cache_has_to_be_the_targets(
     assert not (tmp_path / "features").exists()
 
 
+def test_pages_that_were_stopped_leave_those_before_them_and_nothing_else(
+    made: Made, facts: Mapping[str, Any], told: CacheReader, tmp_path: Path
+) -> None:
+    circuit_tracer.write(tmp_path, [Exported(made("clt", "threshold"), facts)])
+    counts: list[tuple[int, int]] = []
+    before = {file.name: file.read_bytes() for file in feature_pages.add_pages(tmp_path, told, str)}
+    files = {file.name for file in tmp_path.iterdir()}
+
+    def stop(done: int, of: int) -> None:
+        counts.append((done, of))
+        if done > LATENTS:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        feature_pages.add_pages(tmp_path, told, lambda token: "other", advance=stop)
+    assert counts == [(done + 1, 3 * LATENTS) for done in range(LATENTS + 1)]
+    assert {file.name for file in tmp_path.iterdir()} == files
+    assert {file.name: file.read_bytes() for file in (tmp_path / "features").iterdir()} == before
+
+
 def run_of(place: Path, dictionary: Canonical, told: CacheReader, facts: Mapping[str, Any], **cache: Any) -> Path:
     """A run directory of the cache `told`, `cache` said otherwise."""
     run = finished(place, dictionary, facts)
