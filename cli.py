@@ -3,13 +3,14 @@
 Heavy imports sit inside the commands, so `thresher --help` is quick.
 """
 
+import faulthandler
 import itertools
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -18,11 +19,11 @@ import typer
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.process import prepare_process
-from thresher.cache.world import World, from_environment
 from thresher.commands import cache, demo, document, evaluate, harvest, interop, recipes, sharing, target, train
-from thresher.commands.options import err, examples
+from thresher.commands.options import complain, examples, place
 
 _GRACE_SECONDS = 3.0
+_EXIT_SECONDS = 20.0
 
 app = typer.Typer(
     help="Harvest a transformer's activations once, train every sparse dictionary from them, judge all of them "
@@ -105,22 +106,21 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def _fail(word: str, error: Exception, code: int, debug: bool) -> NoReturn:
     if debug:
         raise error
-    world = _place()
+    world = place()
     if not world.speaks:
         _leave_it_to_the_first(error, code)
         word = f"{world}: {word}"
-    err.print(f"[bold red]{word}:[/] ", end="")
-    err.print(str(error), markup=False, highlight=False)
-    if document.FLAG in sys.argv and world.speaks:
-        document.write_error(str(error))
+    complain(str(error), word)
+    if not world.alone:
+        _leave_within(_EXIT_SECONDS)
     sys.exit(code)
 
 
-def _place() -> World:
-    """This process among those of its job; what is wrong with the environment has been said by then."""
-    with suppress(UserError):
-        return from_environment()
-    return World()
+def _leave_within(seconds: float) -> None:
+    """End the process by then even if an exchange with other ranks that never ends keeps it; that needs no Python."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        faulthandler.dump_traceback_later(seconds, exit=True, file=os.open(os.devnull, os.O_WRONLY))
 
 
 def _leave_it_to_the_first(error: Exception, code: int) -> None:

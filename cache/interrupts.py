@@ -5,18 +5,34 @@ import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error: the work was saved
     """The user asked to stop and the stage stopped whole; the text says how to go on."""
 
 
-@dataclass
 class StopFlag:
-    """Set by the first signal; read by the loop."""
+    """Set by the first signal; read by the loop between two steps.
 
-    requested: bool = False
+    So reading it is also how a loop shows that it gets on: where several ranks work together, one whose loop has
+    stopped reading is found out (progress.py).
+    """
+
+    def __init__(self, requested: bool = False) -> None:
+        self.raised = requested
+        """Whether it is set; asking this counts as no progress, which suits a loop that waits for something."""
+        self.reads = 0
+        """How often `requested` was read."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether to save and end."""
+        self.reads += 1
+        return self.raised
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        self.raised = value
 
 
 ECHO_SECONDS = 2.0

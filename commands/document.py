@@ -51,8 +51,8 @@ def write(result: object) -> None:
 
 
 def write_error(text: str) -> None:
-    """The document of a command that failed; to be called after the command has given standard output back."""
-    print(json.dumps({"error": text}, ensure_ascii=False), flush=True)
+    """The document of a command that failed."""
+    print(json.dumps({"error": text}, ensure_ascii=False), file=_Aside.file, flush=True)
 
 
 def plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from thresher.commands.options import (
     RunsPath,
     Wandb,
     WandbMode,
+    complain,
     examples,
     on_device,
     out,
@@ -178,7 +179,7 @@ def judge(
     from thresher.cache.roster import meet
     from thresher.evaluate.report import print_table, write_report
 
-    with meet("evaluate", "The same command goes on from there.") as roster:
+    with meet("evaluate", "The same command goes on from there.", say=complain) as roster:
         results = measure(paths, tables, target, cache, report, own, roster)
     if results is None:
         raise typer.Exit

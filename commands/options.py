@@ -1,5 +1,7 @@
 """Options that commands share, the examples below their help, and the two consoles they print to."""
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from thresher.cache.errors import UserError
-from thresher.cache.world import from_environment
-from thresher.commands import completion
+from thresher.cache.world import World, from_environment
+from thresher.commands import completion, document
 
 out = Console()
 """Writes to whatever is standard output at the moment: under `--json` that is standard error (document.py)."""
@@ -68,6 +70,21 @@ def examples(*lines: str) -> str:
 def on_device(assignments: list[str] | None, device: str | None) -> list[str] | None:
     """`assignments`, and `--device` as the one for target.device."""
     return assignments if device is None else [*(assignments or []), f"target.device={device}"]
+
+
+def complain(text: str, word: str = "error") -> None:
+    """Tell the user what has gone wrong, for scripts too where this is the process that speaks."""
+    err.print(f"[bold red]{word}:[/] ", end="")
+    err.print(text, markup=False, highlight=False)
+    if document.FLAG in sys.argv and place().speaks:
+        document.write_error(text)
+
+
+def place() -> World:
+    """This process among those of its job; alone where the environment is wrong, which others complain of."""
+    with suppress(UserError):
+        return from_environment()
+    return World()
 
 
 def refuse_several(what: str, why: str, remedy: str) -> None:

@@ -15,6 +15,7 @@ from thresher.commands.options import (
     RunsPath,
     Wandb,
     WandbMode,
+    complain,
     examples,
     out,
     refuse_several,
@@ -95,7 +96,7 @@ def train_recipe(
             "Harvest a cache (without harvest.window_gb) to train from several processes, or run one.",
         )
     with (
-        meet("train", "Run the same command with --resume to go on from there.") as roster,
+        meet("train", "Run the same command with --resume to go on from there.", say=complain) as roster,
         open_source(recipe, cache, live) as source,
     ):
         plans = plans_of(recipe, source.sites)

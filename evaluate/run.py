@@ -198,7 +198,8 @@ def _measure(
     causality = check_causality(target, replacements, text)
     if not roster.world.speaks:
         roster.hear("learned")  # what rank 0 has learned is in the store then
-    fitted = learned(replacements, target, training, config.training_tokens, store)
+    with roster.phase("fitting the baselines"):
+        fitted = learned(replacements, target, training, config.training_tokens, store)
     if roster.world.speaks:
         roster.tell("learned", "")
     beside = baselines(replacements, target, fitted, config.neurons)

@@ -278,7 +278,7 @@ def passes(
         split=split,
         end=available // batch_rows * batch_rows,
         device=device,
-        interrupted=lambda: stop.requested,
+        interrupted=lambda: stop.raised,
     )
     try:
         for index, batch in enumerate(batches):

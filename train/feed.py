@@ -110,7 +110,7 @@ def _batches(jobs: Sequence[Job], stream: Stream, steps_left: int, on: Shared) -
         end=stream.start + rows_left,
         device=on.device,
         tier=tier,
-        interrupted=lambda: on.stop.requested,
+        interrupted=lambda: on.stop.raised,
     )
 
 

@@ -120,10 +120,11 @@ def train(
     with ExitStack() as stack, roster.interrupts() as stop, Crew(where) as crew, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         workspace = Workspace()
-        jobs = [
-            _open(plan, config, out / plan.name, origins[plan.name], reader, where, workspace, wandb, stack, target)
-            for plan, config in todo
-        ]
+        with roster.phase("opening the runs"):
+            jobs = [
+                _open(plan, config, out / plan.name, origins[plan.name], reader, where, workspace, wandb, stack, target)
+                for plan, config in todo
+            ]
         streams: dict[Stream, list[Job]] = {}
         shared = Shared(reader, where, crew, stop, console, profile)
         for job in jobs:

@@ -116,6 +116,9 @@ def test_a_rank_that_never_comes_is_not_waited_for_without_end() -> None:
 
 def test_a_store_that_is_gone_ends_the_job() -> None:
     class Gone(HashStore):
+        def clone(self) -> "Gone":
+            return self
+
         def add(self, key: str, amount: int) -> int:
             raise RuntimeError("Connection reset by peer")
 

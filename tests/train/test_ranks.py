@@ -168,7 +168,7 @@ def test_an_unfinished_run_needs_resume_on_every_number_of_ranks(
     assert weights(tmp_path) == weights(whole)
 
 
-KILLED = """
+HARMED = """
 import os, signal, sys, time
 from pathlib import Path
 from rich.console import Console
@@ -176,11 +176,12 @@ from tests.train.test_ranks import sweep
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
-from thresher.cache.roster import meet
+from thresher.cache.progress import Bounds
+from thresher.cache.roster import Roster, meet
 from thresher.train.fit import Fit
 from thresher.train.run import train
 
-cache, out = CacheReader.open(Path(sys.argv[1])), Path(sys.argv[2])
+cache, out, harm = CacheReader.open(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
 reached = out.with_name("reached")
 step = Fit.step
 
@@ -189,15 +190,18 @@ def watched(self, *arguments):
         if roster.world.rank == 1:
             while not reached.exists():
                 time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGKILL)
+            if harm == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
         reached.touch()
         while not roster.stopping:
             time.sleep(0.01)
     return step(self, *arguments)
 
 Fit.step = watched
+met = meet("train", "")
 try:
-    with meet("train", "") as roster:
+    with Roster(met.world, met._store, beat_s=0.2, grace_s=6.0, bounds=Bounds(2.0, 60.0), again="") as roster:
         resume = roster.world.restarts > 0
         train(sweep(cache), cache, out=out, device="cpu", console=Console(), roster=roster, resume=resume)
 except (Interrupted, UserError) as error:
@@ -205,23 +209,27 @@ except (Interrupted, UserError) as error:
 """
 
 
-def torchrun(folder: Path, cache: CacheReader, restarts: int) -> subprocess.CompletedProcess[str]:
-    """The sweep on two ranks into `folder`/runs; in the first attempt the second rank dies at its step 20."""
-    script = folder / "killed.py"
-    script.write_text(KILLED)
+def torchrun(folder: Path, cache: CacheReader, restarts: int, harm: str) -> subprocess.CompletedProcess[str]:
+    """The sweep on two ranks into `folder`/runs; in the first attempt the second rank dies or hangs at its step 20."""
+    script = folder / "harmed.py"
+    script.write_text(HARMED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     root = str(Path(__file__).parent.parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    line = [sys.executable, *launch, str(script), str(cache.path), str(folder / "runs")]
+    line = [sys.executable, *launch, str(script), str(cache.path), str(folder / "runs"), harm]
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, timeout=120)
-    assert f"exitcode: -{int(signal.SIGKILL)}" in done.stderr, done.stderr
+    if harm == "kill":
+        assert f"exitcode: -{int(signal.SIGKILL)}" in done.stderr, done.stderr
+    else:
+        assert done.stderr.count("Rank 1 of 2 hangs: it has made no progress for ") == 1, done.stderr
     return done
 
 
-def test_the_others_save_and_end_when_a_rank_is_killed_and_any_number_of_ranks_goes_on(
-    cache: CacheReader, whole: Path, tmp_path: Path, console: Console
+@pytest.mark.parametrize("harm", ["kill", "hang"])
+def test_the_others_save_and_end_when_a_rank_comes_to_harm_and_any_number_of_ranks_goes_on(
+    cache: CacheReader, whole: Path, tmp_path: Path, console: Console, harm: str
 ) -> None:
-    done = torchrun(tmp_path, cache, 0)
+    done = torchrun(tmp_path, cache, 0, harm)
     assert done.returncode != 0
     assert "Training stopped at step" in done.stderr
     runs = tmp_path / "runs"
@@ -233,10 +241,11 @@ def test_the_others_save_and_end_when_a_rank_is_killed_and_any_number_of_ranks_g
 
 
 @pytest.mark.long
-def test_torchrun_starts_anew_after_a_kill_and_comes_to_the_same_bits(
-    cache: CacheReader, whole: Path, tmp_path: Path
+@pytest.mark.parametrize("harm", ["kill", "hang"])
+def test_torchrun_starts_anew_after_harm_and_comes_to_the_same_bits(
+    cache: CacheReader, whole: Path, tmp_path: Path, harm: str
 ) -> None:
-    done = torchrun(tmp_path, cache, 1)
+    done = torchrun(tmp_path, cache, 1, harm)
     assert done.returncode == 0, done.stderr
     assert "All 5 dictionaries" in done.stdout
     assert weights(tmp_path / "runs") == weights(whole)
