@@ -5,12 +5,13 @@ still for `stall_s` before it counts as hung. It may for `phase_s` in a phase th
 first sign, and where it waits in a collective: there it is some other rank that does not come.
 """
 
+import faulthandler
 import os
-import sys
+import re
+import tempfile
 import threading
 import time
-import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -22,6 +23,7 @@ STALL_VARIABLE = "THRESHER_STALL_SECONDS"
 _STALL_SECONDS = 600.0
 """No step, no batch of an evaluation and no forward pass takes ten minutes."""
 _PHASE_SECONDS = 3600.0
+_WORTH_A_LOOK_SECONDS = 10.0
 _OURS = str(Path(__file__).parent.parent) + os.sep
 _WAITING = (os.sep + "threading.py", os.sep.join(("", "torch", "autograd", "graph.py")))
 """Where a thread is that waits for another of its process."""
@@ -105,6 +107,8 @@ class Progress:
         signs, passed = self._before + self._flag.reads, min(now - self._looked, at_most_s)
         self._looked, self._still_s = now, 0.0 if signs != self._seen else self._still_s + passed
         self._seen = signs
+        if self._still_s <= min(self._bounds.stall_s, _WORTH_A_LOOK_SECONDS) / 2:
+            return Still(self._still_s, "at work", False, False)
         phases = self._phases[1:] if signs else self._phases
         where, waits = _place(self._thread)
         where += f", {phases[-1]}" if phases else ""
@@ -117,24 +121,46 @@ def _place(thread: int) -> tuple[str, bool]:
 
     It does in a collective, and where it waits for another thread of ours, or of autograd's, that is in one.
     """
-    frames = sys._current_frames()
-    frame = frames.get(thread)
-    if frame is None:
+    calls = _calls_by_thread()
+    if not calls.get(thread):
         return "at its end", False
-    where, waits = _innermost(frame)
-    if not waits and frame.f_code.co_filename.endswith(_WAITING):
-        waits = any(_innermost(other)[1] for which, other in frames.items() if which != thread)
+    where, waits = _innermost(calls[thread])
+    if not waits and calls[thread][0].file.endswith(_WAITING):
+        waits = any(_innermost(other)[1] for which, other in calls.items() if which != thread and other)
     return where, waits
 
 
-def _innermost(at: types.FrameType) -> tuple[str, bool]:
+class _Call(NamedTuple):
+    file: str
+    line: str
+    name: str
+
+
+def _calls_by_thread() -> dict[int, list[_Call]]:
+    """The calls that every thread is in, the innermost first.
+
+    From faulthandler, which takes no lock: `sys._current_frames` takes the interpreter's, and what is to find a
+    process that hangs must not be able to hang it.
+    """
+    with tempfile.TemporaryFile() as told:
+        faulthandler.dump_traceback(told, all_threads=True)
+        told.seek(0)
+        lines = told.read().decode(errors="replace").splitlines()
+    found: dict[int, list[_Call]] = {}
+    calls: list[_Call] = []
+    for line in lines:
+        if head := re.match(r"(?:Current t|T)hread (0x[0-9a-f]+)", line):
+            calls = found.setdefault(int(head[1], 16), [])
+        elif call := re.match(r'  File "(.*)", line (\S+) in (.*)', line):
+            calls.append(_Call(*call.groups()))
+    return found
+
+
+def _innermost(calls: Sequence[_Call]) -> tuple[str, bool]:
     """The innermost call of ours, else of anybody, and whether it is in a collective."""
-    frame: types.FrameType | None = at
-    waits, innermost = False, f"in {at.f_code.co_name} ({Path(at.f_code.co_filename).name}:{at.f_lineno})"
-    while frame is not None:
-        file = frame.f_code.co_filename
+    waits = False
+    for file, line, name in calls:
         if file.startswith(_OURS) and "site-packages" not in file.removeprefix(_OURS):
-            return f"in {frame.f_code.co_name} ({file.removeprefix(_OURS)}:{frame.f_lineno})", waits
+            return f"in {name} ({file.removeprefix(_OURS)}:{line})", waits
         waits |= _COLLECTIVES in file
-        frame = frame.f_back
-    return innermost, waits
+    return f"in {calls[0].name} ({Path(calls[0].file).name}:{calls[0].line})", waits

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import ECHO_SECONDS, Interrupted, StopFlag, deferred_interrupts
@@ -97,7 +97,7 @@ class Roster:
             self._progress = Progress(self._bounds)
             self._progress.follow(self._stop)
             # A connection of its own: on one that is shared, whoever waits for a key keeps all others waiting.
-            store = self._store.clone()
+            store: Store = cast(Any, self._store).clone()
             watch = threading.Thread(target=self._keep_watch, args=(store,), name="thresher-roster", daemon=True)
             self._threads = [watch, threading.Thread(target=self._guard, name="thresher-guard", daemon=True)]
             for thread in self._threads:

@@ -18,10 +18,11 @@ from rich.filesize import decimal
 
 from thresher.cache.claims import Shard
 from thresher.cache.contracts import Site
-from thresher.cache.interrupts import Interrupted, deferred_interrupts
+from thresher.cache.interrupts import ECHO_SECONDS, Interrupted, deferred_interrupts
 from thresher.cache.locks import Lock
 from thresher.cache.plan import Extends, Plan, estimate_memory
 from thresher.cache.ring import RingKeeper
+from thresher.cache.world import from_environment
 from thresher.cache.writer import CacheWriter, ShardWriter
 from thresher.harvest.corpus import Corpus
 from thresher.harvest.feeder import Feeder
@@ -243,7 +244,7 @@ def _fill(
     """Fill shard after shard; returns the number of tokens that went through the model."""
     tokens = 0
     with (
-        deferred_interrupts() as stop,
+        deferred_interrupts(0.0 if from_environment().alone else ECHO_SECONDS) as stop,
         Feeder(model.device) as feeder,
         Meter(writer, console) as meter,
     ):

@@ -159,12 +159,12 @@ def test_who_waits_in_a_collective_is_not_to_blame(tmp_path: Path) -> None:
     event, made, ready = threading.Event(), [], threading.Event()
 
     def work() -> None:
-        made.append(Progress(Bounds()))
+        made.append(Progress(Bounds(0.02)))
         ready.set()
         scope["all_reduce"](event)  # type: ignore[operator]
 
     def wait_for(thread: threading.Thread) -> None:
-        made.append(Progress(Bounds()))
+        made.append(Progress(Bounds(0.02)))
         thread.join()
 
     worker = threading.Thread(target=work, daemon=True)

@@ -1,5 +1,6 @@
-"""Small trained runs of every variant (zoo.toml), made once below .parity/."""
+"""Small trained runs of every variant (zoo.toml), made once below .parity/, by whichever test process comes first."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -14,18 +15,27 @@ ZOO = FOLDER / "zoo"
 CACHE, RUNS = ZOO / "cache", ZOO / "runs"
 
 
+def _make(recipe: Path) -> None:
+    """Harvest and train, unless this recipe's zoo is there; for one process at a time."""
+    ready = ZOO / "ready"
+    if ready.is_file() and ready.read_text() == recipe.read_text():
+        return
+    shutil.rmtree(ZOO, ignore_errors=True)
+    ZOO.mkdir(parents=True)
+    for command in ("harvest", "train"):
+        further = ["--runs", str(RUNS)] if command == "train" else []
+        arguments = [command, str(recipe), "--cache", str(CACHE), *further]
+        subprocess.run([sys.executable, "-m", "thresher", *arguments], check=True, env=dict(os.environ), cwd=ZOO)
+    ready.write_text(recipe.read_text())
+
+
 def runs() -> Mapping[str, list[Path]]:
     """Run directories by the name of their block in zoo.toml, in the order of layers. Trains what is not there."""
     recipe = HERE / "zoo.toml"
-    ready = ZOO / "ready"
-    if not ready.is_file() or ready.read_text() != recipe.read_text():
-        shutil.rmtree(ZOO, ignore_errors=True)
-        ZOO.mkdir(parents=True)
-        for command in ("harvest", "train"):
-            further = ["--runs", str(RUNS)] if command == "train" else []
-            arguments = [command, str(recipe), "--cache", str(CACHE), *further]
-            subprocess.run([sys.executable, "-m", "thresher", *arguments], check=True, env=dict(os.environ), cwd=ZOO)
-        ready.write_text(recipe.read_text())
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "zoo.lock").open("w") as lock:  # beside the zoo, which is removed
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _make(recipe)
     found: dict[str, list[Path]] = {}
     for path in sorted(RUNS.iterdir()):
         group = str(read_config(path)["group"])  # swept lists stand behind the block's name
