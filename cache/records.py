@@ -159,6 +159,8 @@ def _spelled(hint: Any) -> str:
         return " | ".join(_spelled(arg) for arg in args if arg is not type(None))
     if origin is tuple:
         return f"list of {_spelled(args[0])}"
+    if origin is dict:
+        return f"table of {_spelled(args[1])}"
     if hint in (float, int, str, bool):
         return {float: "number", int: "integer", str: "string", bool: "true | false"}[hint]
     return getattr(hint, "__name__", str(hint))
@@ -183,6 +185,9 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     elif origin is tuple:
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(_checked(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {str(key): _checked(item, args[1], f"{where}.{key}") for key, item in value.items()}
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)

@@ -92,6 +92,11 @@ def target_on(recipe: "Recipe", device: str) -> "TransformerTarget":
 
     from thresher.harvest.target import load_target
 
+    if recipe.tables["target"].device_map != "none":
+        raise UserError(
+            "target.device_map is set, and training through the language model needs it whole on the device of the "
+            "training. Leave target.device_map out (--set target.device_map=none), or set train.objective = 'local'."
+        )
     return load_target(dataclasses.replace(recipe.tables["target"], device=device))
 
 

@@ -139,6 +139,6 @@ def editing(edit: Edit, shape: tuple[int, ...], where: str) -> Visit:
         if new is None:
             return None
         assert new.numel() == x.numel(), f"an edit of {where} returned {list(new.shape)} for {list(x.shape)}"
-        return new.view(x.shape).to(x.dtype)
+        return new.view(x.shape).to(x)
 
     return visit

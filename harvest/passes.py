@@ -81,7 +81,7 @@ def threads_per_pass() -> int:
 
 def workers_for(model: TransformerTarget, threads: int | None = None) -> int:
     """Passes that run at a time: on a CPU one per core or per so many `threads`, up to a limit; on a GPU one."""
-    if model.device.type != "cpu":
+    if model.device.type != "cpu" or model.spread:
         return 1
     return max(1, min(torch.get_num_threads() // (threads or threads_per_pass()), MOST_REPLICAS))
 
@@ -93,7 +93,7 @@ class Passes:
         """`threads` of each pass on a CPU; None: `threads_per_pass`."""
         self._model, self.sites = model, tuple(sites)
         self._threads = torch.get_num_threads()
-        self._workers = workers_for(model, threads) if model.device.type == "cpu" else 0
+        self._workers = workers_for(model, threads) if model.device.type == "cpu" and not model.spread else 0
         self._rooms, self._memory = Rooms(), ExitStack()
         if self._workers:
             self._idle: queue.SimpleQueue[TransformerTarget] = queue.SimpleQueue()

@@ -48,7 +48,8 @@ def fuse_gelu(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_pretrained(path: Path, dtype: torch.dtype, name: str) -> Any:
+def load_pretrained(path: Path, dtype: torch.dtype, name: str, **spread: Any) -> Any:
+    """The model of a directory; `spread` are what `from_pretrained` is told of devices (spreading.py)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -56,11 +57,11 @@ def load_pretrained(path: Path, dtype: torch.dtype, name: str) -> Any:
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(f"target.model {name!r} is an encoder-decoder; expected a causal language model.")
         try:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **spread)
         except ValueError as error:
             if "attention" not in str(error):
                 raise
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", **spread)
     except UserError:
         raise
     except Exception as error:

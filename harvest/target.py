@@ -12,7 +12,8 @@ adds, and `mlp_in` and `mlp_hidden` must be what the MLP's first and last matrix
 rather than guessed.
 
 Contexts are run without an attention mask: full ones need none under a causal model, and padding on the right is
-behind every real token. Left out: left padding, models split over several devices, encoder-decoder models.
+behind every real token. Left out: left padding, encoder-decoder models. A
+model may be spread over devices (spreading.py).
 """
 
 import copy
@@ -28,6 +29,7 @@ from torch import Tensor
 from thresher.cache.contracts import Edit, MLPMatrices, Overwriting, Site
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
+from thresher.harvest import spreading
 from thresher.harvest.checkpoint import (
     commit_of,
     digest,
@@ -70,7 +72,13 @@ class TargetConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto: a GPU if there is one."""
 
+    device_map: str | dict[str, str | int] = spreading.WHOLE
+    """For a model larger than one GPU. auto, balanced, balanced_low_0, sequential: over all GPUs that there are, and
+    the CPU's memory behind them, as transformers divides it; or a table of modules and where they lie: a GPU's number,
+    cpu or disk. none: all of it on `device`."""
+
     def __post_init__(self) -> None:
+        spreading.check_map(self.device_map)
         if not self.model:
             raise UserError("target.model is empty; expected a hub name, a directory, or bundled:books-128.")
 
@@ -123,11 +131,18 @@ def load_target(config: TargetConfig) -> "TransformerTarget":
     path = locate(config.model, config.revision)
     model: Any
     if is_simple_mlp(folder_of(path)):
+        if config.device_map != spreading.WHOLE:
+            raise UserError(
+                f"target.device_map is set, and {config.model!r} is a LlamaSimpleMLP, which is loaded whole. Leave it "
+                "out."
+            )
         model = load_simple_mlp(folder_of(path), weight_files(path)).to(dtype)
     else:
         with quiet():
-            model = fuse_gelu(load_pretrained(path, dtype, config.model))
-    return TransformerTarget(model.to(device), name=config.model, identity=identity)
+            spread = spreading.settings(config.device_map)
+            model = fuse_gelu(load_pretrained(path, dtype, config.model, **spread))
+    model = model if config.device_map != spreading.WHOLE else model.to(device)
+    return TransformerTarget(model, name=config.model, identity=identity)
 
 
 class TransformerTarget:
@@ -137,6 +152,8 @@ class TransformerTarget:
     def __init__(self, model: Any, *, name: str, identity: Mapping[str, object] | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         """It keeps its own modules."""
+        self.spread = spreading.is_spread(model)
+        """Whether its modules lie on several devices; what is recorded comes together on the first of them."""
         self.name = name
         self.identity: Mapping[str, object] = dict(identity or {"model": name})
         with quiet():
@@ -151,8 +168,8 @@ class TransformerTarget:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.get_input_embeddings().weight.device
+        """Where the weights are; of a model that is spread, where its inputs go."""
+        return spreading.first_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,6 +183,8 @@ class TransformerTarget:
 
     def mlp_matrices(self, layer: int) -> MLPMatrices:
         """As `contracts.Target.mlp_matrices`."""
+        if self.spread:
+            raise UserError("target.device_map is set, and an MLP that is decomposed must lie whole on one device.")
         return read_matrices(self.model, self.structure, layer)
 
     def sites(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> tuple[Site, ...]:
@@ -201,7 +220,7 @@ class TransformerTarget:
         visits = [(point, taking(taken, point, shape, last_of=len(wanted), keep=keep)) for point in wanted]
         with torch.inference_mode(), attached(self.model, visits), suppress(PassEnded):
             self._run(tokens)
-        return {name: taken[point] for name, point in points.items()}
+        return {name: taken[point].to(self.device) for name, point in points.items()}
 
     def logits(self, tokens: Tensor, edits: Mapping[str, Edit] | None = None) -> Tensor:
         """As `contracts.Target.logits`. An edit of `resid_mid` changes both what the second norm reads and what the
@@ -215,6 +234,8 @@ class TransformerTarget:
 
     def _overwritten(self, edits: Mapping[str, Edit]) -> dict[str, Tensor]:
         """MLPs whose output is overwritten and that nobody looks into: the positions they still must compute."""
+        if self.spread:
+            return {}
         points = {name: self._point(name) for name in edits}
         return {
             points[name].module: edit.elsewhere
@@ -227,6 +248,7 @@ class TransformerTarget:
 
     def replica(self) -> "TransformerTarget":
         """The same model with modules of its own and the weights shared, for passes in another thread."""
+        assert not self.spread, "its passes move the weights that they would share"
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model, shared)
@@ -256,6 +278,8 @@ class TransformerTarget:
         lasts: list[tuple[Point, Visit]] = []
         for name in ordered:
             located, edit = self._located[name], edits[name]
+            if self.spread:
+                edit = _brought(edit, self.device)
             if located.tap == "resid_mid":
                 taps = self.structure.table.taps
                 if (located.layer, "mlp_out") not in taps:
@@ -278,7 +302,8 @@ class TransformerTarget:
         with torch.inference_mode(), attached(self.model, visits):
             self._run(tokens)
         self._shapes = {point: tuple(x.shape) for point, x in taken.items()}
-        self._faults = tap_faults(self.structure, taken) | hidden_faults(self.structure, self.model, taken)
+        together = {point: x.to(self.device) for point, x in taken.items()}
+        self._faults = tap_faults(self.structure, together) | hidden_faults(self.structure, self.model, taken)
 
     def _check(self, located: Located) -> None:
         shape = self._shapes.get(located.point)
@@ -293,6 +318,11 @@ class TransformerTarget:
                 "guessed. Choose another tap, or name the tensor that you mean by its hook, such as "
                 "blocks.*.mlp.hook_out."
             )
+
+
+def _brought(edit: Edit, device: torch.device) -> Edit:
+    """The edit of a tensor that may lie elsewhere, on this device."""
+    return lambda x: edit(x.to(device))
 
 
 def _keeping(edit: Edit, kept: list[Tensor]) -> Edit:
@@ -312,7 +342,7 @@ def _summing(kept: list[Tensor], shape: tuple[int, ...]) -> Visit:
 
     def visit(x: Tensor) -> None:
         if kept:
-            kept.append(kept.pop().to(x.dtype) + batched(x, shape))
+            kept.append(kept.pop().to(x) + batched(x, shape))
 
     return visit
 
@@ -321,7 +351,7 @@ def _replacing(kept: list[Tensor]) -> Visit:
     """Put the kept sum in the place of the block's output."""
 
     def visit(x: Tensor) -> Tensor | None:
-        return kept.pop().view(x.shape) if kept else None
+        return kept.pop().to(x.device).view(x.shape) if kept else None
 
     return visit
 
