@@ -12,11 +12,13 @@ adds, and `mlp_in` and `mlp_hidden` must be what the MLP's first and last matrix
 rather than guessed.
 
 Contexts are run without an attention mask: full ones need none under a causal model, and padding on the right is
-behind every real token. Left out: left padding, encoder-decoder models. A
-model may be spread over devices (spreading.py).
+behind every real token. A model may be spread over devices (spreading.py). Left out: left padding, encoder-decoder
+models.
 """
 
 import copy
+import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,6 +143,8 @@ def load_target(config: TargetConfig) -> "TransformerTarget":
         with quiet():
             spread = spreading.settings(config.device_map)
             model = fuse_gelu(load_pretrained(path, dtype, config.model, **spread))
+            if spread:
+                weakref.finalize(model, shutil.rmtree, spread["offload_folder"], ignore_errors=True)
     model = model if config.device_map != spreading.WHOLE else model.to(device)
     return TransformerTarget(model, name=config.model, identity=identity)
 

@@ -32,7 +32,7 @@ def hurt_in(harm: Callable[[Roster], None], victim: int, *, together: bool) -> C
     def work(roster: Roster) -> None:
         if together:
             distributed.init_process_group(
-                "gloo", store=distributed.PrefixStore("group", roster._store), rank=roster.world.rank, world_size=2
+                "gloo", store=roster.meeting_place("group"), rank=roster.world.rank, world_size=2
             )
         step = 0
         with roster.interrupts() as stop:

@@ -345,3 +345,81 @@ def test_processes_of_torchrun_fill_one_cache_to_the_bytes_of_one(tmp_path: Path
     assert [text.count("Harvested") for text in told] == [1, 1], "the first process speaks"
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert CacheReader.open(tmp_path / "two").verify() == []
+
+
+def test_the_echo_of_ctrl_c_does_not_cut_a_harvest_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun passes on what the terminal has sent to all."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    add = ShardWriter.add
+
+    def add_and_interrupt_twice(self: ShardWriter, acts: Any) -> None:
+        add(self, acts)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ShardWriter, "add", add_and_interrupt_twice)
+    with pytest.raises(Interrupted, match="run the same harvest again to go on"):
+        harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET)
+
+
+INDEPENDENT = """
+import os, signal, sys, time
+from pathlib import Path
+from rich.console import Console
+from thresher.cache.world import from_environment
+from thresher.cache.writer import ShardWriter
+from tests.harvest.test_run import CONFIG, DATA, TARGET
+from thresher.harvest.run import harvest
+
+commit, world, dead = ShardWriter.commit, from_environment(), Path(sys.argv[1]).with_name("dead")
+
+def together(self):  # each has a shard in its hands when one dies
+    if sys.argv[2] == "die" and world.rank == world.size - 1 and not world.restarts:
+        dead.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not dead.exists():
+        time.sleep(0.01)
+    commit(self)
+
+ShardWriter.commit = together
+harvest(TARGET, DATA, CONFIG, path=Path(sys.argv[1]), console=Console(width=200))
+"""
+
+
+def _independent(folder: Path, harm: str, *launch: str) -> subprocess.Popen[str]:
+    """A job that harvests into `folder`/cache; with harm "die", its last process dies with its first shard full."""
+    script = folder / "independent.py"
+    script.write_text(INDEPENDENT)
+    root = Path(__file__).parent.parent.parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    line = [sys.executable, *launch, str(script), str(folder / "cache"), harm]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.long
+def test_independent_jobs_fill_one_cache_though_one_dies_and_a_later_one_says_that_all_is_done(
+    made: HarvestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    dies, lives = _independent(tmp_path, "die"), _independent(tmp_path, "live")
+    told, complained = lives.communicate(timeout=600)
+    dies.communicate(timeout=600)
+    assert (dies.returncode, lives.returncode) == (-signal.SIGKILL, 0), complained
+    assert "Harvested" in told
+    assert files(tmp_path / "cache") == files(made.path)
+    said = io.StringIO()
+    harvest(TARGET, DATA, CONFIG, path=tmp_path / "cache", console=Console(file=said, width=200))
+    assert "Reusing the cache" in said.getvalue()
+
+
+@pytest.mark.long
+def test_torchrun_restarts_a_harvest_of_which_a_process_died_to_the_same_bytes(
+    made: HarvestResult, tmp_path: Path
+) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    job = _independent(tmp_path, "die", *launch)
+    _, complained = job.communicate(timeout=600)
+    assert job.returncode == 0, complained
+    assert files(tmp_path / "cache") == files(made.path)
