@@ -1,13 +1,21 @@
 """The program as one of several processes: what it refuses, and who says what."""
 
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.program import thresher
 from thresher import cli
+from thresher.cache import roster
 from thresher.cache.interrupts import Interrupted, deferred_interrupts
+from thresher.cache.roster import Roster
+from thresher.cache.world import World
+from thresher.commands import train as commands
+from thresher.train import run
+from thresher.train.run import RunResult
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
@@ -70,3 +78,20 @@ def test_the_echo_of_a_signal_is_no_second_one() -> None:
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("rank", "code"), [(0, 1), (1, 0)])
+def test_a_run_that_was_set_aside_on_any_rank_ends_the_first_one_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, code: int
+) -> None:
+    """As one process ends; torchrun takes the job's exit code from it."""
+    met = Roster()
+    met.world = World(rank=rank, size=2)
+    failed = RunResult("elsewhere", "elsewhere", tmp_path, "failed", {"failed": "the loss is nan"})
+    monkeypatch.setattr(roster, "meet", lambda *given, **settings: met)
+    monkeypatch.setattr(run, "train", lambda *given, **settings: [failed] if met.world.speaks else [])
+    monkeypatch.setattr(commands, "open_source", lambda *given: nullcontext(SimpleNamespace(sites={}, finish=bool)))
+    monkeypatch.setattr(commands, "plans_of", lambda *given: [])
+    done = thresher(tmp_path, "train", "books-demo", sets=[])
+    assert done.returncode == code, done.stderr
+    assert ("failed: elsewhere" in done.stdout) == (rank == 0)
