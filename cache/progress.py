@@ -2,7 +2,7 @@
 
 A loop reads its stop flag between two steps; every reading is a sign of life. Between two of them a thread may stand
 still for `stall_s` before it counts as hung. It may for `phase_s` in a phase that was declared to be long, before its
-first sign, and where it waits in a collective: there it is some other rank that does not come.
+first sign, outside of any loop, and where it waits in a collective: there it is some other rank that does not come.
 """
 
 import faulthandler
@@ -79,11 +79,11 @@ class Progress:
     def __init__(self, bounds: Bounds) -> None:
         self._bounds, self._thread = bounds, threading.get_ident()
         self._flag, self._before = StopFlag(), 0  # signs of earlier flags
-        self._phases: list[str] = ["the start"]
+        self._phases: list[str] = ["before or after its work"]
         self._seen, self._still_s, self._looked = 0, 0.0, time.monotonic()
 
     def follow(self, flag: StopFlag) -> None:
-        """Let readings of this flag be the signs from now on."""
+        """Let readings of this flag be the signs from now on; until it is read, the thread is in no loop."""
         self._before += self._flag.reads
         self._flag = flag
 
@@ -109,7 +109,7 @@ class Progress:
         self._seen = signs
         if self._still_s <= min(self._bounds.stall_s, _WORTH_A_LOOK_SECONDS) / 2:
             return Still(self._still_s, "at work", False, False)
-        phases = self._phases[1:] if signs else self._phases
+        phases = self._phases[1:] if self._flag.reads else self._phases
         where, waits = _place(self._thread)
         where += f", {phases[-1]}" if phases else ""
         bound = self._bounds.phase_s if phases or waits else self._bounds.stall_s

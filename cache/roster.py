@@ -144,7 +144,10 @@ class Roster:
             self._stop = stop
             stop.raised |= self.fault is not None  # one that came between the two lines
             self._progress.follow(stop)
-            yield stop
+            try:
+                yield stop
+            finally:
+                self._progress.follow(StopFlag())  # in no loop any more
 
     def meeting_place(self, name: str) -> "Store":
         """A part of the job's store, for process groups of the same ranks."""
@@ -298,8 +301,11 @@ def meet(
     again: str,
     *,
     say: Callable[[str], None] = _write,
+    phase_s: float | None = None,
 ) -> Roster:
     """The roster of this process's job; `stage` keeps those of several stages apart, the rest as in `Roster`.
+
+    `phase_s`: for how long a rank may be in a phase that is known to be long, if not for an hour.
 
     Raises UserError where RANK and WORLD_SIZE are set but nobody says where the ranks meet.
     """
@@ -311,6 +317,7 @@ def meet(
     from torch import distributed
 
     bounds = bounds_from_environment()
+    bounds = bounds if phase_s is None else bounds._replace(phase_s=phase_s)
     try:
         store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=_ARRIVAL_SECONDS)))
     except (ValueError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """`thresher harvest`: text through the target into a cache."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,8 +45,14 @@ def harvest(
 
 
 def harvest_recipe(recipe: "Recipe", cache: Path | None, *, extend: bool = False) -> "HarvestResult":
-    """Fill the recipe's cache, or find it full; or extend the one at `cache`."""
+    """Fill the recipe's cache, or find it full; or extend the one at `cache`. Several processes fill a share each."""
+    from thresher.cache.roster import meet
     from thresher.harvest.run import harvest as run_harvest
 
     target, data, settings = (recipe.tables[table] for table in ("target", "data", "harvest"))
-    return run_harvest(target, data, settings, path=cache or default_cache(recipe), console=out, extend=extend)
+    path = cache or default_cache(recipe)
+    with meet("harvest", "Run the same harvest again to go on.", phase_s=math.inf) as roster:  # text may be long
+        result = run_harvest(target, data, settings, path=path, console=out, extend=extend, roster=roster)
+        if roster.world.speaks:
+            roster.wait()
+    return result

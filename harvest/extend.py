@@ -24,6 +24,7 @@ from thresher.cache.locks import Lock
 from thresher.cache.plan import Extends
 from thresher.cache.reader import CacheReader
 from thresher.cache.records import differences, fingerprint
+from thresher.cache.roster import Roster
 from thresher.cache.stored import Stored, parts, read_contexts
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.fill import Filled, fill_part, note_versions, outcome
@@ -70,6 +71,7 @@ def extend_cache(
     *,
     path: Path,
     console: Console,
+    roster: Roster,
 ) -> HarvestResult:
     """Add to the cache at `path` what the recipe, whose identity is `wanted`, asks for beyond it."""
     started = time.perf_counter()
@@ -79,7 +81,7 @@ def extend_cache(
     with console.status("loading the model"):
         model = load_target(target)
         asked = model.sites(config.sites, config.layers)
-    extension = _Extension(model, config, asked_for, path, console, segments[0].base.facts)
+    extension = _Extension(model, config, asked_for, path, console, segments[0].base.facts, roster)
     note_versions(segments[0].base.facts, console)
     filled = extension.mend_base()
     if any(_same_text(segment, asked_for) and segment.base.complete for segment in segments_of(path)):
@@ -169,9 +171,10 @@ class _Extension:
         path: Path,
         console: Console,
         facts: Mapping[str, Any],
+        roster: Roster,
     ) -> None:
         self.model, self.config, self.wanted, self.path, self.console = model, config, wanted, path, console
-        self._facts = facts
+        self._facts, self._roster = facts, roster
 
     def mend_base(self) -> list[Filled]:
         """Shards that the base has lost since it was finished, written anew; [] when it is whole."""
@@ -283,6 +286,7 @@ class _Extension:
             extends=extends,
             create=create if extends is None else None,
             planned=create.release,
+            roster=self._roster,
         )
 
     def _lock(self) -> Lock:

@@ -18,11 +18,11 @@ from rich.filesize import decimal
 
 from thresher.cache.claims import Shard
 from thresher.cache.contracts import Site
-from thresher.cache.interrupts import ECHO_SECONDS, Interrupted, deferred_interrupts
+from thresher.cache.interrupts import Interrupted
 from thresher.cache.locks import Lock
 from thresher.cache.plan import Extends, Plan, estimate_memory
 from thresher.cache.ring import RingKeeper
-from thresher.cache.world import from_environment
+from thresher.cache.roster import Roster
 from thresher.cache.writer import CacheWriter, ShardWriter
 from thresher.harvest.corpus import Corpus
 from thresher.harvest.feeder import Feeder
@@ -67,11 +67,12 @@ def fill_part(
     create: Lock | None = None,
     extends: Extends | None = None,
     planned: Callable[[], None] = lambda: None,
+    roster: Roster | None = None,
 ) -> Filled:
     """Fill the part of a cache at `path`, or go on with it.
 
     `begun` are the facts of the cache that is gone on with or extended. `create` is the lock from `planning`, if it is
-    held; `planned` is called once the plan is on the disk.
+    held; `planned` is called once the plan is on the disk. `roster`, entered: the ranks of the job that fills it.
     """
     size = pass_size(config, model, sites, corpus.splits["train"].token_id.shape[1], begun)
     with (
@@ -96,12 +97,12 @@ def fill_part(
         if not console.quiet:
             _announce(writer, console)
             _try(passes, writer, model, size, console)
-        began = time.perf_counter()
+        began, roster = time.perf_counter(), roster or Roster()
         if writer.plan.window_shards is None:
-            tokens = _fill(passes, writer, model, corpus, size, console, claimed(writer))
+            tokens = _fill(passes, writer, model, corpus, size, console, claimed(writer), roster)
             writer.finalize()
         else:
-            tokens = _fill(passes, writer, model, corpus, size, console, rolling(writer, console))
+            tokens = _fill(passes, writer, model, corpus, size, console, rolling(writer, console), roster)
         rows = {split: sizes.rows for split, sizes in writer.plan.splits.items()}
         return Filled(rows, tokens, time.perf_counter() - began)
 
@@ -240,11 +241,12 @@ def _fill(
     size: PassSize,
     console: Console,
     shards: Iterable[Shard | None],
+    roster: Roster,
 ) -> int:
     """Fill shard after shard; returns the number of tokens that went through the model."""
     tokens = 0
     with (
-        deferred_interrupts(0.0 if from_environment().alone else ECHO_SECONDS) as stop,
+        roster.interrupts() as stop,
         Feeder(model.device) as feeder,
         Meter(writer, console) as meter,
     ):

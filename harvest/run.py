@@ -24,8 +24,8 @@ from thresher.cache.directory import forget_plan, planning
 from thresher.cache.errors import UserError
 from thresher.cache.reader import find_complete
 from thresher.cache.records import differences
+from thresher.cache.roster import Roster
 from thresher.cache.stored import read_contexts, read_root
-from thresher.cache.world import from_environment
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.extend import can_extend, extend_cache
 from thresher.harvest.fill import fill_part, note_versions, outcome, shown
@@ -41,18 +41,20 @@ def harvest(
     path: Path,
     console: Console,
     extend: bool = False,
+    roster: Roster | None = None,
 ) -> HarvestResult:
     """Fill the cache at `path`, go on with it, or find it finished; with `extend`, add what it lacks to a finished one.
 
     Raises UserError for anything the user can mend, and Interrupted after Ctrl-C or SIGTERM, with all full shards kept.
-    Under torchrun, every process fills its share and the first one speaks.
+    `roster`, entered: the ranks of a job, of which each fills its share and the first one speaks.
     """
     started = time.perf_counter()
-    if not from_environment().speaks:
+    roster = roster or Roster()
+    if not roster.world.speaks:
         console = Console(quiet=True)
     wanted = identity(target, data, config)
     if extend:
-        return extend_cache(target, data, config, wanted, path=path, console=console)
+        return extend_cache(target, data, config, wanted, path=path, console=console, roster=roster)
     finished = find_complete(path, wanted)
     if finished is not None:
         rows = {split: finished.rows(split) for split in read_root(path).plan.splits}
@@ -71,7 +73,9 @@ def harvest(
     except BaseException:
         forget_plan(path, create)
         raise
-    filled = fill_part(model, corpus, sites, config, wanted, path=path, console=console, begun=facts, create=create)
+    filled = fill_part(
+        model, corpus, sites, config, wanted, path=path, console=console, begun=facts, create=create, roster=roster
+    )
     return outcome(path, [filled], started, console)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed import HashStore
 
+from tests.ranks import on_ranks
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
+from thresher.cache.progress import Bounds
 from thresher.cache.reader import CacheReader
+from thresher.cache.roster import Roster
+from thresher.cache.world import World
 from thresher.cache.writer import ShardWriter
 from thresher.harvest import fill, run, settings
 from thresher.harvest.corpus import DataConfig, read_corpus
@@ -349,8 +355,7 @@ def test_processes_of_torchrun_fill_one_cache_to_the_bytes_of_one(tmp_path: Path
 
 def test_the_echo_of_ctrl_c_does_not_cut_a_harvest_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun passes on what the terminal has sent to all."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    roster = Roster(World(rank=0, size=2), HashStore())
     add = ShardWriter.add
 
     def add_and_interrupt_twice(self: ShardWriter, acts: Any) -> None:
@@ -360,7 +365,42 @@ def test_the_echo_of_ctrl_c_does_not_cut_a_harvest_short(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(ShardWriter, "add", add_and_interrupt_twice)
     with pytest.raises(Interrupted, match="run the same harvest again to go on"):
-        harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET)
+        harvest(TARGET, LITTLE, CONFIG, path=tmp_path / "cache", console=QUIET, roster=roster)
+
+
+def test_a_rank_that_hangs_ends_the_harvest_and_the_next_one_comes_to_the_same_bytes(
+    made: HarvestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, over, hanging = ShardWriter.commit, threading.Event(), threading.local()
+
+    def commit_or_hang(self: ShardWriter) -> None:
+        if getattr(hanging, "here", False):
+            over.wait(60)
+        commit(self)
+
+    def share(roster: Roster) -> HarvestResult:
+        hanging.here = roster.world.rank == 1
+        try:
+            return harvest(TARGET, DATA, CONFIG, path=tmp_path / "cache", console=QUIET, roster=roster)
+        finally:
+            if roster.world.rank == 0:
+                over.set()
+
+    load, one_at_a_time = run.load_target, threading.Lock()
+
+    def load_apart(config: TargetConfig) -> TransformerTarget:
+        with one_at_a_time:  # transformers loads in one thread of a process
+            return load(config)
+
+    monkeypatch.setattr(run, "load_target", load_apart)
+    monkeypatch.setattr(ShardWriter, "commit", commit_or_hang)
+    speaks, hangs = on_ranks(2, share, bounds=Bounds(1.0, 60.0), end=lambda code: None, say=lambda text: None)
+    assert isinstance(speaks, UserError)
+    assert re.match(r"Rank 1 of 2 hangs: it has made no progress for \d s.*Stopped\. \d of \d shards", str(speaks))
+    assert isinstance(hangs, (Interrupted, UserError))
+    monkeypatch.setattr(ShardWriter, "commit", commit)
+    harvest(TARGET, DATA, CONFIG, path=tmp_path / "cache", console=QUIET)
+    assert files(tmp_path / "cache") == files(made.path)
 
 
 INDEPENDENT = """
