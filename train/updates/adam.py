@@ -72,13 +72,23 @@ class Adam(Rule):
     def _decay_of(self, parameter: nn.Parameter) -> float:
         return self._decay if self._decay and self.parameters.is_matrix(parameter) else 0.0
 
-    def matrices(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Weight, gradient and moments by rows, and the count of steps, in the place where torch keeps them."""
+    def of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """A parameter's state; 0 before the first step."""
         state = self.state[parameter]
         if not state:
             state["step"] = count(parameter)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def begin(self) -> None:
+        """Of all parameters, or of the `only` ones."""
+        for parameter in self._only:
+            self.of(parameter)
+
+    def matrices(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Weight, gradient and moments by rows, and the count of steps, in the place where torch keeps them."""
+        state = self.of(parameter)
         assert parameter.grad is not None
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         weight, grad, m, v = (self.parameters.rows(parameter, tensor) for tensor in tensors)

@@ -42,6 +42,12 @@ class Muon(Rule):
             state["momentum"] = torch.zeros_like(parameter)
         return state["momentum"]
 
+    def begin(self) -> None:
+        """m of matrices, and Adam's state of vectors."""
+        self.vectors.begin()
+        for parameter in self.parameters.matrices:
+            self.of(parameter)
+
     def matrices(self) -> list[nn.Parameter]:
         """Those with a gradient."""
         return [parameter for parameter in self.parameters.matrices if parameter.grad is not None]

@@ -120,6 +120,10 @@ class Rule:
         self.clip = config.resolved_clip
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
+    def begin(self) -> None:
+        """Make the state of every parameter, as it is before the first step; a step makes what is not there."""
+        raise NotImplementedError
+
     def by_rows(self, how: Implementation, rate: float, finite: Tensor) -> Tensor:
         """A whole step by kernels of `own`, as `Optimiser.step`."""
         raise NotImplementedError

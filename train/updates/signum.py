@@ -42,6 +42,11 @@ class Signum(Rule):
             state |= {"step": count(parameter), "u": weight.clone(), "mean": weight.clone()}
         return state
 
+    def begin(self) -> None:
+        """Of all parameters."""
+        for parameter in self.parameters.all:
+            self.of(parameter)
+
     def by_rows(self, how: Implementation, rate: float, finite: Tensor) -> Tensor:
         """On a CPU every row is touched once."""
 
