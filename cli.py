@@ -19,7 +19,19 @@ import typer
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.process import prepare_process
-from thresher.commands import cache, demo, document, evaluate, harvest, interop, recipes, sharing, target, train
+from thresher.commands import (
+    cache,
+    demo,
+    document,
+    estimate,
+    evaluate,
+    harvest,
+    interop,
+    recipes,
+    sharing,
+    target,
+    train,
+)
 from thresher.commands.options import complain, examples, place
 
 _GRACE_SECONDS = 3.0
@@ -38,6 +50,7 @@ app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=interop.EXPORT_EXAMPLES)(interop.export)
 app.command("import", epilog=interop.IMPORT_EXAMPLES)(interop.import_)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
+app.command(epilog=estimate.EXAMPLES)(estimate.estimate)
 app.command(epilog=sharing.PUSH_EXAMPLES)(sharing.push)
 app.command(epilog=sharing.PULL_EXAMPLES)(sharing.pull)
 app.add_typer(target.app, name="target")

@@ -31,6 +31,9 @@ SMALLEST_SAMPLE, LARGEST_SAMPLE = 64 << 20, 1 << 30
 COUNTED_TOKENS = 50_000_000
 """Local text with a higher limit is not read: tokenising it would take minutes."""
 
+COUNTED = "counted in the text"
+_ANY_VOCABULARY = 1 << 31  # a limit on ids that no tokenizer meets
+
 
 class Measured(NamedTuple):
     """What `cache estimate` starts from."""
@@ -58,17 +61,16 @@ def measure(
     Raises UserError for a dataset on the hub without data.max_tokens when `tokens` is not given, and all that harvest
     would refuse.
     """
-    bound = _bound(data, tokens)
+    bound = _bound(data, tokens)  # before the model is loaded: it may be refused
     with console.status("loading the model"):
         model = load_target(target)
         sites = model.sites(config.sites, config.layers)
-    context = context_length(data, model.n_ctx)
+    context, sample = context_length(data, model.n_ctx), None
     if bound is None:
         splits = read_corpus(data, load_tokenizer(target), model.n_ctx, model.n_vocab, console).splits
-        work, sample, basis = counted(sites, splits, config.store), splits["train"].token_id, "counted in the text"
+        work, sample, basis = counted(sites, splits, config.store), splits["train"].token_id, COUNTED
     else:
-        work, sample, basis = bounded(sites, data, bound, context, config.store), None, "expected at most, from "
-        basis += "--tokens" if tokens is not None else "data.max_tokens"
+        work, basis = bounded(sites, data, bound, context, config.store), _basis(tokens)
     with console.status("timing the model and the disk"):
         size = pass_size(config, model, sites, context, {})
         with Passes(model, sites, size.threads) as passes:
@@ -78,6 +80,31 @@ def measure(
     rates = Rates(disk, free_bytes(folder), trial.tokens_per_s, shrinkage(trial.acts, work))
     memory = {codec: memory_needed(sketched(work, codec), model, size, trial.running) for codec in CODECS}
     return Measured(work, rates, str(model.device), memory, basis)
+
+
+def expected(
+    target: TargetConfig,
+    data: DataConfig,
+    config: HarvestConfig,
+    sites: tuple[Site, ...],
+    n_ctx: int,
+    tokens: int | None,
+    console: Console,
+) -> tuple[Workload, str]:
+    """The workload of a target that is not loaded, and where its number of rows comes from.
+
+    `n_ctx`: the longest context that the target takes. Local text is packed, with the target's tokenizer, where it is
+    not bounded. Raises UserError as `measure`.
+    """
+    bound = _bound(data, tokens)
+    if bound is None:
+        splits = read_corpus(data, load_tokenizer(target), n_ctx, _ANY_VOCABULARY, console).splits
+        return counted(sites, splits, config.store), COUNTED
+    return bounded(sites, data, bound, context_length(data, n_ctx), config.store), _basis(tokens)
+
+
+def _basis(tokens: int | None) -> str:
+    return "expected at most, from " + ("--tokens" if tokens is not None else "data.max_tokens")
 
 
 def counted(sites: tuple[Site, ...], splits: Mapping[str, Contexts], store: Store) -> Workload:

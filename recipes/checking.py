@@ -64,7 +64,7 @@ def check(
     """Resolve a recipe's dictionaries by `plan`. Raises UserError when they do not fit its sites."""
     if not recipe.variants:
         return Checked(recipe.name, 0, (), "makes a target")
-    shape, harvest = _shape(recipe), recipe.tables["harvest"]
+    shape, harvest = shape_of(recipe), recipe.tables["harvest"]
     if shape is None:
         return Checked(recipe.name, len(recipe.variants), (), "tables only: no [reference] layers and width")
     sites = sites_of(shape, harvest.sites, harvest.layers, tuple(taps))
@@ -82,7 +82,8 @@ class Shape(NamedTuple):
     """Dimensions of the residual stream; MLPs are taken to be four times as wide."""
 
 
-def _shape(recipe: Recipe) -> Shape | None:
+def shape_of(recipe: Recipe) -> Shape | None:
+    """What [reference] says of the target, or what the recipe makes; None: it says nothing."""
     reference = recipe.tables["reference"]
     if reference.layers is not None:
         return Shape(reference.layers, reference.width)

@@ -29,14 +29,14 @@ from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.fold import ranked
 from thresher.train.dictionary.rules import Deployed, facts
 
-_BATCH_ROWS = 4096
+BATCH_ROWS = 4096
 _BINS = 1 << 15  # upper halves of the bit patterns of positive float32 values
 _PER_BIN = 1 << 16
 _WINDOW = 11  # bins: about 2% to 4% to either side of the middle one
 _L0_TOLERANCE = 0.1
 """Share by which a frozen rule's L0 may depart from training's before that is said: held-out text alone makes a few
 per cent."""
-_PIECE = 1 << 24  # values looked at together, to bound what is copied
+PIECE = 1 << 24  # values looked at together, to bound what is copied
 
 
 class RankSearch:
@@ -106,7 +106,7 @@ class RankSearch:
 def _bits_from(a_NF: Tensor, floor: int) -> Iterator[Tensor]:
     """Bit patterns, piece by piece, of the positive values in bins from `floor` up."""
     below = _value(max(0, floor * _PER_BIN - 1))
-    for flat in a_NF.reshape(-1).split(_PIECE):
+    for flat in a_NF.reshape(-1).split(PIECE):
         if flat.device.type == "cpu":  # numpy compacts faster there
             some = flat[torch.from_numpy(np.flatnonzero(flat.numpy() > below))]
         else:
@@ -158,7 +158,7 @@ def calibrate(
                 return
             crew.run(
                 [
-                    Task(coders[p.coder].spec, _BATCH_ROWS, functools.partial(_show, search, coders[p.coder], p, acts))
+                    Task(coders[p.coder].spec, BATCH_ROWS, functools.partial(_show, search, coders[p.coder], p, acts))
                     for p, search in searches.items()
                 ]
             )
@@ -233,7 +233,7 @@ def held_out(
     for acts in passes(reader, split, sites, rows, device, stop):
         count += next(iter(acts.values())).shape[0]
         tasks = [
-            Task(coder.spec, _BATCH_ROWS, functools.partial(_measure, coder, acts, total))
+            Task(coder.spec, BATCH_ROWS, functools.partial(_measure, coder, acts, total))
             for coder, total in zip(coders, sums, strict=True)
         ]
         crew.run(tasks)
@@ -269,7 +269,7 @@ def passes(
 ) -> Iterator[dict[str, Tensor]]:
     """Whole batches over up to `rows` rows of a split, each row once, always the same ones in the same order."""
     available = min(rows, _rows(reader, split))
-    batch_rows = min(_BATCH_ROWS, available)
+    batch_rows = min(BATCH_ROWS, available)
     batches = Batches(
         reader,
         sites=list(dict.fromkeys(sites)),

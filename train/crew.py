@@ -12,6 +12,7 @@ one (64 MB of pre-activations leave the caches before they are looked at, 8 MB p
 more than they do, it was not measured.
 """
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,16 @@ def _keep_freed_memory() -> None:
         return
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Hand what is free to the system all the same; elsewhere than under glibc nothing happens.
+
+    For after things that are done once and are large, such as the drawing of weights: later blocks of other sizes would
+    not fit into what they have left, and it would count against the peak to the end.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_to_one_thread() -> None:

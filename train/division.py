@@ -34,11 +34,11 @@ class Work(NamedTuple):
     """Rough multiply-adds of its largest products; passes of a language model are left out."""
 
 
-def work(plans: Sequence[RunPlan], totals: Sequence[int], out: Path) -> list[Work]:
+def work(plans: Sequence[RunPlan], totals: Sequence[int], out: Path | None = None) -> list[Work]:
     """What every plan has before it: `totals` are its steps, less those of its newest checkpoint in `out`/<name>."""
     found = []
     for plan, total in zip(plans, totals, strict=True):
-        done, _ = latest_position(out / plan.name)
+        done = 0 if out is None else latest_position(out / plan.name)[0]
         unit = f"run {plan.name}" if plan.train.objective == "local" else f"group {plan.group}"
         cost = (total - done) * plan.train.batch_rows * plan.spec.row_work * len(plan.spec.reads)
         found.append(Work(plan.name, unit, cost))

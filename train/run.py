@@ -28,7 +28,7 @@ from thresher.cache.roster import Roster
 from thresher.cache.source import Source
 from thresher.train.calibrate import HeldOut, RowsOf, calibrate, difference, held_out
 from thresher.train.config import TrainConfig
-from thresher.train.crew import Crew
+from thresher.train.crew import Crew, give_back_freed_memory
 from thresher.train.dictionary.topologies import topology
 from thresher.train.division import agreed, division, show_all, spoken, work
 from thresher.train.endtoend.decomposed import DecompositionFit
@@ -125,6 +125,7 @@ def train(
                 _open(plan, config, out / plan.name, origins[plan.name], reader, where, workspace, wandb, stack, target)
                 for plan, config in todo
             ]
+        give_back_freed_memory()
         streams: dict[Stream, list[Job]] = {}
         shared = Shared(reader, where, crew, stop, console, profile)
         for job in jobs:
@@ -265,6 +266,7 @@ def _finish(jobs: Sequence[Job], on: Shared, read: RowsOf | None) -> Iterable[Ru
             job.fit.forget_gradients()
             key = (job.plan.train.calibrate_rows, job.plan.train.heldout_rows)
             budgets.setdefault(key, []).append(job)
+    give_back_freed_memory()
     for (calibrate_rows, heldout_rows), ready in budgets.items():
         coders = [job.fit.deployed() for job in ready]
         with console.status("Setting thresholds and checking on held-out rows …"):

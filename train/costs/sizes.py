@@ -49,7 +49,10 @@ class Sizes(NamedTuple):
     low: Share
     """Copies of encoders in bfloat16, on a GPU."""
     fold: int
-    """Temporary float64 numbers while the largest matrix is folded into raw units, at the end of training."""
+    """Temporary float64 numbers while matrices are folded into raw units, at the end of training: those alive at
+    once."""
+    folded: int
+    """The same, all that are made of the largest matrices."""
     sheet: int
     """Bytes of the largest matrix that Muon orthogonalises at once."""
     checkpoint: int
@@ -78,11 +81,18 @@ def sizes_of(spec: DictionarySpec, train: TrainConfig) -> Sizes:
         moments=_share(moments, spec, owners),
         buffers=_share(kept, spec),
         low=_share({name: p.to(torch.bfloat16) for name, p in encoders.items()}, spec),
-        fold=max(2 * 8 * p.numel() for p in matrices),
+        **_fold(coder),
         sheet=max(4 * p.numel() // (p.shape[1] if p.dim() > 2 else 1) for p in matrices),
         checkpoint=safetensors_bytes(saved),
         run=safetensors_bytes(deployed_tensors(served)) if not coder.decomposes else safetensors_bytes(parameters),
     )
+
+
+def _fold(coder: Coder) -> dict[str, int]:
+    """An encoder and its product with a scale; or the last encoder, a decoder, its product and quotient (fold.py)."""
+    read = max(encoder.numel() for name, encoder in coder.named_parameters() if name.endswith("W_enc"))
+    written = max((decoder.numel() for decoder in coder.W_dec), default=0)
+    return {"fold": 8 * max(2 * read, read + 2 * written), "folded": 8 * (2 * read + 3 * written)}
 
 
 def _moments(coder: Coder, train: TrainConfig) -> dict[str, Tensor]:
