@@ -10,6 +10,7 @@ A cache pays when training makes more passes than that: for sweeps with several 
 is no slower than the model. For one pass over one stream it never does, and the live mode is the better choice.
 """
 
+import dataclasses
 import errno
 import fcntl
 import mmap
@@ -35,6 +36,7 @@ SLACK = 1.02
 MARGIN = 1.05
 """A cache that saves less than this share is not worth its disk."""
 
+_CHECKSUM = 4  # behind a chunk that lies in a file of its own
 _BLOCK, _THREADS = 8 << 20, 4
 _ROUND = 256 << 20
 _SECONDS = 2.0  # after which no further round is written
@@ -134,6 +136,25 @@ def sketched(work: Workload, codec: Codec) -> Plan:
         shard_rows=shard,
         splits=splits,
     )
+
+
+def array_bytes(plan: Plan) -> int:
+    """Bytes of every file of a cache that holds numbers: exactly, padding, indices and checksums included.
+
+    What is not in it are documents (zarr.json, commit records, manifest). bf16-lz4 is counted as if it did not
+    compress.
+    """
+    total = 0
+    plain = dataclasses.replace(plan, codec="bf16") if plan.codec == "bf16-lz4" else plan
+    for split, sizes in plan.splits.items():
+        for spec in (*plain.sharded_arrays(split).values(), *plain.context_arrays(split).values()):
+            assert spec.shard is not None
+            total += sum(spec.file_bytes(index) for index in range(-(-spec.shape[0] // spec.shard[0])))
+        total += sizes.shards * (2 * 8 * plan.moments_width + _CHECKSUM)
+    for site in plan.sites:
+        total += 4 * 8 * site.width + _CHECKSUM
+        total += 2 * 4 * site.width + _CHECKSUM if plan.codec == "int8z" else 0
+    return total
 
 
 def outlook(work: Workload, rates: Rates, codec: Codec) -> Outlook:

@@ -47,7 +47,7 @@ class Budget(NamedTuple):
     sizes: "dict[str, Sizes]"
     """By dictionary."""
     cache: "dict[Codec, int]"
-    """Bytes by codec, everything."""
+    """Bytes by codec; bf16-lz4 as if it did not compress."""
     harvest_s: "dict[Codec, float]"
     """By codec, seconds on all GPUs: the longer of passes and writing."""
     assumed: tuple[str, ...]
@@ -109,8 +109,8 @@ class Wanted(NamedTuple):
 
 def budget(recipe: "Recipe", wanted: Wanted) -> Budget:
     """Reckon a recipe. Raises UserError where sites or the length of the text cannot be known."""
-    from thresher.cache.estimate import sketched
-    from thresher.cache.layout import CODECS, estimate_bytes
+    from thresher.cache.estimate import array_bytes, sketched
+    from thresher.cache.layout import CODECS
     from thresher.harvest.estimate import expected
     from thresher.train.costs.memory import Assumed
     from thresher.train.costs.prospect import Job, counted, prospects, recommended, smallest
@@ -126,15 +126,15 @@ def budget(recipe: "Recipe", wanted: Wanted) -> Budget:
     hardware, assumed = _hardware(wanted, job), Assumed()
     found = tuple(prospects(job, wanted.gpus, hardware, wanted.disk * 1e9, assumed, _threads(hardware)))
     chosen = recommended(found)
-    stored = sum(split.rows for split in plan.splits.values())
-    shards = sum(split.shards for split in plan.splits.values())
-    cache = {codec: estimate_bytes(work.sites, codec, stored, work.tokens, shards) for codec in CODECS}
+    cache = {codec: array_bytes(sketched(work, codec)) for codec in CODECS}
     blocks = 1 + max(site.layer for site in work.sites)
     forward_s = work.tokens * shape.flop(blocks, work.context) / (FORWARD_SHARE * wanted.gpus * hardware.product)
     hosts = -(-wanted.gpus // wanted.per_host)
     harvest_s = {codec: max(forward_s, size / (wanted.disk * 1e9 * hosts)) for codec, size in cache.items()}
     wider = None if chosen is not None else smallest(job, hardware, wanted.disk * 1e9, assumed)
     said = (*note, *_assumptions(wanted, hardware, job, assumed))
+    if harvest.window_gb is not None and wanted.gpus > 1:
+        said += ("a cache of all rows: a ring (harvest.window_gb) feeds one process only.",)
     return Budget(hardware, job, work, basis, found, chosen, wider, counted(job), cache, harvest_s, said)
 
 

@@ -29,6 +29,7 @@ REASONS = {
     "network": "needs the hub, a model that is no part of the repository, or an account",
     "gpu": "needs a GPU",
     "long": "takes minutes",
+    "slurm": "is a script for Slurm; the shell reads it",
     "processes": "starts several processes, as tests/train/test_ranks.py does",
     "installs": "changes the machine it runs on, outside its folder",
     "together": "two commands that run side by side; tests/test_cli_rolling.py runs them",
@@ -97,6 +98,8 @@ def test_every_block_is_run_read_or_checked(block: Block) -> None:
         ("bash", "network", "thresher harvest gpt2-small --set data.tokens=1"),
         ("bash", "long", "python benchmarks/nothing.py"),
         ("bash", "processes", "torchrun --nproc-per-node 2 -m thresher tain books-demo"),
+        ("bash", "slurm", "srun torchrun -m thresher tain mine.toml &"),
+        ("bash", "slurm", "if srun thresher train mine.toml"),
         ("bash", "", "make dinner"),
     ],
 )
@@ -117,6 +120,9 @@ def test_commands_that_cannot_run_here_exist(block: Block) -> None:
     if block.language == "python":
         check_code(block)
         return
+    if "slurm" in block.flags:
+        check_script(block)
+        return
     for words in lines(block):
         if words[0] in ("thresher", "torchrun"):
             check_command(words[words.index("-m") + 1 :] if words[0] == "torchrun" else words)
@@ -128,6 +134,17 @@ def test_commands_that_cannot_run_here_exist(block: Block) -> None:
             assert words[1] == "install"
         else:
             assert Path(words[0]).name in OTHERS
+
+
+def check_script(block: Block) -> None:
+    """Raise unless a shell can read a script, and the commands of ours in it can be called so."""
+    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+    ours = [words for words in lines(block) if "thresher" in words]
+    assert ours, f"{block.where}: nothing of ours is in it"
+    for words in ours:
+        if "torchrun" in words:
+            assert words[words.index("thresher") - 1] == "-m"
+        check_command([word for word in words[words.index("thresher") :] if word != "&"])
 
 
 def check_code(block: Block) -> None:
