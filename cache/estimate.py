@@ -149,7 +149,8 @@ def array_bytes(plan: Plan) -> int:
     for split, sizes in plan.splits.items():
         for spec in (*plain.sharded_arrays(split).values(), *plain.context_arrays(split).values()):
             assert spec.shard is not None
-            total += sum(spec.file_bytes(index) for index in range(-(-spec.shape[0] // spec.shard[0])))
+            last = -(-spec.shape[0] // spec.shard[0]) - 1
+            total += last * spec.file_bytes(0) + spec.file_bytes(last) if last >= 0 else 0
         total += sizes.shards * (2 * 8 * plan.moments_width + _CHECKSUM)
     for site in plan.sites:
         total += 4 * 8 * site.width + _CHECKSUM

@@ -1,5 +1,6 @@
 """`thresher estimate`: what a recipe takes on so many GPUs, reckoned without model, network or data."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -44,7 +45,7 @@ class Budget(NamedTuple):
     """The one to take; None: none fits."""
     wider: "Prospect | None"
     """Where none fits: the fewest ranks that would do."""
-    sizes: "dict[str, Sizes]"
+    sizes: "Mapping[str, Sizes]"
     """By dictionary."""
     cache: "dict[Codec, int]"
     """Bytes by codec; bf16-lz4 as if it did not compress."""
@@ -122,7 +123,7 @@ def budget(recipe: "Recipe", wanted: Wanted) -> Budget:
     rows = plan.splits["train"].rows
     plans = tuple(plans_of(recipe, sites))
     steps = tuple(plan.train.total_steps(rows) for plan in plans)
-    job = Job(plans, steps, sites, harvest.codec, rows)
+    job = Job(plans, steps, sites, harvest.codec, rows, counted(plans))
     hardware, assumed = _hardware(wanted, job), Assumed()
     found = tuple(prospects(job, wanted.gpus, hardware, wanted.disk * 1e9, assumed, _threads(hardware)))
     chosen = recommended(found)
@@ -135,7 +136,7 @@ def budget(recipe: "Recipe", wanted: Wanted) -> Budget:
     said = (*note, *_assumptions(wanted, hardware, job, assumed))
     if harvest.window_gb is not None and wanted.gpus > 1:
         said += ("a cache of all rows: a ring (harvest.window_gb) feeds one process only.",)
-    return Budget(hardware, job, work, basis, found, chosen, wider, counted(job), cache, harvest_s, said)
+    return Budget(hardware, job, work, basis, found, chosen, wider, job.sizes, cache, harvest_s, said)
 
 
 def _target(recipe: "Recipe") -> "tuple[TargetShape, dict[str, Site], tuple[str, ...]]":

@@ -38,7 +38,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_an_estimate_is_told_to_people_and_scripts(tmp_path: Path) -> None:
-    done = thresher(tmp_path, "estimate", "llama1b-clt", "--gpus", "8", "--json")
+    done = thresher(tmp_path, "estimate", "llama1b-clt", "--gpus", "8", "--json", sets=())
     assert done.returncode == 0, done.stderr
     found = document("estimate", done.stdout)
     assert found["parameters"] == 32768 * 2048 * (16 + 136) + 16 * (32768 + 2048)
@@ -55,7 +55,7 @@ def test_an_estimate_is_told_to_people_and_scripts(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("offline")
 def test_what_is_given_counts_and_too_little_memory_is_said(tmp_path: Path) -> None:
     words = ("estimate", "llama1b-clt", "--gpus", "2", "--memory-gb", "16", "--tokens", "2000000", "--tflops", "100")
-    done = thresher(tmp_path, *words)
+    done = thresher(tmp_path, *words, sets=())
     assert done.returncode == 0, done.stderr
     assert "Nothing fits" in done.stdout
     assert "GPUs would do" in done.stdout
@@ -63,7 +63,7 @@ def test_what_is_given_counts_and_too_little_memory_is_said(tmp_path: Path) -> N
 
 
 def test_this_machine_can_be_measured(tmp_path: Path) -> None:
-    done = thresher(tmp_path, "estimate", "books-demo", "--measure", "--tokens", "100000")
+    done = thresher(tmp_path, "estimate", "books-demo", "--measure", "--tokens", "100000", sets=())
     assert done.returncode == 0, done.stderr
     assert "this machine (cpu)" in done.stdout
     assert "measured here" in done.stdout

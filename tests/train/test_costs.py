@@ -22,7 +22,7 @@ from thresher.recipes.checking import sites_of as sites_of_shape
 from thresher.train.config import TrainConfig
 from thresher.train.costs.layout import Layout, layouts, shares
 from thresher.train.costs.memory import Assumed, Memory, memory
-from thresher.train.costs.prospect import Job, prospects, recommended, smallest
+from thresher.train.costs.prospect import Job, counted, prospects, recommended, smallest
 from thresher.train.costs.sizes import sizes_of
 from thresher.train.costs.work import step, traffic
 from thresher.train.dictionary.spec import DictionaryConfig
@@ -168,7 +168,7 @@ def test_ranks_share_memory_as_they_share_work() -> None:
 def test_the_fastest_that_fits_is_chosen_and_the_simplest_of_equals() -> None:
     plan = example(steps=1000)
     sites = {name: Site(name, 0, "mlp", 768) for name in (*plan.spec.reads, *plan.spec.writes)}
-    job = Job((plan,), (1000,), sites, "int8z", 10_000_000)
+    job = Job((plan,), (1000,), sites, "int8z", 10_000_000, counted([plan]))
     roomy = prospects(job, 8, H200, 50e9, Assumed())
     best = recommended(roomy)
     assert best is not None

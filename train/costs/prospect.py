@@ -5,7 +5,7 @@ one), so its time is the sum of its streams' and its memory that of the largest,
 one rank needs is that of the group that has most.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from thresher.cache.contracts import Site
@@ -38,6 +38,8 @@ class Job(NamedTuple):
     """Of the cache that is read."""
     rows: int
     """Training rows of the cache."""
+    sizes: Mapping[str, Sizes]
+    """By plan's name."""
 
 
 class Prospect(NamedTuple):
@@ -72,22 +74,28 @@ class _Stream(NamedTuple):
     bound: Bound
 
 
-def counted(job: Job) -> dict[str, Sizes]:
-    """Sizes of every plan, by name."""
-    return {plan.name: sizes_of(plan.spec, plan.train) for plan in job.plans}
+def counted(plans: Iterable[RunPlan]) -> dict[str, Sizes]:
+    """Sizes of every plan, by name; those that differ in nothing but their sites are counted once."""
+    known: dict[tuple[object, ...], Sizes] = {}
+    found = {}
+    for plan in plans:
+        settings = {name: value for name, value in vars(plan.spec).items() if name not in ("reads", "writes", "layers")}
+        key = (*settings.values(), len(plan.spec.reads), len(plan.spec.writes), plan.train.optimiser)
+        if key not in known:
+            known[key] = sizes_of(plan.spec, plan.train)
+        found[plan.name] = known[key]
+    return found
 
 
 def prospects(
     job: Job, ranks: int, hardware: Hardware, disk: float, assumed: Assumed, threads: int = 1
 ) -> list[Prospect]:
     """Every layout of so many ranks, the least divided first. `disk`: bytes a second that a host reads of the cache."""
-    sizes = counted(job)
-    return [prospect(job, sizes, layout, hardware, disk, assumed, threads) for layout in layouts(ranks, job.plans)]
+    return [prospect(job, layout, hardware, disk, assumed, threads) for layout in layouts(ranks, job.plans)]
 
 
 def prospect(
     job: Job,
-    sizes: Mapping[str, Sizes],
     layout: Layout,
     hardware: Hardware,
     disk: float,
@@ -96,7 +104,7 @@ def prospect(
 ) -> Prospect:
     """One layout; `threads`: of a CPU."""
     shared = shares(job.plans, job.steps, layout.groups)
-    memories = [_memory_of(share, job, sizes, layout, hardware, assumed, threads) for share in shared]
+    memories = [_memory_of(share, job, layout, hardware, assumed, threads) for share in shared]
     most = max(memories, key=lambda each: each.total)
     fits = most.total <= ROOM * hardware.memory
     free = ROOM * hardware.memory - most.total
@@ -104,9 +112,7 @@ def prospect(
     readers = max(1.0, per_group)
     runs = []
     for share in shared:
-        streams = [
-            _stream(plans, job, sizes, layout, hardware, assumed, disk / readers, free) for plans in _streams(share)
-        ]
+        streams = [_stream(plans, job, layout, hardware, assumed, disk / readers, free) for plans in _streams(share)]
         if streams:
             runs.append(streams)
     slowest = max(runs, key=lambda streams: sum(each.seconds for each in streams))
@@ -127,11 +133,11 @@ def recommended(found: Sequence[Prospect]) -> Prospect | None:
 
 def smallest(job: Job, hardware: Hardware, disk: float, assumed: Assumed) -> Prospect | None:
     """The fewest ranks that split latents with which everything fits, as one group; None: no number does."""
-    sizes, ranks = counted(job), 1
+    ranks = 1
     while ranks <= _WIDEST:
         for layout in layouts(ranks, job.plans):
             if layout.groups == layout.data == 1:
-                found = prospect(job, sizes, layout, hardware, disk, assumed)
+                found = prospect(job, layout, hardware, disk, assumed)
                 if found.fits:
                     return found
         ranks *= 2
@@ -149,21 +155,20 @@ def _streams(plans: Sequence[RunPlan]) -> list[list[RunPlan]]:
 def _memory_of(
     share: Sequence[RunPlan],
     job: Job,
-    sizes: Mapping[str, Sizes],
     layout: Layout,
     hardware: Hardware,
     assumed: Assumed,
     threads: int,
 ) -> Memory:
     """Of a rank with this share: the stream that takes most, and the weights of those after it."""
-    streams, most = _streams(share), memory((), sizes, job.sites, layout, hardware.kind, assumed=assumed)
+    streams, most = _streams(share), memory((), job.sizes, job.sites, layout, hardware.kind, assumed=assumed)
     for index, plans in enumerate(streams):
         found = memory(
-            plans, sizes, job.sites, layout, hardware.kind, codec=job.codec, threads=threads, assumed=assumed
+            plans, job.sizes, job.sites, layout, hardware.kind, codec=job.codec, threads=threads, assumed=assumed
         )
         later = [plan for stream in streams[index + 1 :] for plan in stream]
         waiting = sum(
-            sizes[p.name].weights.of(layout.latents) + sizes[p.name].buffers.of(layout.latents) for p in later
+            job.sizes[p.name].weights.of(layout.latents) + job.sizes[p.name].buffers.of(layout.latents) for p in later
         )
         found = found._replace(weights=found.weights + waiting)
         most = max(most, found, key=lambda each: each.total)
@@ -173,7 +178,6 @@ def _memory_of(
 def _stream(
     plans: Sequence[RunPlan],
     job: Job,
-    sizes: Mapping[str, Sizes],
     layout: Layout,
     hardware: Hardware,
     assumed: Assumed,
@@ -182,8 +186,8 @@ def _stream(
 ) -> _Stream:
     """Time of the plans that read together; `disk`: bytes a second that they get, `free`: of the device's memory."""
     of = dict(zip((plan.name for plan in job.plans), job.steps, strict=True))
-    every = [step(plan, sizes[plan.name], layout, hardware, assumed) for plan in plans]
-    sent = [traffic(plan, sizes[plan.name], layout, assumed) for plan in plans]
+    every = [step(plan, job.sizes[plan.name], layout, hardware, assumed) for plan in plans]
+    sent = [traffic(plan, job.sizes[plan.name], layout, assumed) for plan in plans]
     used = dict.fromkeys(site for plan in plans for site in (*plan.spec.reads, *plan.spec.writes))
     row = sum(job.sites[name].width + 2 if job.codec == "int8z" else 2 * job.sites[name].width for name in used)
     resident = hardware.kind == "cuda" and row * job.rows <= RESIDENT * free
