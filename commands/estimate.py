@@ -59,14 +59,12 @@ def estimate(
     name: RecipeName,
     assignments: Assignments = None,
     gpus: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs, of all hosts together.")] = 1,
-    gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="H100, H200, B200, A100, L40S, RTX4090 and others.")
-    ] = "H100",
-    tflops: Annotated[float | None, typer.Option(min=0, help="Sustained bfloat16 product, 10¹² FLOP a second.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(min=0, help="Sustained GB a second of its memory.")] = None,
-    memory_gb: Annotated[float | None, typer.Option(min=0, help="Its memory, GB.")] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="H100, H200, B200, A100, L40S and others.")] = "H100",
+    tflops: Annotated[float | None, typer.Option(metavar="X", min=0, help="Of a bfloat16 product, sustained.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(metavar="GB/S", min=0, help="Of its memory, sustained.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(metavar="GB", min=0, help="Its memory.")] = None,
     per_host: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs of a host.")] = 8,
-    disk: Annotated[float, typer.Option(min=0, help="GB a second that a host reads and writes of the cache.")] = 5.0,
+    disk: Annotated[float, typer.Option(metavar="GB/S", min=0, help="Of the cache's disk, for each host.")] = 5.0,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Tokens to reckon with, in place of the text's.")
     ] = None,
@@ -82,7 +80,8 @@ def estimate(
     wanted = Wanted(gpus, gpu, tflops, bandwidth, memory_gb, per_host, disk, tokens, measure)
     found = budget(recipe, wanted)
     _tell(recipe, found)
-    out.print(layouts_table(found.prospects, found.hardware))
+    own = recipe.tables["parallel"]
+    out.print(layouts_table(found.prospects, found.hardware, (own.data, own.latents)))
     shown = found.chosen or found.wider
     if shown is not None:
         out.print(details_table(found.prospects[0], shown))

@@ -26,15 +26,15 @@ _ITEMS = {
 }
 
 
-def layouts_table(found: Sequence[Prospect], hardware: Hardware) -> Table:
-    """A line for every layout."""
+def layouts_table(found: Sequence[Prospect], hardware: Hardware, own: tuple[int, int]) -> Table:
+    """A line for every layout; `own`: data and latents of the recipe."""
     table = Table(box=None, header_style="bold", title="Groups of the sweep × data × latents", title_justify="left")
     table.add_column("layout", no_wrap=True)
     for column in (f"memory of {decimal(hardware.memory)}", "", "a step", "sent a step", "training", "bound by"):
         table.add_column(column, justify="right")
     for each in found:
         table.add_row(
-            str(each.layout),
+            f"{each.layout} (recipe)" if (each.layout.data, each.layout.latents) == own else str(each.layout),
             decimal(each.memory.total),
             "fits" if each.fits else "[red]too large[/]",
             _milliseconds(max(each.step.total, each.reading_s)),
