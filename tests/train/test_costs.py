@@ -185,6 +185,25 @@ def test_the_fastest_that_fits_is_chosen_and_the_simplest_of_equals() -> None:
     assert slow.seconds == pytest.approx(1000 * 8192 * 24 * 770 / 1e9)
 
 
+@pytest.mark.parametrize("case", ["sae batchtopk", "transcoder topk", "clt jumprelu", "crosscoder", "joint, again"])
+def test_what_a_training_keeps_is_what_is_said(case: str, cache: CacheReader) -> None:
+    """Weights, gradients and moments, and the block that pre-activations are made in, to the byte."""
+    plan = plans_for(cache, "one", **CASES[case])[0]
+    fit = stepped(cache, plan)
+    said = memory(
+        [plan], {plan.name: sizes_of(plan.spec, plan.train)}, cache.sites, Layout(1, 1, 1), "cpu", assumed=Assumed()
+    )
+    sinks = fit.optimiser.parameters.sinks
+    gathered = [(p, sink) for p in fit.coder.parameters() if (sink := sinks.find(p)) is not None]
+    buffers = total(sink._buffer for _, sink in gathered)
+    assert said.weights == total(fit.coder.parameters())
+    assert said.gradients - buffers == said.weights - total(p for p, _ in gathered), "of biases autograd makes them"
+    assert said.moments == total(fit.optimiser.moments().values())
+    block = fit.coder.encoder(0).workspace._local.memory
+    assert said.block in (block.nbytes, int(2.25 * block.nbytes)), "and a copy of it, partitioned"
+
+
+@pytest.mark.long
 def test_a_real_training_takes_the_memory_that_is_said() -> None:
     """A process of its own: a CLT whose AuxK has work, and one SAE, whose end takes more than its steps."""
     for case in ("CLT, AuxK on a tenth", "SAE TopK"):
