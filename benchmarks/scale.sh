@@ -108,6 +108,10 @@ step_seconds() {
 # A row: mode, scaling, count, and how many times one process's time is ideal.
 row() {
     if ((dry)); then return; fi
+    if [[ $(awk -v s="$seconds" 'BEGIN { print (s > 0) }') == 0 ]]; then
+        echo "$1, $2, $3 processes: the runs are too short for their difference to tell. Set STEPS higher." >&2
+        exit 1
+    fi
     awk -v mode="$1" -v scaling="$2" -v count="$3" -v one="$4" -v seconds="$seconds" 'BEGIN {
         ideal = scaling == "strong" ? one / count : one
         printf "| %s | %s | %d | %.2f | %.2f |\n", mode, scaling, count, 1000 * seconds, ideal / seconds }'
@@ -142,6 +146,7 @@ if [[ " $MODES " == *" sweep "* ]]; then
 fi
 if [[ $MODES != sweep ]]; then
     run "$PYTHON" -m thresher harvest "$RECIPE" --cache "$folder/cache.zarr" --device "$DEVICE"
+    train 1 2 # compiles kernels, and does not count
     ((dry)) || printf '| divided | scaling | processes | ms a step | of ideal |\n|---|---|---|---|---|\n'
 fi
 for mode in $MODES; do

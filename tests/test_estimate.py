@@ -129,7 +129,7 @@ def test_the_script_for_several_gpus_says_what_it_would_do(tmp_path: Path) -> No
     sweeps = [words for words in lines if words[1].endswith("benchmarks/scale.py")]
     assert [words[words.index("--processes") + 1] for words in sweeps] == ["2", "4"]
     trained = [words for words in lines if "train" in words]
-    assert len(trained) == 2 * 2 * 3 * 2, "ways, scalings, numbers of processes, lengths"
+    assert len(trained) == 2 * 2 * 3 * 2 + 1, "ways, scalings, numbers of processes, lengths; and one to warm up"
     for words in trained:
         check_command(["thresher", *words[words.index("train") :]])
     for key in ("parallel.data=4", "parallel.latents=4", "train.batch_rows=4096", "dictionary.n_latents=8192"):
