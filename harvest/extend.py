@@ -10,6 +10,7 @@ anew what the base or an extension lost after it was finished.
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from thresher.cache.stored import Stored, parts, read_contexts
 from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.fill import Filled, fill_part, note_versions, outcome
 from thresher.harvest.settings import HarvestConfig, HarvestResult
-from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
+from thresher.harvest.target import TargetConfig, TransformerTarget, held, load_tokenizer
 
 _TEXT = (
     "source",
@@ -78,16 +79,20 @@ def extend_cache(
     asked_for: dict[str, Any] = json.loads(json.dumps(dict(wanted)))
     segments = segments_of(path)
     _check_comparable(segments[0].base, asked_for, path)
-    with console.status("loading the model"):
-        model = load_target(target)
-        asked = model.sites(config.sites, config.layers)
-    extension = _Extension(model, config, asked_for, path, console, segments[0].base.facts, roster)
-    note_versions(segments[0].base.facts, console)
-    filled = extension.mend_base()
-    if any(_same_text(segment, asked_for) and segment.base.complete for segment in segments_of(path)):
-        filled += extension.add_sites(asked)
-    else:
-        filled += extension.add_text(data, target, asked)
+    with ExitStack() as stack:
+        with console.status("loading the model"):
+            model = stack.enter_context(held(target, roster))
+            asked = model.sites(config.sites, config.layers)
+        if model.follows:
+            model.follow()
+            return HarvestResult(path, False, {}, 0, 0.0, time.perf_counter() - started)
+        extension = _Extension(model, config, asked_for, path, console, segments[0].base.facts, roster)
+        note_versions(segments[0].base.facts, console)
+        filled = extension.mend_base()
+        if any(_same_text(segment, asked_for) and segment.base.complete for segment in segments_of(path)):
+            filled += extension.add_sites(asked)
+        else:
+            filled += extension.add_text(data, target, asked)
     if not filled:
         CacheReader.open(path).close()  # raises when something else is lost
         rows = {split: sizes.rows for split, sizes in segments[0].base.plan.splits.items()}

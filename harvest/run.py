@@ -13,6 +13,7 @@ With `extend`, a cache that is there gets more sites or more text instead (exten
 import json
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from thresher.harvest.corpus import Corpus, DataConfig, read_corpus
 from thresher.harvest.extend import can_extend, extend_cache
 from thresher.harvest.fill import fill_part, note_versions, outcome, shown
 from thresher.harvest.settings import HarvestConfig, HarvestResult, identity
-from thresher.harvest.target import TargetConfig, TransformerTarget, load_target, load_tokenizer
+from thresher.harvest.target import TargetConfig, TransformerTarget, held, load_tokenizer
 
 
 def harvest(
@@ -61,22 +62,26 @@ def harvest(
         console.print(f"[bold]Reusing[/bold] the cache {path}: {shown(rows)}, made with the same settings.")
         return HarvestResult(path, True, rows, 0, 0.0, time.perf_counter() - started)
     _refuse_other(path, wanted)
-    with console.status("loading the model"):
-        model = load_target(target)
-        sites = model.sites(config.sites, config.layers)
-    create = planning(path, lambda line: console.print(line, highlight=False))
-    try:
-        _refuse_other(path, wanted)
-        corpus, facts = _stored_corpus(path, console)
-        if corpus is None:
-            corpus = read_corpus(data, load_tokenizer(target), model.n_ctx, model.n_vocab, console)
-    except BaseException:
-        forget_plan(path, create)
-        raise
-    filled = fill_part(
-        model, corpus, sites, config, wanted, path=path, console=console, begun=facts, create=create, roster=roster
-    )
-    return outcome(path, [filled], started, console)
+    with ExitStack() as stack:
+        with console.status("loading the model"):
+            model = stack.enter_context(held(target, roster))
+            sites = model.sites(config.sites, config.layers)
+        if model.follows:
+            model.follow()
+            return HarvestResult(path, False, {}, 0, 0.0, time.perf_counter() - started)
+        create = planning(path, lambda line: console.print(line, highlight=False))
+        try:
+            _refuse_other(path, wanted)
+            corpus, facts = _stored_corpus(path, console)
+            if corpus is None:
+                corpus = read_corpus(data, load_tokenizer(target), model.n_ctx, model.n_vocab, console)
+        except BaseException:
+            forget_plan(path, create)
+            raise
+        filled = fill_part(
+            model, corpus, sites, config, wanted, path=path, console=console, begun=facts, create=create, roster=roster
+        )
+        return outcome(path, [filled], started, console)
 
 
 def harvest_corpus(

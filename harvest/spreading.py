@@ -2,7 +2,7 @@
 
 transformers and accelerate place the weights and move tensors between devices as they pass from module to module; what
 they keep on the CPU or on the disk is brought to a device for its turn. Here is only what that means for us: where
-inputs go, and which settings make sense. Left out: tensor parallelism, where several processes hold one target.
+inputs go, and which settings make sense. Several processes that hold one target together: company.py.
 """
 
 import tempfile

@@ -12,15 +12,15 @@ adds, and `mlp_in` and `mlp_hidden` must be what the MLP's first and last matrix
 rather than guessed.
 
 Contexts are run without an attention mask: full ones need none under a causal model, and padding on the right is
-behind every real token. A model may be spread over devices (spreading.py). Left out: left padding, encoder-decoder
-models.
+behind every real token. A model may be spread over devices (spreading.py) or processes (company.py). Left out: left
+padding, encoder-decoder models.
 """
 
 import copy
 import shutil
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +31,9 @@ from torch import Tensor
 from thresher.cache.contracts import Edit, MLPMatrices, Overwriting, Site
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
-from thresher.harvest import spreading
+from thresher.cache.roster import Roster
+from thresher.cache.world import from_environment
+from thresher.harvest import company, spreading
 from thresher.harvest.checkpoint import (
     commit_of,
     digest,
@@ -79,8 +81,17 @@ class TargetConfig:
     the CPU's memory behind them, as transformers divides it; or a table of modules and where they lie: a GPU's number,
     cpu or disk. none: all of it on `device`."""
 
+    tensor_parallel: bool = False
+    """For a model larger than one GPU, under torchrun: all processes of the job hold it together, each its part of
+    every matrix, as transformers divides it. For `harvest` alone; one process holds all of it."""
+
     def __post_init__(self) -> None:
         spreading.check_map(self.device_map)
+        if self.tensor_parallel and self.device_map != spreading.WHOLE:
+            raise UserError(
+                "target.tensor_parallel and target.device_map are both set: a target is spread over processes or over "
+                "the devices of one. Leave one of them out."
+            )
         if not self.model:
             raise UserError("target.model is empty; expected a hub name, a directory, or bundled:books-128.")
 
@@ -125,39 +136,71 @@ def load_tokenizer(config: TargetConfig) -> "PreTrainedTokenizerBase | None":
         ) from error
 
 
-def load_target(config: TargetConfig) -> "TransformerTarget":
-    """Load the model onto its device. Raises UserError for one that is missing, unreachable or of no use here."""
+@contextmanager
+def held(config: TargetConfig, roster: Roster) -> "Iterator[TransformerTarget]":
+    """The loaded target of a job, which its ranks hold together where `tensor_parallel` says so.
+
+    Where it is not their own (`follows`), ranks have to `follow` the one who leads, who dismisses them at the end.
+    """
+    with company.gathered(roster, config.tensor_parallel, resolve_device(config.device, "target.device")) as holders:
+        target = load_target(config, holders)
+        try:
+            yield target
+        finally:
+            if holders is not None and holders.leads and roster.fault is None:
+                holders.tell(None)
+
+
+def load_target(config: TargetConfig, holders: company.Company | None = None) -> "TransformerTarget":
+    """Load the model onto its device, or each of its `holders`' part. Raises UserError for one that is missing,
+    unreachable or of no use here."""
     device = resolve_device(config.device, "target.device")
     dtype = resolve_dtype(config.dtype, device)
+    if config.tensor_parallel and holders is None and not from_environment().alone:
+        raise UserError(
+            "target.tensor_parallel is set, and only `harvest` lets several processes hold one target. Run one "
+            "process, or leave it out; target.device_map spreads a target over the GPUs of one process."
+        )
     identity = model_identity(config)
     path = locate(config.model, config.revision)
     model: Any
     if is_simple_mlp(folder_of(path)):
-        if config.device_map != spreading.WHOLE:
+        if config.device_map != spreading.WHOLE or holders is not None:
+            which = "tensor_parallel" if holders is not None else "device_map"
             raise UserError(
-                f"target.device_map is set, and {config.model!r} is a LlamaSimpleMLP, which is loaded whole. Leave it "
-                "out."
+                f"target.{which} is set, and {config.model!r} is a LlamaSimpleMLP, which is loaded whole. Leave it out."
             )
         model = load_simple_mlp(folder_of(path), weight_files(path)).to(dtype)
     else:
         with quiet():
             spread = spreading.settings(config.device_map)
-            model = fuse_gelu(load_pretrained(path, dtype, config.model, **spread))
+            divided = {} if holders is None else company.settings()
+            model = fuse_gelu(load_pretrained(path, dtype, config.model, **spread, **divided))
             if spread:
                 weakref.finalize(model, shutil.rmtree, spread["offload_folder"], ignore_errors=True)
-    model = model if config.device_map != spreading.WHOLE else model.to(device)
-    return TransformerTarget(model, name=config.model, identity=identity)
+    placed = config.device_map != spreading.WHOLE or holders is not None
+    model = model if placed else model.to(device)
+    return TransformerTarget(model, name=config.model, identity=identity, holders=holders)
 
 
 class TransformerTarget:
     """`contracts.Target` over a causal language model, Hugging Face's or a `NativeModel`, frozen and in evaluation
     mode."""
 
-    def __init__(self, model: Any, *, name: str, identity: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        identity: Mapping[str, object] | None = None,
+        holders: company.Company | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         """It keeps its own modules."""
-        self.spread = spreading.is_spread(model)
-        """Whether its modules lie on several devices; what is recorded comes together on the first of them."""
+        self.holders = holders
+        """The processes that hold it together; None: it is this one's."""
+        self.spread = spreading.is_spread(model) or holders is not None
+        """Whether it lies on several devices; what is recorded comes together on the first of them."""
         self.name = name
         self.identity: Mapping[str, object] = dict(identity or {"model": name})
         with quiet():
@@ -169,6 +212,7 @@ class TransformerTarget:
         self._located: dict[str, Located] = {}
         self._shapes: dict[Point, tuple[int, ...]] = {}
         self._faults: dict[tuple[int, str], str] = {}
+        self._divided: set[Point] = set()
 
     @property
     def device(self) -> torch.device:
@@ -217,6 +261,8 @@ class TransformerTarget:
     def record(self, tokens: Tensor, sites: Sequence[Site], keep: Keep | None = None) -> dict[str, Tensor]:
         """As `contracts.Target.record`. The tensors are the model's own unless `keep` copies them, made under inference
         mode: use them before the next pass, and clone them before autograd is to see them."""
+        if self.holders is not None and not self.follows:
+            self.holders.tell(company.Pass(tokens.cpu(), [site.name for site in sites]))
         points = {site.name: self._point(site.name) for site in sites}
         wanted = list(dict.fromkeys(points.values()))
         taken: dict[Point, Tensor] = {}
@@ -226,9 +272,22 @@ class TransformerTarget:
             self._run(tokens)
         return {name: taken[point].to(self.device) for name, point in points.items()}
 
+    @property
+    def follows(self) -> bool:
+        """Whether another process decides which passes are made."""
+        return self.holders is not None and not self.holders.leads
+
+    def follow(self) -> None:
+        """Make the passes of the one who leads, until it is at its end."""
+        assert self.holders is not None, "a target of this process's own"
+        with self.holders.roster.interrupts():  # they reach the one who leads too, who says when it is over
+            while (told := self.holders.hear()) is not None:
+                self.record(told.tokens, self.sites(told.sites))
+
     def logits(self, tokens: Tensor, edits: Mapping[str, Edit] | None = None) -> Tensor:
         """As `contracts.Target.logits`. An edit of `resid_mid` changes both what the second norm reads and what the
         MLP's output is added to."""
+        assert self.holders is None, "only records are made together"
         edits = edits or {}
         with (
             limited(self.model, self._overwritten(edits)),
@@ -307,7 +366,11 @@ class TransformerTarget:
             self._run(tokens)
         self._shapes = {point: tuple(x.shape) for point, x in taken.items()}
         together = {point: x.to(self.device) for point, x in taken.items()}
-        self._faults = tap_faults(self.structure, together) | hidden_faults(self.structure, self.model, taken)
+        self._faults = tap_faults(self.structure, together)
+        if self.holders is None:
+            self._faults |= hidden_faults(self.structure, self.model, taken)
+        else:
+            self._divided = self.holders.divided(together)
 
     def _check(self, located: Located) -> None:
         shape = self._shapes.get(located.point)
@@ -316,6 +379,11 @@ class TransformerTarget:
         if shape is None or shape[:2] != (1, PROBE_TOKENS) or len(shape) != 3:
             got = "the model never runs that module" if shape is None else f"the tensor there has shape {list(shape)}"
             raise UserError(f"{stem}. Expected one vector per token, but {got}. Choose another site.")
+        if located.point in self._divided:
+            raise UserError(
+                f"{stem}. Under target.tensor_parallel every process has only a part of that tensor. Choose a tap of "
+                "the residual stream, mlp_in or mlp_out, or spread the target by target.device_map."
+            )
         if (located.layer, located.tap) in self._faults:
             raise UserError(
                 f"{stem}. On trial tokens {self._faults[located.layer, located.tap]}, so it is refused rather than "
