@@ -91,6 +91,7 @@ def _run_for_script() -> NoReturn:
         with redirect_stdout(sys.stdout):  # gives it back where a line was refused with --json read already
             code = app(standalone_mode=False)
     except Exception as error:
+        document.give_back()  # so that this one is not written where an earlier line of this process has put it
         if not hasattr(error, "format_message"):
             raise
         raise UserError(error.format_message()) from error

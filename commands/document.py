@@ -28,12 +28,13 @@ class _Aside:
 def _turn_aside(context: typer.Context, wanted: bool) -> bool:
     if wanted:
         _Aside.file = sys.stdout
-        context.call_on_close(_give_back)
+        context.call_on_close(give_back)
         context.with_resource(redirect_stdout(sys.stderr))
     return wanted
 
 
-def _give_back() -> None:
+def give_back() -> None:
+    """Let documents go to standard output again."""
     _Aside.file = None
 
 
