@@ -112,6 +112,7 @@ def train_recipe(
             console=out,
             target=target,
             roster=roster,
+            parallel=recipe.tables["parallel"],
         )
         source.finish()
     if not roster.world.speaks:

@@ -49,7 +49,10 @@ class Task(NamedTuple):
 class Crew:
     """Does the tasks of one batch; a context manager that owns the threads."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, in_turn: bool = False) -> None:
+        """`in_turn`: one task after the other, each on as many threads as ever: what several ranks do together must
+        come in the same order on all of them."""
+        self.in_turn = in_turn
         self.threads = torch.get_num_threads()
         self._parallel = device.type == "cpu"
         self._pool = ThreadPoolExecutor(self.threads, "thresher-fit", initializer=keep_to_one_thread)
@@ -71,6 +74,8 @@ class Crew:
         # With nothing large to do, the caller's own operations (decoding the next batch) must not wake a team of
         # threads either: it would spin for a while afterwards, on the cores that the workers need.
         torch.set_num_threads(1 if len(apart) == len(tasks) else self.threads)
+        if self.in_turn:
+            return [self._pool.submit(t.run).result() if i in apart else t.run() for i, t in enumerate(tasks)]
         apart.sort(key=lambda index: -tasks[index].cost)  # the longest first, so that all end together
         started = {index: self._pool.submit(tasks[index].run) for index in apart}
         done = {index: future.result() for index, future in started.items()}

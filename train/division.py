@@ -1,9 +1,11 @@
-"""The dictionaries of a sweep spread over the ranks of a job: who trains which.
+"""The dictionaries of a sweep spread over the cells of a job's mesh (train/mesh.py), mostly ranks: who trains which.
 
 Rank 0 alone looks at the run directories, divides what is left to do and tells the others, so that no two ranks ever
 write one directory, however many there are this time. Dictionaries that are trained together through the language
 model stay together. Nothing is exchanged while they train: what a dictionary comes to does not depend on its company,
 so it has the bits that it would have in one process of as many threads.
+
+Ranks of one cell train its dictionaries together. An exchange between them that fails ends the job: `parting` says why.
 """
 
 import json
@@ -14,14 +16,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from rich.console import Console
 
+from thresher.cache.errors import UserError
+from thresher.cache.interrupts import Interrupted
 from thresher.cache.roster import Roster
 from thresher.cache.world import World, divide
 from thresher.train.display import TrainingDisplay
+from thresher.train.mesh import LostRankError, ParallelConfig, cell_of, cells_of
 from thresher.train.plan import RunPlan
 from thresher.train.state import latest_position
 
 if TYPE_CHECKING:
     from thresher.train.run import RunResult
+
+_PARTING_SECONDS = 5.0
+"""Silence of a rank after which it is held to be the one that an exchange has lost."""
 
 
 class Work(NamedTuple):
@@ -29,7 +37,7 @@ class Work(NamedTuple):
 
     name: str
     unit: str
-    """Shared by plans that one rank has to train."""
+    """Shared by plans that one cell has to train."""
     cost: int
     """Rough multiply-adds of its largest products; passes of a language model are left out."""
 
@@ -46,7 +54,7 @@ def work(plans: Sequence[RunPlan], totals: Sequence[int], out: Path | None = Non
 
 
 def division(pieces: Iterable[Work], size: int) -> dict[str, int]:
-    """The rank of every plan, by name: whole units, the costliest first, each to the rank that has least so far."""
+    """The cell of every plan, by name: whole units, the costliest first, each to the one that has least so far."""
     units: dict[str, list[Work]] = {}
     for piece in pieces:
         units.setdefault(piece.unit, []).append(piece)
@@ -54,8 +62,11 @@ def division(pieces: Iterable[Work], size: int) -> dict[str, int]:
     return {piece.name: rank for members, rank in zip(units.values(), owners, strict=True) for piece in members}
 
 
-def agreed(owners: dict[str, int], roster: Roster, device: torch.device, console: Console) -> dict[str, int]:
-    """Rank 0's division, known to all ranks. Each says what it has: the silent ones too, on a console of their own."""
+def agreed(
+    owners: dict[str, int], roster: Roster, device: torch.device, console: Console, parallel: ParallelConfig
+) -> dict[str, int]:
+    """Rank 0's division among cells, known to all ranks. Each says what it has: the silent ones too, on a console of
+    their own."""
     world = roster.world
     if world.alone:
         return owners
@@ -64,10 +75,42 @@ def agreed(owners: dict[str, int], roster: Roster, device: torch.device, console
     else:
         owners = json.loads(roster.hear("division"))
         console = Console()
-    share = sum(owner == world.rank for owner in owners.values())
+    cell, size = cell_of(world, parallel), parallel.data * parallel.latents
+    share = sum(owner == cell for owner in owners.values())
     what = f"{share} of {len(owners)} dictionaries on {device}" if share else "no dictionary is left for it to train"
+    if size > 1 and share:
+        what += f", shared by ranks {cell * size} to {(cell + 1) * size - 1}"
     console.print(f"{str(world).capitalize()}: {what}.", highlight=False, soft_wrap=True)
     return owners
+
+
+def cells_for(parallel: ParallelConfig, groups: Iterable[str], world: World, console: Console) -> int:
+    """How many cells the ranks make. Raises UserError for what cannot be shared, and where ranks do not fill the mesh.
+
+    `groups`: names of what is trained through the language model.
+    """
+    cells = cells_of(world, parallel)
+    wanted = f"parallel.data = {parallel.data} and parallel.latents = {parallel.latents}"
+    if parallel.data * parallel.latents == 1:
+        return cells
+    if world.alone:
+        console.print(f"{wanted} are for several processes (torchrun); this one trains alone.", highlight=False)
+    elif name := next(iter(groups), None):
+        raise UserError(
+            f"Group {name!r} is trained through the language model, with {wanted}: such dictionaries cannot be shared "
+            "by several processes, only spread over them. Set parallel.data and parallel.latents to 1."
+        )
+    return cells
+
+
+def parting(lost: LostRankError, roster: Roster, out: Path) -> Exception:
+    """What a rank ends with whose exchange with the others failed; waits a moment for the reason."""
+    reason = roster.reason(_PARTING_SECONDS)
+    saved = (
+        f"Training stopped: an exchange between ranks failed ({lost}). Checkpoints in {out} are whole. Run the same "
+        "command with --resume to go on from there."
+    )
+    return Interrupted(saved) if reason is not None or roster.stopping else UserError(saved)
 
 
 def spoken(world: World, console: Console) -> Console:

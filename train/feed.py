@@ -2,6 +2,9 @@
 
 After the first steps one line says which implementations do the work, and after a minute one says what bounds the run
 (train/bounds.py). With `profile`, some steps are traced into the directory of the pass's first run.
+
+Ranks that share dictionaries go through the same batches side by side, each with its own rows of them, and stop after
+the same one: when all know that one of them is to.
 """
 
 import functools
@@ -22,6 +25,7 @@ from thresher.train.crew import Crew, Task
 from thresher.train.display import TrainingDisplay
 from thresher.train.fit import Views, sites_of
 from thresher.train.jobs import Job, kernels_of
+from thresher.train.mesh import Mesh
 from thresher.train.profile import Trace
 from thresher.train.stages import stage, timed_by, unwatch
 
@@ -47,6 +51,12 @@ class Shared(NamedTuple):
     console: Console
     profile: bool
     """Whether to trace some steps of each pass."""
+    mesh: Mesh = Mesh()
+    """Whom the dictionaries are shared with."""
+
+    def stopping(self) -> bool:
+        """Whether a stop was requested, of any of the ranks that share the dictionaries; all of them have to ask."""
+        return self.mesh.everyone.any(self.stop.requested)
 
 
 def feed(jobs: Sequence[Job], stream: Stream, on: Shared) -> None:
@@ -60,7 +70,8 @@ def feed(jobs: Sequence[Job], stream: Stream, on: Shared) -> None:
     with ExitStack() as stack:
         stack.callback(batches.close)
         stack.enter_context(timed_by(bounds.clock))
-        trace = stack.enter_context(Trace(jobs[0].path, on.device, steps_left)) if on.profile else None
+        traced = on.profile and on.mesh.leads
+        trace = stack.enter_context(Trace(jobs[0].path, on.device, steps_left)) if traced else None
         display = stack.enter_context(TrainingDisplay(on.console, title, [job.plan.name for job in jobs]))
         progress = _Progress(display, max(job.fit.total for job in jobs))
         for taken, batch in enumerate(_timed(batches), 1):
@@ -75,9 +86,14 @@ def feed(jobs: Sequence[Job], stream: Stream, on: Shared) -> None:
                 unwatch(bounds.clock)
                 on.console.print(line, highlight=False)
             progress.tell(batch.rows, max(job.fit.done for job in jobs), stream.batch_rows)
-            if on.stop.requested or not any(job.active for job in jobs):
+            if _stopped(jobs, on) or not any(job.active for job in jobs):
                 break
     _say_the_rest(bounds.line(), trace, on.console)
+
+
+def _stopped(jobs: Sequence[Job], on: Shared) -> bool:
+    """Whether the pass is to end here: on all ranks that share it, or on none."""
+    return on.stop.requested if on.mesh.alone else any(job.fit.agreement.stop for job in jobs)
 
 
 def say_kernels(jobs: Sequence[Job], console: Console) -> None:
@@ -110,7 +126,9 @@ def _batches(jobs: Sequence[Job], stream: Stream, steps_left: int, on: Shared) -
         end=stream.start + rows_left,
         device=on.device,
         tier=tier,
-        interrupted=lambda: on.stop.raised,
+        rank=on.mesh.data.index,
+        world=on.mesh.data.size,
+        interrupted=lambda: on.mesh.alone and on.stop.raised,
     )
 
 

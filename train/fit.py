@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from thresher.cache.contracts import side_by_side
+from thresher.cache.interrupts import StopFlag
 from thresher.cache.source import Source
+from thresher.train.agreement import Agreement
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.encoder import Fired, Tally
 from thresher.train.dictionary.fold import deploy
@@ -19,6 +21,7 @@ from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Padded
 from thresher.train.kernels.workspace import Workspace
 from thresher.train.losses import Losses, losses
+from thresher.train.mesh import Mesh
 from thresher.train.normalise import Affine, Mode, affine, joined, modes
 from thresher.train.optim import Optimiser, base_rate, rate_factor
 from thresher.train.parts import split, survey
@@ -114,13 +117,18 @@ class Fit:
         device: torch.device,
         workspace: Workspace | None = None,
         total: int | None = None,
+        mesh: Mesh | None = None,
+        stop: StopFlag | None = None,
     ) -> None:
         """Build with zero weights; `start` or `load` must follow. `workspace` may be shared with others.
 
-        `total`: optimiser steps; None: what the plan asks for, of cached rows.
+        `total`: optimiser steps; None: what the plan asks for, of cached rows. `mesh`: the ranks that share it; None:
+        this one alone. `stop`: set where this rank is asked to stop, which the others then learn of in their steps.
         """
         spec = plan.spec
         self.plan = plan
+        self.mesh = mesh or Mesh()
+        self.agreement = Agreement(self.mesh.everyone, stop)
         self.modes = modes(spec.normalise)
         self.coder = build(spec, plan.name).to(device)
         self.spaces = {site: _space(self.modes[0], reader, site) for site in spec.reads}

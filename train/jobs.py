@@ -2,6 +2,9 @@
 
 A run whose step cannot be done, because loss or gradient stopped being finite or memory did not suffice, is set aside:
 its last state is saved, the reason goes into its config.json, and what it held is given back to the others.
+
+Ranks that share a dictionary each have a job for it and decide alike at the same step (train/agreement.py); the one
+that leads writes.
 """
 
 import math
@@ -15,7 +18,7 @@ from rich.console import Console
 from thresher.train.display import TrainingDisplay
 from thresher.train.files import write_config
 from thresher.train.fit import Fit, Inputs
-from thresher.train.metrics import MetricLog
+from thresher.train.metrics import MetricLog, Silence
 from thresher.train.plan import RunPlan
 from thresher.train.state import save_checkpoint
 
@@ -23,8 +26,10 @@ from thresher.train.state import save_checkpoint
 class Job:
     """A plan with its directory, its state and its log."""
 
-    def __init__(self, plan: RunPlan, path: Path, config: dict[str, Any], fit: Fit, log: MetricLog) -> None:
+    def __init__(self, plan: RunPlan, path: Path, config: dict[str, Any], fit: Fit, log: MetricLog | Silence) -> None:
         self.plan, self.path, self.config, self.fit, self.log = plan, path, config, fit, log
+        self.leads = fit.mesh.leads
+        """Whether it writes what is written once, of the ranks that share the dictionary."""
         self.last: dict[str, Any] = {}
         self.failed: str | None = None
 
@@ -35,17 +40,22 @@ class Job:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        save_checkpoint(self.path, self.fit.checkpoint())
+        if self.leads:
+            save_checkpoint(self.path, self.fit.checkpoint())
 
     def attempt(self, inputs: Inputs, rows: int) -> torch.Tensor | str:
         """A step's gradient norm, or why there was no memory for it: that concerns this dictionary alone."""
         try:
-            return self.fit.step(inputs, rows)
+            norm = self.fit.step(inputs, rows)
         except (RuntimeError, MemoryError) as error:
             if not short_of_memory(error):
                 raise
             self.fit.forget_gradients()  # what they hold is needed by the others
             return f"step {self.fit.done + 1} ran out of memory ({error})"
+        if self.fit.agreement.short:
+            self.fit.forget_gradients()
+            return f"one of the ranks that share it ran out of memory by step {self.fit.done + 1}"
+        return norm
 
     def settle(self, outcome: torch.Tensor | str, display: TrainingDisplay, console: Console) -> None:
         """Log and save what is due after a step; set the run aside when the step could not be done."""
@@ -75,7 +85,8 @@ class Job:
         self.failed = reason
         self.save()
         self.config["training"] |= {"failed": reason, "steps": self.fit.done, "rows": self.fit.position}
-        write_config(self.path, self.config)
+        if self.leads:
+            write_config(self.path, self.config)
         self.log.failed(reason)
         self.fit.release()
         display.fail(self.plan.name, reason)

@@ -11,7 +11,8 @@ What ranks say to one another while they train goes through the two `Group`s of 
 collective is counted, so that tests can hold how many a step takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -21,12 +22,17 @@ from torch import Tensor
 
 from thresher.cache.errors import UserError
 from thresher.cache.roster import Roster
+from thresher.cache.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 COLLECTIVE_SECONDS = 300.0
 """A collective that takes longer has lost a rank."""
+
+
+class LostRankError(Exception):
+    """An exchange failed: some rank has ended or died. What the step has computed so far is worth nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +89,49 @@ class Group:
         """[size, …] the tensor of every rank, which all have the same shape; one collective."""
         if self.alone:
             return tensor[None]
-        from torch import distributed
-
         self.collectives += 1
-        out = tensor.new_empty((self.size, *tensor.shape))
-        distributed.all_gather(list(out.unbind()), tensor.contiguous(), group=self.backend)
-        return out
+        return self._gather(tensor.contiguous())
 
     def wait(self) -> None:
         """Until every rank has come here; one collective."""
-        if not self.alone:
-            self.add_up([torch.zeros(1)])
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on some rank; one collective, which all wait for."""
+        if self.alone:
+            return flag
+        told = torch.tensor([float(flag)])
+        self.add_up([told])
+        return bool(told > 0)
 
     def _add_up(self, tensor: Tensor) -> None:
+        self.collectives += 1
+        self._sum(tensor)
+
+    # What another way to exchange has to do; a test's ranks are threads.
+
+    def _sum(self, tensor: Tensor) -> None:
         from torch import distributed
 
-        self.collectives += 1
-        distributed.all_reduce(tensor, group=self.backend)
+        with _losses_named():
+            distributed.all_reduce(tensor, group=self.backend)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        from torch import distributed
+
+        out = tensor.new_empty((self.size, *tensor.shape))
+        with _losses_named():
+            distributed.all_gather(list(out.unbind()), tensor, group=self.backend)
+        return out
+
+
+@contextmanager
+def _losses_named() -> Iterator[None]:
+    """Turn what a backend raises when a rank is gone into LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(str(error).strip().split("\n")[0]) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,44 +157,63 @@ class Mesh:
         return self.everyone.index == 0
 
 
-def form(roster: Roster, wanted: ParallelConfig, device: torch.device) -> Mesh:
-    """The mesh of a job's ranks; collective where dictionaries are shared.
+def cells_of(world: World, wanted: ParallelConfig) -> int:
+    """How many cells the ranks of a job make; a job of one process is one, whatever is wanted.
 
-    A job of one process needs none, whatever is wanted. Raises UserError when the ranks do not fill the mesh.
+    Raises UserError when the ranks do not fill the mesh.
     """
-    world, shared = roster.world, wanted.data * wanted.latents
+    shared = wanted.data * wanted.latents
     if world.alone:
-        return Mesh()
+        return 1
     if world.size % shared:
         raise UserError(
             f"parallel.data × parallel.latents is {wanted.data} × {wanted.latents} = {shared}, but {world.size} "
             f"processes were started. Start a multiple of {shared}, or set them to fit with --set parallel.data=…"
         )
-    if shared == 1:
-        return Mesh(cell=world.rank, cells=world.size)
+    return world.size // shared
+
+
+def cell_of(world: World, wanted: ParallelConfig) -> int:
+    """The cell of a rank."""
+    return 0 if world.alone else world.rank // (wanted.data * wanted.latents)
+
+
+@contextmanager
+def formed(roster: Roster, wanted: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
+    """The mesh of a job's ranks, until the end of the block; collective where dictionaries are shared."""
+    cells, world = cells_of(roster.world, wanted), roster.world
+    if cells == world.size:
+        yield Mesh(cell=world.rank, cells=world.size)
+        return
     from torch import distributed
 
+    threads = torch.get_num_threads()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=roster.meeting_place("mesh"),
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
-    shape = (world.size // shared, wanted.data, wanted.latents)
-    mesh = distributed.init_device_mesh(device.type, shape, mesh_dim_names=("sweep", "data", "latents"))
-    cell = mesh["data", "latents"]._flatten("cell")
-    groups = {name: mesh.get_group(name) for name in ("data", "latents")} | {"everyone": cell.get_group()}
-    return Mesh(
-        cell=mesh.get_local_rank("sweep"),
-        cells=shape[0],
-        **{name: Group(group.rank(), group.size(), group) for name, group in groups.items()},
-    )
-
-
-def dissolve() -> None:
-    """Give back the process groups of `form`, if there are any."""
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
+    try:
+        shape = (cells, wanted.data, wanted.latents)
+        mesh = distributed.init_device_mesh(device.type, shape, mesh_dim_names=("sweep", "data", "latents"))
+        cell = mesh["data", "latents"]._flatten("cell")
+        groups = {name: mesh.get_group(name) for name in ("data", "latents")} | {"everyone": cell.get_group()}
+        made = Mesh(
+            cell=mesh.get_local_rank("sweep"),
+            cells=cells,
+            **{name: Group(group.rank(), group.size(), group) for name, group in groups.items()},
+        )
+        _share_threads(made.everyone)
+        yield made
+    finally:
         distributed.destroy_process_group()
+        torch.set_num_threads(threads)
+
+
+def _share_threads(everyone: Group) -> None:
+    """Let ranks that share dictionaries take equally many threads: sums of other orders would drive them apart."""
+    torch.set_num_threads(int(everyone.gather(torch.tensor(torch.get_num_threads())).min()))

@@ -77,6 +77,19 @@ class MetricLog:
             self._tracker.finish(failed=not self._ended)
 
 
+class Silence:
+    """In the place of a `MetricLog` on ranks that leave it to another one to write."""
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def finished(self, config: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def failed(self, reason: str) -> None:
+        """Nothing."""
+
+
 def last_metrics(path: Path) -> dict[str, Any]:
     """The last line written for the run at `path`; empty when there is none."""
     lines = _lines(path / METRICS)

@@ -7,17 +7,19 @@ needed by plans with an objective that goes through it (train/endtoend/), whose 
 A run directory belongs to one resolved recipe. Finished: it is reused. Unfinished: it goes on from its last checkpoint
 when `resume` is set. Made from another recipe: refused. A dictionary whose loss or gradient stops being finite is set
 aside with its last good state; the others go on.
+
+Ranks of a job that share dictionaries (train/mesh.py) go through all of this side by side, the one that leads writing.
+Before it writes into a directory of an earlier job, all of them have read what they need there.
 """
 
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from rich.console import Console
 
 from thresher.cache.contracts import Target
@@ -30,7 +32,7 @@ from thresher.train.calibrate import HeldOut, RowsOf, calibrate, difference, hel
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew, give_back_freed_memory
 from thresher.train.dictionary.topologies import topology
-from thresher.train.division import agreed, division, show_all, spoken, work
+from thresher.train.division import agreed, cells_for, division, parting, show_all, spoken, work
 from thresher.train.endtoend.decomposed import DecompositionFit
 from thresher.train.endtoend.feed import common_step, feed_group
 from thresher.train.endtoend.setting import Setting, together
@@ -40,7 +42,8 @@ from thresher.train.finetune import Origin, origin
 from thresher.train.fit import Fit
 from thresher.train.jobs import Job
 from thresher.train.kernels.workspace import Workspace
-from thresher.train.metrics import MetricLog, last_metrics
+from thresher.train.mesh import LostRankError, ParallelConfig, cell_of, formed
+from thresher.train.metrics import MetricLog, Silence, last_metrics
 from thresher.train.plan import RunPlan
 from thresher.train.standing import config_of, reusable
 from thresher.train.state import load_checkpoint
@@ -73,12 +76,14 @@ def train(
     console: Console,
     target: Target | None = None,
     roster: Roster | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> list[RunResult]:
     """Train all plans from the cache into `out`/<name>; results in the order of the plans.
 
     `target`: the language model, frozen, on `device`; needed where a plan's objective is not local. `profile` writes a
     trace of some steps into the first run directory of every pass (train/profile.py). `roster`, entered: the ranks that
     the plans are divided among (train/division.py); rank 0 returns all results, the others those of their share.
+    `parallel`: how many of them share one dictionary; None: none do.
     Raises UserError before any work for duplicate names, for directories that hold something else, and for unfinished
     runs without `resume`. Raises Interrupted after SIGINT or SIGTERM, with everything saved.
     """
@@ -104,30 +109,32 @@ def train(
         config_of(plan, origins[plan.name], total, reader, where, groups)
         for plan, total in zip(plans, totals, strict=True)
     ]
-    roster = roster or Roster()
-    rank, console = roster.world.rank, spoken(roster.world, console)
+    roster, parallel = roster or Roster(), parallel or ParallelConfig()
+    console = spoken(roster.world, console)
+    cells, cell = cells_for(parallel, groups, roster.world, console), cell_of(roster.world, parallel)
     owners, results = {}, {}
     if roster.world.speaks:
         results = _reused(plans, configs, groups, out, resume)
         if results:
             console.print(f"Reusing {len(results)} finished of {len(plans)} runs in {out}.")
-        owners = division([w for w in work(plans, totals, out) if w.name not in results], roster.world.size)
-    owners = agreed(owners, roster, where, console)
-    todo = [(plan, config) for plan, config in zip(plans, configs, strict=True) if owners.get(plan.name) == rank]
+        owners = division([w for w in work(plans, totals, out) if w.name not in results], cells)
+    owners = agreed(owners, roster, where, console, parallel)
+    todo = [(plan, config) for plan, config in zip(plans, configs, strict=True) if owners.get(plan.name) == cell]
     for members in groups.values():
-        if owners.get(members[0].name) == rank:
+        if owners.get(members[0].name) == cell:
             common_step([out / plan.name for plan in members])
-    with ExitStack() as stack, roster.interrupts() as stop, Crew(where) as crew, warnings.catch_warnings():
+    with ExitStack() as stack, roster.interrupts() as stop, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        workspace = Workspace()
+        stack.enter_context(_partings(roster, out))
+        mesh = stack.enter_context(formed(roster, parallel, where))
+        crew = stack.enter_context(Crew(where, in_turn=not mesh.alone))
+        shared, workspace = Shared(reader, where, crew, stop, console, profile, mesh), Workspace()
         with roster.phase("opening the runs"):
-            jobs = [
-                _open(plan, config, out / plan.name, origins[plan.name], reader, where, workspace, wandb, stack, target)
-                for plan, config in todo
-            ]
+            fits = [_fit(*one, out / one[0].name, origins[one[0].name], shared, workspace, target) for one in todo]
+            mesh.everyone.wait()
+        jobs = [_open(*one, out / one[0].name, fit, wandb, stack) for one, fit in zip(todo, fits, strict=True)]
         give_back_freed_memory()
         streams: dict[Stream, list[Job]] = {}
-        shared = Shared(reader, where, crew, stop, console, profile)
         for job in jobs:
             if job.plan.group in groups:
                 continue
@@ -145,7 +152,7 @@ def train(
                 results |= _finished(group, out, shared, joint.trained_rows if _reads_patched(group) else None)
         if roster.world.speaks:
             roster.wait()
-    elsewhere = [plan for plan in plans if roster.world.speaks and owners.get(plan.name, rank) != rank]
+    elsewhere = [plan for plan in plans if roster.world.speaks and owners.get(plan.name, cell) != cell]
     results |= {plan.name: _done_elsewhere(plan, out / plan.name) for plan in elsewhere}
     if elsewhere:
         show_all(results, names, console)
@@ -174,7 +181,7 @@ def _reused(
 
 
 def _done_elsewhere(plan: RunPlan, path: Path) -> RunResult:
-    """What became of a plan that another rank has trained, from its run directory."""
+    """What became of a plan that another cell has trained, from its run directory."""
     training = read_config(path)["training"]
     return RunResult(plan.name, plan.group, path, "trained" if training["finished"] else "failed", training)
 
@@ -191,37 +198,44 @@ def _total(plan: RunPlan, reader: Source, setting: Setting | None) -> int:
     return setting.total_steps(plan)
 
 
+@contextmanager
+def _partings(roster: Roster, out: Path) -> Iterator[None]:
+    """Say what became of the job when an exchange fails because another rank is gone."""
+    try:
+        yield
+    except LostRankError as lost:
+        raise parting(lost, roster, out) from lost
+
+
 def _fit(
-    plan: RunPlan, reader: Source, device: torch.device, workspace: Workspace, total: int, target: Target | None
-) -> Fit:
-    """A plan's dictionary, not yet begun."""
-    if topology(plan.spec.kind).decomposes:
-        assert target is not None, "its objective asks for the model"
-        return DecompositionFit(plan, reader, device, workspace, total, target)
-    return Fit(plan, reader, device, workspace, total)
-
-
-def _open(
     plan: RunPlan,
     config: dict[str, Any],
     path: Path,
     begun_from: Origin | None,
-    reader: Source,
-    device: torch.device,
+    on: Shared,
     workspace: Workspace,
-    wandb: WandbMode,
-    stack: ExitStack,
     target: Target | None,
-) -> Job:
-    """Build a run, at its beginning or at its last checkpoint."""
-    checkpoint = load_checkpoint(path)
-    fit = _fit(plan, reader, device, workspace, config["training"]["total_steps"], target)
+) -> Fit:
+    """A plan's dictionary, at its beginning or at its last checkpoint; reads the run directory and changes nothing."""
+    checkpoint, total = load_checkpoint(path), config["training"]["total_steps"]
+    if topology(plan.spec.kind).decomposes:
+        assert target is not None, "its objective asks for the model"
+        fit: Fit = DecompositionFit(plan, on.reader, on.device, workspace, total, target)
+    else:
+        fit = Fit(plan, on.reader, on.device, workspace, total, on.mesh, on.stop)
     if checkpoint is not None:
         fit.load(checkpoint)
     elif begun_from is not None:
-        fit.start(reader, begun_from.load())
+        fit.start(on.reader, begun_from.load())
     else:
-        fit.start(reader)
+        fit.start(on.reader)
+    return fit
+
+
+def _open(plan: RunPlan, config: dict[str, Any], path: Path, fit: Fit, wandb: WandbMode, stack: ExitStack) -> Job:
+    """The job of a dictionary; its run directory is made or gone on with."""
+    if not fit.mesh.leads:
+        return Job(plan, path, config, fit, Silence())
     begun = (path / CONFIG).exists()
     try:
         log = MetricLog(path, config=config, wandb=wandb, after_step=fit.done)
@@ -248,8 +262,9 @@ def _save_and_stop(jobs: Sequence[Job], out: Path) -> None:
 
 def _finished(jobs: Sequence[Job], out: Path, on: Shared, read: RowsOf | None = None) -> dict[str, RunResult]:
     """Results by name of the jobs of a pass; raises Interrupted, with everything saved, once a stop is requested."""
-    results = {} if on.stop.requested else {result.name: result for result in _finish(jobs, on, read)}
-    if on.stop.requested:
+    stopped = on.stopping()
+    results = {} if stopped else {result.name: result for result in _finish(jobs, on, read)}
+    if stopped or on.stopping():
         _save_and_stop(jobs, out)
     return results
 
@@ -272,13 +287,14 @@ def _finish(jobs: Sequence[Job], on: Shared, read: RowsOf | None) -> Iterable[Ru
         with console.status("Setting thresholds and checking on held-out rows …"):
             calibrate(coders, reader, calibrate_rows, device, crew, stop, read)
             checks = held_out(coders, reader, heldout_rows, device, crew, stop)
-        if stop.requested:
+        if on.stopping():
             return
         for job, coder, check in zip(ready, coders, checks, strict=True):
             job.config["training"] |= _outcome(job, check)
             if check is not None and (note := job.config["training"]["held_out"]["note"]):
                 console.print(f"[yellow]{job.plan.name}[/]: {note}", highlight=False)
-            save_run(job.path, coder, job.config)
+            if job.leads:
+                save_run(job.path, coder, job.config)
             job.log.finished(job.config)
             job.fit.release()  # a sweep of several streams must not keep what is done
     for job in jobs:
