@@ -12,6 +12,7 @@ from torch import Tensor
 from thresher.train.auxk import auxiliary
 from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Chosen, Fired
+from thresher.train.dictionary.rules.base import seen
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.dictionary.topologies import build
 from thresher.train.kernels import firing
@@ -353,9 +354,9 @@ def test_counters_and_thresholds_move_only_when_told_to() -> None:
 def test_the_running_threshold_starts_at_the_first_value_and_then_follows() -> None:
     coder = make("sae", firing="batchtopk", k=2.0, threshold_decay=0.75)
     rule = coder.encoder(0).rule
-    rule.observe(torch.tensor([3.0, 0.0, 2.0], dtype=torch.float64))
+    rule.observe(seen(torch.tensor([3.0, 0.0, 2.0], dtype=torch.float64), 1))
     assert rule.threshold.item() == 2.0
-    rule.observe(torch.tensor([6.0, 0.0], dtype=torch.float64))
+    rule.observe(seen(torch.tensor([6.0, 0.0], dtype=torch.float64), 1))
     assert rule.threshold.item() == 0.75 * 2.0 + 0.25 * 6.0
-    rule.observe(torch.zeros(4, dtype=torch.float64))  # a batch that kept nothing is skipped
+    rule.observe(seen(torch.zeros(4, dtype=torch.float64), 1))  # a batch that kept nothing is skipped
     assert rule.threshold.item() == 3.0

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.rules import JumpReLU
+from thresher.train.dictionary.rules.base import seen
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.dictionary.topologies import build
 from thresher.train.kernels import firing, padded
@@ -202,7 +203,7 @@ def test_a_pass_of_fixed_capacity_never_reads_back(rule: str, fixed: None) -> No
         out = coder(xs)
         (out.y.sum() + sum(fired.z.sum() for fired in out.fired)).backward()
         for source, fired in enumerate(out.fired):
-            coder.encoder(source).rule.observe(fired.z)
+            coder.encoder(source).rule.observe(seen(fired.z, N))
     assert all(isinstance(fired.selection, Padded) or rule in ("relu", "jumprelu", "gated") for fired in out.fired)
 
 

@@ -18,6 +18,7 @@ from thresher.cache.reader import CacheReader
 from thresher.train.calibrate import passes
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.rules import BatchTopK, Global, GroupMax, JumpReLU, TopK
+from thresher.train.dictionary.rules.base import seen
 from thresher.train.dictionary.topologies import build
 from thresher.train.files import load_run
 from thresher.train.fit import Fit, Inputs, Views
@@ -164,24 +165,24 @@ def test_the_controller_starts_as_batchtopk_and_then_moves_against_the_excess() 
     assert first is not None
     kept = first.take(a_NF)
     assert sorted(kept.tolist()) == [1.0, 2.0, 3.0, 4.0]
-    rule.observe(kept, 2)
+    rule.observe(seen(kept, 2))
     assert (rule.threshold.item(), rule.aux_threshold.item()) == (1.0, pytest.approx(0.01))
     rule.at(1)
     second = rule.select(a_NF)
     assert second is not None
     z, _ = rule.fire(second.take(a_NF), second, torch.zeros(20))
     assert sorted(z.tolist()) == [2.0, 3.0, 4.0]
-    rule.observe(z, 2, torch.tensor(50))  # L0 1.5 of 2, and 25 of 5
+    rule.observe(seen(z, 2, torch.tensor(50)))  # L0 1.5 of 2, and 25 of 5
     assert rule.threshold.item() == pytest.approx(1.0 / 1.0005)
     assert rule.aux_threshold.item() == pytest.approx(0.01 * 1.02)
-    rule.observe(torch.ones(2000), 2)  # 998 too many: the step is capped, and without dead latents θ_aux stays
+    rule.observe(seen(torch.ones(2000), 2))  # 998 too many: the step is capped, and without dead latents θ_aux stays
     assert rule.threshold.item() == pytest.approx(1.1 / 1.0005)
     assert rule.aux_threshold.item() == pytest.approx(0.01 * 1.02)
     for _ in range(200):
-        rule.observe(torch.zeros(2), 2, torch.tensor(0))
+        rule.observe(seen(torch.zeros(2), 2, torch.tensor(0)))
     assert rule.aux_threshold.item() == pytest.approx(0.0102 / 1.005**200)
     rule.aux_threshold.fill_(1e-6)
-    rule.observe(torch.zeros(2), 2, torch.tensor(0))
+    rule.observe(seen(torch.zeros(2), 2, torch.tensor(0)))
     assert rule.aux_threshold.item() == 1e-6
 
 

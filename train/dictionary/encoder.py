@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from thresher.cache.contracts import Codes
 from thresher.train.dictionary.objective import MULTI
 from thresher.train.dictionary.rules import TopK, rule
+from thresher.train.dictionary.rules.base import Seen, merged, seen
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
@@ -68,12 +69,10 @@ class Tally(NamedTuple):
 
     counts: Tensor
     """[F] tokens on which each latent fired."""
-    scores: Tensor | None
-    """[A] codes, times norms where latents are ranked by norm, if the rule follows them."""
     tokens: int
     """N of the part."""
-    woken: Tensor | None = None
-    """As in `Fired`."""
+    seen: Seen | None = None
+    """What the rule is told, if it follows the training."""
 
 
 class Chosen(NamedTuple):
@@ -284,10 +283,12 @@ class Encoder(nn.Module):
             count_F = active.sum(0)
         else:
             count_F = torch.zeros_like(self.b_enc).index_add_(0, fired.selection.latents, active)
-        scores = fired.z.detach() if self.rule.follows else None
-        if scores is not None and fired.norms is not None and fired.selection is not None:
+        if not self.rule.follows:
+            return Tally(count_F, fired.tokens)
+        scores = fired.z.detach()
+        if fired.norms is not None and fired.selection is not None:
             scores = scores * fired.norms.index_select(0, fired.selection.latents)
-        return Tally(count_F, scores, fired.tokens, fired.woken)
+        return Tally(count_F, fired.tokens, seen(scores, fired.tokens, fired.woken))
 
     @torch.no_grad()
     def advance(self, parts: Sequence[Tally], left_out: Tensor | None = None) -> Tensor:
@@ -296,11 +297,9 @@ class Encoder(nn.Module):
         `left_out`: bool scalar, whether its update was; the counters then stay, for they count tokens trained on, and
         codes that were cut off say nothing of who fired. Returns the number of active entries, a scalar on the device.
         """
-        tokens, scores = sum(part.tokens for part in parts), [p.scores for p in parts if p.scores is not None]
-        if scores:
-            counts = [part.woken for part in parts if part.woken is not None]
-            woken = torch.stack(counts).sum() if counts else None
-            self.rule.observe(torch.cat([score.reshape(-1) for score in scores]), tokens, woken)
+        tokens, told = sum(part.tokens for part in parts), [part.seen for part in parts if part.seen is not None]
+        if told:
+            self.rule.observe(merged(told))
         count_F = torch.stack([part.counts for part in parts]).sum(0) if len(parts) > 1 else parts[0].counts
         fired_F = count_F > 0
         if left_out is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thresher.train.dictionary.encoder import Chosen, Tally
+from thresher.train.dictionary.rules.base import merged
 from thresher.train.kernels import padded
 from thresher.train.kernels.sparse import Selection
 
@@ -59,9 +60,9 @@ def _only(part: Chosen, keep: Tensor) -> Chosen:
 
 
 def shared(tallies: Sequence[Sequence[Tally]]) -> list[list[Tally]]:
-    """Tallies by source and part, each with the scores of all sources: a joint pool has one running threshold."""
+    """Tallies by source and part, each telling of all sources: a joint pool has one running threshold."""
     together = [
-        torch.cat([score for tally in column if (score := tally.scores) is not None])
+        merged([tally.seen for tally in column if tally.seen is not None])._replace(tokens=column[0].tokens)
         for column in zip(*tallies, strict=True)
     ]
-    return [[t._replace(scores=all_of) for t, all_of in zip(source, together, strict=True)] for source in tallies]
+    return [[t._replace(seen=all_of) for t, all_of in zip(source, together, strict=True)] for source in tallies]

@@ -174,7 +174,7 @@ def _terms(fit: Fit, gammas: Sequence[Tensor], faithfulness: Tensor, x_ND: Tenso
 
 
 def _tally(module: Decomposition, gamma_NC: Tensor) -> Tally:
-    return Tally(module.active(gamma_NC.detach()).sum(0).to(gamma_NC.dtype), None, gamma_NC.shape[0])
+    return Tally(module.active(gamma_NC.detach()).sum(0).to(gamma_NC.dtype), gamma_NC.shape[0])
 
 
 def _scored(found: Scores) -> dict[str, Tensor]:

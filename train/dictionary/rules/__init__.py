@@ -17,7 +17,7 @@ and `thresher --plugin FILE.py …` imports it before the recipe is read.
 from typing import TYPE_CHECKING
 
 from thresher.cache.errors import UserError
-from thresher.train.dictionary.rules.base import Deployed, Line, Rule
+from thresher.train.dictionary.rules.base import Deployed, Line, Rule, Seen
 from thresher.train.dictionary.rules.controlled import Global
 from thresher.train.dictionary.rules.counted import BatchTopK, GroupMax, TopK
 from thresher.train.dictionary.rules.gated import Gated
@@ -39,6 +39,7 @@ __all__ = [
     "Line",
     "ReLU",
     "Rule",
+    "Seen",
     "TopK",
     "facts",
     "known",

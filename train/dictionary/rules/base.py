@@ -41,6 +41,40 @@ class Line(NamedTuple):
     """[F]."""
 
 
+class Seen(NamedTuple):
+    """What a rule that follows the training is told of one step's batch.
+
+    All of it adds up, or is the least, over parts of a batch: so a step in parts, or on several ranks, tells the same.
+    """
+
+    smallest: Tensor
+    """Scalar float64: the smallest score of the entries that fired; infinite when none did."""
+    active: Tensor
+    """Scalar: how many fired."""
+    tokens: int
+    """N."""
+    woken: Tensor | None = None
+    """Scalar: entries of dead latents that exceeded `aux_floor`; None: it has none, or no latent is dead."""
+
+
+def seen(scores: Tensor, tokens: int, woken: Tensor | None = None) -> Seen:
+    """Of scores [A] of the entries of a batch; 0 for one that did not fire."""
+    kept = torch.where(scores > 0, scores.detach(), torch.inf)
+    smallest = kept.min().double() if kept.numel() else kept.new_full((), torch.inf, dtype=torch.float64)
+    return Seen(smallest, (scores > 0).sum(), tokens, woken)
+
+
+def merged(parts: Sequence[Seen]) -> Seen:
+    """Of the parts of one batch."""
+    counts = [part.woken for part in parts if part.woken is not None]
+    return Seen(
+        torch.stack([part.smallest for part in parts]).min(),
+        torch.stack([part.active for part in parts]).sum(),
+        sum(part.tokens for part in parts),
+        torch.stack(counts).sum() if counts else None,
+    )
+
+
 class Rule(nn.Module):
     """A firing rule. As it stands here: every positive pre-activation fires."""
 
@@ -114,9 +148,8 @@ class Rule(nn.Module):
         """
         return None
 
-    def observe(self, scores: Tensor, tokens: int = 0, woken: Tensor | None = None) -> None:
-        """Take note of one training step: scores [A] of the entries that fired (their codes, unless ranked by norm;
-        0 for one that did not), number of tokens, and how many entries of dead latents exceeded `aux_floor`."""
+    def observe(self, seen: Seen) -> None:
+        """Take note of one training step; scores are codes, unless latents are ranked by norm."""
 
     def start(self, deviation: float, b_enc: Tensor | None = None) -> None:
         """Set initial state; `deviation` is the standard deviation of the initial pre-activations."""

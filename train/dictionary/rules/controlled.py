@@ -13,8 +13,8 @@ from torch import Tensor
 
 from thresher.cache.errors import UserError
 from thresher.train.counting import entries
-from thresher.train.dictionary.rules.base import Rule
-from thresher.train.dictionary.rules.counted import count_of, smallest_of
+from thresher.train.dictionary.rules.base import Rule, Seen
+from thresher.train.dictionary.rules.counted import count_of
 from thresher.train.dictionary.rules.registry import register
 from thresher.train.kernels import firing
 from thresher.train.kernels.padded import wide
@@ -85,15 +85,15 @@ class Global(Rule):
             return torch.relu(a), None
         return a * (a.detach() > self.thresholds()[0].to(a.dtype)), None
 
-    def observe(self, scores: Tensor, tokens: int = 0, woken: Tensor | None = None) -> None:
+    def observe(self, seen: Seen) -> None:
         """Move both thresholds; the first batch sets them."""
-        smallest, new = smallest_of(scores), self.threshold.isnan()
-        active = (scores > 0).sum() / max(tokens, 1)
+        smallest, new, tokens = seen.smallest, self.threshold.isnan(), max(seen.tokens, 1)
+        active = seen.active / tokens
         driven = _driven(self.threshold, active - self.k)
         self.threshold.copy_(torch.where(new, torch.where(smallest.isinf(), self.threshold, smallest), driven))
         aux = self.aux_threshold
-        if woken is not None:
-            aux = _driven(aux, woken / max(tokens, 1) - self.aux_k)
+        if seen.woken is not None:
+            aux = _driven(aux, seen.woken / tokens - self.aux_k)
         self.aux_threshold.copy_(torch.where(new, 0.01 * self.threshold, aux).clamp_min(_FLOOR))
 
     def aux_floor(self) -> Tensor:

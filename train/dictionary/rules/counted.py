@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thresher.cache.errors import UserError
 from thresher.train.counting import entries
-from thresher.train.dictionary.rules.base import Rule
+from thresher.train.dictionary.rules.base import Rule, Seen
 from thresher.train.dictionary.rules.registry import register
 from thresher.train.kernels import firing, frozen
 from thresher.train.kernels.sparse import Selection
@@ -148,18 +148,12 @@ class BatchTopK(Rule):
         """As many entries as the batch may keep, exactly; of a joint pool, candidates for them."""
         return firing.select_batch_topk(a_NF, min(self.budget(a_NF.shape[0]), a_NF.numel()), self.kernels)
 
-    def observe(self, scores: Tensor, tokens: int = 0, woken: Tensor | None = None) -> None:
+    def observe(self, seen: Seen) -> None:
         """Move the running threshold towards the smallest score this batch kept; the first batch sets it."""
-        smallest = smallest_of(scores)
+        smallest = seen.smallest
         moved = torch.where(self.threshold.isnan(), smallest, torch.lerp(smallest, self.threshold, self.decay))
         self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
 
     def thresholds(self) -> Tensor:
         """The running threshold for every latent; 0 before the first step."""
         return self.threshold.nan_to_num(nan=0.0).float().expand(self.width)
-
-
-def smallest_of(scores: Tensor) -> Tensor:
-    """Scalar float64: the smallest positive score; infinite when there is none."""
-    kept = torch.where(scores > 0, scores.detach(), torch.inf)
-    return kept.min().double() if kept.numel() else kept.new_full((), torch.inf, dtype=torch.float64)
