@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,10 @@ class Batch(NamedTuple):
     """[B', d] by site name, decoded, on the device; only rows of the mask, the same rows for every site."""
     rows: int
     """Positions consumed, B."""
+    places: np.ndarray
+    """[B'] int64, ascending: where these rows stand among those that all ranks get of this batch."""
+    whole: int
+    """How many those are."""
 
 
 def default_group(batch_rows: int) -> int:
@@ -80,13 +85,13 @@ class Batches:
         Batches that would reach over position `end` do not come, and nothing is read for them. Left out,
         `group_chunks` follows from the batch, `tier` from the sizes (without `device`, which takes its time to fill).
         Once `interrupted` says so while a batch is waited for, waiting ends, and so do the batches.
-        Raises UserError for an empty split, a batch larger than the split or not divisible by `world`.
+        Raises UserError for an empty split, and a batch larger than the split or smaller than `world`.
         """
         n_chunks = source.rows(split) // source.chunk_rows
-        if not 0 < batch_rows <= max(1, source.rows(split)) or batch_rows % world or not n_chunks:
+        if not world <= batch_rows <= max(1, source.rows(split)) or not n_chunks:
             raise UserError(
-                f"train.batch_rows is {batch_rows}; expected a multiple of the {world} ranks between 1 and the "
-                f"{source.rows(split)} rows of {split!r}. Choose a smaller batch, or harvest more tokens."
+                f"train.batch_rows is {batch_rows}; expected {world} (a row per rank) to "
+                f"{source.rows(split)}, the rows of {split!r}. Choose another batch, or harvest more tokens."
             )
         names, place = tuple(source.site(name).name for name in sites), torch.device(device)
         self.request = Request(
@@ -127,7 +132,7 @@ class Batches:
                     raise item
                 if item is None:
                     return
-                yield Batch(item.start, item.finish(), self.request.batch_rows)
+                yield Batch(item.start, item.finish(), self.request.batch_rows, item.places, item.whole)
         finally:
             running.end()
             thread.join()

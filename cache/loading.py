@@ -193,6 +193,8 @@ class Loader:
         views: dict[str, list[np.ndarray | None]] = {name: [None] * r for name in self.specs}
         mine = np.flatnonzero(taken_by(segment, start, self.rank, self.world))
         jobs = [self._pool.submit(self._load, views, slot, int(j), int(segment.chunks[j])) for j in mine]
+        others = np.setdiff1d(np.arange(r), mine) if "keep" in self.specs else ()  # to count all ranks' rows
+        jobs += [self._pool.submit(self._load_keep, views, int(j), int(segment.chunks[j])) for j in others]
         self._pending.append(_Pending(start, views, jobs, slot))
 
     def _load(
@@ -208,6 +210,10 @@ class Loader:
                 views[name][j] = view
             else:
                 views[name][j] = self.source.chunk(self.split, name, chunk, self._stop)
+
+    def _load_keep(self, views: dict[str, list[np.ndarray | None]], j: int, chunk: int) -> None:
+        """Which rows of a chunk are left out, in a thread."""
+        views["keep"][j] = self.source.chunk(self.split, "keep", chunk, self._stop)
 
     def _slot(self) -> dict[str, np.ndarray]:
         """Page-aligned memory for one group of every array that is not mapped."""

@@ -66,6 +66,10 @@ class Staged(NamedTuple):
     start: int
     finish: Callable[[], dict[str, Tensor]]
     """Called by the consumer, once: the rows by site, decoded, on the device."""
+    places: np.ndarray
+    """[B'] where the rows stand among those that all ranks get of this batch."""
+    whole: int
+    """How many those are."""
 
 
 class Stager(Protocol):
@@ -145,22 +149,29 @@ class HostStager:
         self.loader.close()
 
     def batch(self, start: int) -> Staged:
-        request, kept, at = self.request, 0, start
-        out = self._memory()
+        request, kept, whole, at = self.request, 0, 0, start
+        out, places = self._memory(), []
         for segment in self.order.segments(start, request.batch_rows):
             self._enter(segment, at)
             skipped = (request.rank - at) % request.world  # positions before the first of this rank
-            mine = slice(segment.first + skipped, segment.first + segment.length, request.world)
-            taken: slice | np.ndarray = mine
+            taken: slice | np.ndarray
+            every = np.arange(segment.length)
             if request.masked:
-                taken = np.flatnonzero(self._ordered["keep"][mine] == KEPT) * request.world + mine.start
+                every = np.flatnonzero(self._ordered["keep"][segment.first :][: segment.length] == KEPT)
+                mine = np.flatnonzero(every % request.world == skipped)
+                taken = every[mine] + segment.first
+            else:
+                mine = every[skipped :: request.world]
+                taken = slice(segment.first + skipped, segment.first + segment.length, request.world)
             kept += self._gather(taken, {name: memory[kept:] for name, memory in out.items()})
-            at += segment.length
-        return Staged(start, self._finished({name: memory[:kept] for name, memory in out.items()}))
+            places.append(whole + mine)
+            at, whole = at + segment.length, whole + len(every)
+        finish = self._finished({name: memory[:kept] for name, memory in out.items()})
+        return Staged(start, finish, np.concatenate(places), whole)
 
     def _layout(self) -> dict[str, tuple[int, np.dtype, tuple[int, ...]]]:
         """Where each array of a batch lies in its memory, each on a cache line: offset, dtype and shape."""
-        layout, end, count = {}, 0, self.request.batch_rows // self.request.world
+        layout, end, count = {}, 0, -(-self.request.batch_rows // self.request.world)
         for name, spec in self.specs.items():
             if name == "keep" or (self.fused and name not in self.request.sites):
                 continue
@@ -264,23 +275,23 @@ class DeviceStager:
     def batch(self, start: int) -> Staged:
         request, parts, at = self.request, [], start
         for segment in self.order.segments(start, request.batch_rows):
-            skipped = (request.rank - at) % request.world
-            parts.append(
-                self._group_rows(segment, at)[segment.first + skipped :][: segment.length - skipped : request.world]
-            )
+            parts.append(self._group_rows(segment, at)[segment.first :][: segment.length])
             at += segment.length
-        rows = np.concatenate(parts)
+        every = np.concatenate(parts)
+        number = np.arange(start, start + len(every))
         if request.masked:
-            rows = rows[self._keep[rows] == KEPT]
-        index = torch.from_numpy(rows)
+            kept = self._keep[every] == KEPT
+            every, number = every[kept], number[kept]
+        places = np.flatnonzero(number % request.world == request.rank)
+        index, arrays = torch.from_numpy(every[places]), self.arrays  # which the last batches need after `close`
         if request.device.type == "cuda":
             index = index.pin_memory().to(request.device, non_blocking=True)
 
         def finish() -> dict[str, Tensor]:
-            stored = {name: array.index_select(0, index) for name, array in self.arrays.items()}
+            stored = {name: array.index_select(0, index) for name, array in arrays.items()}
             return decoded(stored, request.sites, self.calibrations, request.dtype)
 
-        return Staged(start, finish)
+        return Staged(start, finish, places, len(every))
 
     def _group_rows(self, segment: Segment, at: int) -> np.ndarray:
         """[r · C] stored rows of a segment's group, in the order of positions."""

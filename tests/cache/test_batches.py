@@ -2,6 +2,7 @@ import threading
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from thresher.cache.batches import Batches
 from thresher.cache.errors import UserError
 from thresher.cache.layout import KEPT, ArraySpec
+from thresher.cache.loading import Tier
 from thresher.cache.reader import CacheReader
 
 
@@ -84,6 +86,23 @@ def test_ranks_interleave_to_the_whole(world: int, finished: Callable[..., Path]
             assert torch.equal(merged, expected[site])
 
 
+@pytest.mark.parametrize("tier", ["mapped", "device"])
+@pytest.mark.parametrize("store", ["kept", "all"])
+def test_ranks_know_where_their_rows_stand_in_the_whole(store: str, tier: Tier, finished: Callable[..., Path]) -> None:
+    reader = CacheReader.open(finished(store=store))
+    settings: dict[str, Any] = {"sites": SITES[:1], "batch_rows": 250, "seed": 1, "group_chunks": 5, "end": 2500}
+    whole = list(Batches(reader, **settings))
+    ranks = [list(Batches(reader, **settings, rank=rank, world=3, tier=tier)) for rank in range(3)]
+    for expected, *parts in zip(whole, *ranks, strict=True):
+        rows = expected.acts[SITES[0]]
+        assert {part.whole for part in parts} == {expected.whole} == {len(rows)}
+        assert np.array_equal(expected.places, np.arange(len(rows)))
+        merged = torch.full_like(rows, torch.nan)
+        for part in parts:
+            merged[torch.from_numpy(part.places)] = part.acts[SITES[0]]
+        assert torch.equal(merged, rows)
+
+
 def test_special_rows_hold_their_place_but_are_left_out(finished: Callable[..., Path]) -> None:
     reader = CacheReader.open(finished(store="all"))
     keep = reader.provenance("train").keep
@@ -139,8 +158,8 @@ def test_an_impossible_batch_is_refused(finished: Callable[..., Path]) -> None:
     reader = CacheReader.open(finished())
     with pytest.raises(UserError, match="batch_rows is 100000"):
         take(reader, 1, batch_rows=100000)
-    with pytest.raises(UserError, match="ranks"):
-        take(reader, 1, batch_rows=200, world=3)
+    with pytest.raises(UserError, match="a row per rank"):
+        take(reader, 1, batch_rows=200, world=201)
     with pytest.raises(UserError, match=r"blocks\.1\.y"):
         take(reader, 1, sites=["blocks.1.y"])
 
