@@ -179,15 +179,6 @@ class Roster:
             self._check()
             time.sleep(_POLL_SECONDS)
 
-    def reason(self, patience_s: float) -> str | None:
-        """Why an exchange with other ranks failed: waits until that is known, which a rank's silence of `patience_s`
-        is enough for now. None: nobody is missing."""
-        self._patience_s = min(self._patience_s, patience_s)
-        until = time.monotonic() + patience_s + 4 * self._beat_s
-        while self._thread is not None and not self.stopping and time.monotonic() < until:
-            time.sleep(_POLL_SECONDS)
-        return self.fault
-
     def _check(self) -> None:
         if self._stop.requested or self.fault is not None:
             raise Interrupted(f"What was done is saved. {self._again}")

@@ -13,9 +13,10 @@ from thresher.cache.interrupts import StopFlag
 from thresher.train.kernels.padded import Lagged
 from thresher.train.mesh import Group
 
-_STOP, _MEMORY = range(2)
+STOP, MEMORY = range(2)
+"""Places of the flags in what `say` gives."""
 FLAGS = 2
-"""How many numbers `say` gives."""
+"""How many there are."""
 
 
 class Agreement:
@@ -42,11 +43,18 @@ class Agreement:
         self._told.put(((totals > 0) * bits).sum(), 0)
         now = now or totals.device.type == "cpu"
         for code in [int(code) for code in self._told.listed()[::2]] if now else self._oldest():
-            self.stop |= bool(code >> _STOP & 1)
-            self.short |= bool(code >> _MEMORY & 1)
+            self.stop |= bool(code >> STOP & 1)
+            self.short |= bool(code >> MEMORY & 1)
         if now:
             self._told.clear()
 
     def _oldest(self) -> list[int]:
         old = self._told.take()
         return [] if old is None else [old[0]]
+
+
+def short_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; on a CPU torch has no exception of its own for that."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)

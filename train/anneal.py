@@ -42,7 +42,8 @@ class Anneal(nn.Module):
         self.factor: Tensor
         self.sums: Tensor
         """[2] Σ L_p and Σ L_next over the steps of the window so far."""
-        self._heard: Tensor | None = None  # by the parts of the step in progress
+        self.heard: Tensor | None = None
+        """[2] what the parts of the step in progress came to; None: nothing was measured."""
 
     def exponent(self, update: int) -> float:
         """p after so many updates."""
@@ -78,12 +79,12 @@ class Anneal(nn.Module):
         """Measure a step's batch, or a part of it; us: z n by source, `tokens`: N of the whole batch."""
         values = [torch.stack([self.power(u, p) for u in us]).mean() / tokens for p in (self.p, self.next_p)]
         heard = torch.stack(values)
-        self._heard = heard if self._heard is None else self._heard + heard
+        self.heard = heard if self.heard is None else self.heard + heard
 
     @torch.no_grad()
     def advance(self, done: int, total: int, left_out: Tensor | None = None) -> None:
         """Go on by the step after `done` others; `left_out`: bool scalar, whether its update was."""
-        heard, self._heard = self._heard, None
+        heard, self.heard = self.heard, None
         if heard is not None:
             self.sums += heard if left_out is None else heard.where(~left_out, 0.0)
         steps = self.steps(total)

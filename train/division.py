@@ -5,7 +5,7 @@ write one directory, however many there are this time. Dictionaries that are tra
 model stay together. Nothing is exchanged while they train: what a dictionary comes to does not depend on its company,
 so it has the bits that it would have in one process of as many threads.
 
-Ranks of one cell train its dictionaries together. An exchange between them that fails ends the job: `parting` says why.
+Ranks of one cell train its dictionaries together.
 """
 
 import json
@@ -17,19 +17,15 @@ import torch
 from rich.console import Console
 
 from thresher.cache.errors import UserError
-from thresher.cache.interrupts import Interrupted
 from thresher.cache.roster import Roster
 from thresher.cache.world import World, divide
 from thresher.train.display import TrainingDisplay
-from thresher.train.mesh import LostRankError, ParallelConfig, cell_of, cells_of
+from thresher.train.mesh import ParallelConfig, cell_of, cells_of
 from thresher.train.plan import RunPlan
 from thresher.train.state import latest_position
 
 if TYPE_CHECKING:
     from thresher.train.run import RunResult
-
-_PARTING_SECONDS = 5.0
-"""Silence of a rank after which it is held to be the one that an exchange has lost."""
 
 
 class Work(NamedTuple):
@@ -101,16 +97,6 @@ def cells_for(parallel: ParallelConfig, groups: Iterable[str], world: World, con
             "by several processes, only spread over them. Set parallel.data and parallel.latents to 1."
         )
     return cells
-
-
-def parting(lost: LostRankError, roster: Roster, out: Path) -> Exception:
-    """What a rank ends with whose exchange with the others failed; waits a moment for the reason."""
-    reason = roster.reason(_PARTING_SECONDS)
-    saved = (
-        f"Training stopped: an exchange between ranks failed ({lost}). Checkpoints in {out} are whole. Run the same "
-        "command with --resume to go on from there."
-    )
-    return Interrupted(saved) if reason is not None or roster.stopping else UserError(saved)
 
 
 def spoken(world: World, console: Console) -> Console:

@@ -23,6 +23,7 @@ from thresher.cache.source import Source
 from thresher.train.bounds import Bounds
 from thresher.train.crew import Crew, Task
 from thresher.train.display import TrainingDisplay
+from thresher.train.exchange import Share
 from thresher.train.fit import Views, sites_of
 from thresher.train.jobs import Job, kernels_of
 from thresher.train.mesh import Mesh
@@ -157,13 +158,21 @@ class _Progress:
         self.display.progress(done, self.total, rate, (self.total - done) * batch_rows / rate)
 
 
+def share_of(batch: Batch, on: Shared) -> Share | None:
+    """Which rows of its batch this rank has; None: all."""
+    if on.mesh.data.alone:
+        return None
+    places = torch.from_numpy(batch.places).to(on.device, non_blocking=True)
+    return Share(places, batch.whole, -(-batch.rows // on.mesh.data.size))
+
+
 def _step(jobs: Sequence[Job], batch: Batch, display: TrainingDisplay, on: Shared) -> None:
     """One step of every job, with what is due after it."""
-    views = Views(batch.acts)
+    views, share = Views(batch.acts), share_of(batch, on)
     with stage("transfer"):
         inputs = [job.fit.inputs(views) for job in jobs]
     tasks = [
-        Task(job.plan.spec, job.plan.train.part_rows, functools.partial(job.attempt, one, batch.rows))
+        Task(job.plan.spec, job.plan.train.part_rows, functools.partial(job.attempt, one, batch.rows, share))
         for job, one in zip(jobs, inputs, strict=True)
     ]
     for job, outcome in zip(jobs, on.crew.run(tasks), strict=True):

@@ -9,14 +9,15 @@ from torch import Tensor
 from thresher.cache.contracts import side_by_side
 from thresher.cache.interrupts import StopFlag
 from thresher.cache.source import Source
-from thresher.train.agreement import Agreement
+from thresher.train.agreement import Agreement, short_of_memory
 from thresher.train.dictionary.coder import Coder
-from thresher.train.dictionary.encoder import Fired, Tally
+from thresher.train.dictionary.encoder import Fired, Tally, whole_of
 from thresher.train.dictionary.fold import deploy
 from thresher.train.dictionary.initial import initialise
 from thresher.train.dictionary.pools import shared
 from thresher.train.dictionary.topologies import build
 from thresher.train.dictionary.unfold import unfold
+from thresher.train.exchange import Exchange, Share, Told
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Padded
 from thresher.train.kernels.workspace import Workspace
@@ -24,7 +25,7 @@ from thresher.train.losses import Losses, losses
 from thresher.train.mesh import Mesh
 from thresher.train.normalise import Affine, Mode, affine, joined, modes
 from thresher.train.optim import Optimiser, base_rate, rate_factor
-from thresher.train.parts import split, survey
+from thresher.train.parts import split, survey, wanted
 from thresher.train.penalties import weighed
 from thresher.train.plan import RunPlan
 from thresher.train.resample import resample
@@ -69,6 +70,11 @@ class Gradients(NamedTuple):
     """By part, without their graphs."""
     overflowed: Tensor | None
     """Bool scalar: whether some selection lacked room (kernels/padded.py). None: none can."""
+
+    def told(self) -> Told:
+        """All parts together."""
+        sums = [torch.stack([getattr(part, name) for part in self.terms]).sum(0) for name in Losses._fields]
+        return Told([whole_of(parts) for parts in self.tallies], Losses(*sums), self.overflowed)
 
 
 class _Window:
@@ -140,6 +146,9 @@ class Fit:
             self.coder.encoder(source).workspace = workspace or Workspace()
         self.coder.use(Kernels(plan.train.kernels))
         self.optimiser = self.make_optimiser()
+        self.exchange: Exchange | None = None
+        if not self.mesh.data.alone:
+            self.exchange = Exchange(self.coder, self.optimiser.parameters, self.mesh.data, self.agreement)
         self.total = plan.train.total_steps(reader.rows("train")) if total is None else total
         if self.coder.anneal is not None:
             self.coder.anneal.steps(self.total)  # or it is too short, which is said before the first step
@@ -181,22 +190,30 @@ class Fit:
             [views.get(site, written, space) for site, space in zip(spec.writes, self.writes, strict=True)],
         )
 
-    def step(self, inputs: Inputs, consumed: int) -> Tensor:
-        """One optimiser step on a batch that took `consumed` rows of the stream.
+    def step(self, inputs: Inputs, consumed: int, share: Share | None = None) -> Tensor:
+        """One optimiser step on a batch that took `consumed` rows of the stream; `share`: of which these are some rows.
 
         Returns the gradient norm; if it is not finite, no weight was changed, and on a CPU nothing at all. 0 when the
         update was left out because a selection lacked room (kernels/padded.py).
         """
         with stage("task"):
-            return self._step(inputs, consumed)
+            return self._step(inputs, consumed, share)
 
-    def _step(self, inputs: Inputs, consumed: int) -> Tensor:
+    def _step(self, inputs: Inputs, consumed: int, share: Share | None) -> Tensor:
         self.coder.at(self.done)
-        rows = self.plan.train.micro_rows
+        rows = self._micro_rows
         parts = [Inputs(*part) for part in zip(split(inputs.xs, rows), split(inputs.ys, rows), strict=True)]
-        found = self._gradients(parts)
+        if self.exchange is None:
+            found = self._gradients(parts)
+        else:
+            assert share is not None, "who shares a dictionary's batches says which rows are its own"
+            found = self._gradients_of_all(parts, share, self.exchange)
         finite = torch.stack([part.total for part in found.terms]).sum().isfinite()
         return self.conclude(found, finite, parts, consumed)
+
+    @property
+    def _micro_rows(self) -> int | None:
+        return self.plan.train.micro_rows
 
     @property
     def ramp(self) -> float:
@@ -222,13 +239,15 @@ class Fit:
         rate = base_rate(self.plan.train, self.plan.spec) * rate_factor(self.plan.train, self.done, self.total)
         with stage("update"):
             norm = self.optimiser.step(rate, finite if overflowed is None else finite & ~overflowed)
+        if self.exchange is not None:
+            self.exchange.norm = norm
         if overflowed is not None:  # left out for lack of room, which later selections have: no failure
             norm = torch.where(overflowed, 0.0, norm)
             self._window.other[3] += overflowed
         if norm.device.type == "cpu" and not bool(norm.isfinite()):
             return norm
         active = [self.coder.encoder(source).advance(parts, overflowed) for source, parts in enumerate(found.tallies)]
-        self._window.add(found.terms, torch.stack(active), norm, sum(part.xs[0].shape[0] for part in parts))
+        self._window.add(found.terms, torch.stack(active), norm, sum(tally.tokens for tally in found.tallies[0]))
         for name, pair in (ratios or {}).items():
             self._window.add_ratio(name, *pair)
         if self.coder.anneal is not None:
@@ -239,15 +258,34 @@ class Fit:
         self._resample(parts)
         return norm
 
-    def _gradients(self, parts: Sequence[Inputs]) -> Gradients:
-        """Gradients of one batch, in parts."""
+    def _gradients_of_all(self, parts: Sequence[Inputs], share: Share, exchange: Exchange) -> Gradients:
+        """Gradients of one batch, of which other ranks have the other rows."""
+        anneal = self.coder.anneal
+        listens = anneal is not None and anneal.listens(self.done, self.total)
+        exchange.begin(wanted(self.coder, share.whole, self.ramp > 0), share, listens)
+        try:
+            own = self._gradients(parts, share) if share.places.shape[0] else None
+            told = exchange.blank(short=False) if own is None else exchange.gradients(own.told())
+        except (RuntimeError, MemoryError) as error:
+            if not short_of_memory(error) or exchange.over:
+                raise
+            told = exchange.blank(short=True)
+        by_source = [[tally] for tally in told.tallies]
+        by_source = shared(by_source) if self.plan.spec.pool == "joint" else by_source
+        return Gradients(by_source, [told.terms], told.overflowed)
+
+    def _gradients(self, parts: Sequence[Inputs], share: Share | None = None) -> Gradients:
+        """Gradients of one batch, in parts; `share`: of such as are here."""
         ramp, (xs, ys) = self.ramp, ([part.xs for part in parts], [part.ys for part in parts])
-        tokens = sum(part_xs[0].shape[0] for part_xs in xs)
-        known = survey(self.coder, xs, ys, ramp > 0) if len(xs) > 1 else None
+        tokens = sum(part_xs[0].shape[0] for part_xs in xs) if share is None else share.whole
+        known = None
+        if len(xs) > 1 or share is not None:
+            known = survey(self.coder, xs, ys, wanted(self.coder, tokens, ramp > 0), tokens, self.exchange)
         variances = [space.total_variance for space in self.writes]
         tallies, terms, short = [], [], []
         for index, (part_xs, part_ys) in enumerate(zip(xs, ys, strict=True)):
-            out = self.coder(part_xs, known and known.chosen[index])
+            done = None if known is None else known.done
+            out = self.coder(part_xs, known and known.chosen[index]) if done is None else done
             with stage("loss"):
                 found = losses(self.coder, out, part_xs, part_ys, variances, ramp, known and known.whole)
             with stage("backward"):
@@ -257,15 +295,23 @@ class Fit:
             terms.append(found._replace(total=found.total.detach()))  # else the part's graph stays
             short += lacking_room(out.fired)
         by_source = [list(column) for column in zip(*tallies, strict=True)]
-        by_source = shared(by_source) if self.plan.spec.pool == "joint" else by_source
+        by_source = shared(by_source) if self.plan.spec.pool == "joint" and share is None else by_source
         return Gradients(by_source, terms, torch.stack(short).any() if short else None)
 
     def _resample(self, parts: Sequence[Inputs]) -> None:
         """Let silent latents start anew, where it is time; not after the last step, which nothing follows."""
         every = self.plan.spec.resample
         if every and self.done % every == 0 and self.done < self.total:
+            if self.exchange is not None:
+                parts = self._whole_batch(parts, self.exchange)
             silent_tokens = every // 2 * self.plan.train.batch_rows
             resample(self.coder, self.optimiser, parts, silent_tokens, self.plan.seed, self.done)
+
+    def _whole_batch(self, parts: Sequence[Inputs], exchange: Exchange) -> list[Inputs]:
+        """The batch of which the parts are this rank's rows, in parts as one process has them."""
+        own = [torch.cat(rows) for rows in zip(*((*part.xs, *part.ys) for part in parts), strict=True)]
+        sites = exchange.assembled(own)
+        return [Inputs(part[: len(parts[0].xs)], part[len(parts[0].xs) :]) for part in split(sites, self._micro_rows)]
 
     def hear(self, fired: Sequence[Fired], tokens: int) -> None:
         """Let an annealed penalty measure a part of a step's batch of `tokens`, where it is to."""
@@ -277,15 +323,20 @@ class Fit:
     def forget_gradients(self) -> None:
         """Give back what a step that failed has left."""
         self.optimiser.release()
+        if self.exchange is not None:
+            self.exchange.release()
 
     def release(self) -> None:
         """Give back the memory of weights and moments; nothing can follow."""
+        self.forget_gradients()
         self.optimiser.forget()
         for tensor in (*self.coder.parameters(), *self.coder.buffers()):
             tensor.data = tensor.data.new_empty(0)
 
     def metrics(self) -> dict[str, Any]:
         """Means since the last call, and the present state; one transfer from the device."""
+        if self.exchange is not None:
+            self.exchange.check()
         spec, sources = self.plan.spec, len(self.coder.inputs)
         dead = self.dead_share()
         thresholds = [self.coder.encoder(source).rule.thresholds() for source in range(sources)]

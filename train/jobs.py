@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from thresher.train.agreement import short_of_memory
 from thresher.train.display import TrainingDisplay
+from thresher.train.exchange import Share
 from thresher.train.files import write_config
 from thresher.train.fit import Fit, Inputs
 from thresher.train.metrics import MetricLog, Silence
@@ -43,13 +45,13 @@ class Job:
         if self.leads:
             save_checkpoint(self.path, self.fit.checkpoint())
 
-    def attempt(self, inputs: Inputs, rows: int) -> torch.Tensor | str:
+    def attempt(self, inputs: Inputs, rows: int, share: Share | None = None) -> torch.Tensor | str:
         """A step's gradient norm, or why there was no memory for it: that concerns this dictionary alone."""
         try:
-            norm = self.fit.step(inputs, rows)
+            norm = self.fit.step(inputs, rows, share)
         except (RuntimeError, MemoryError) as error:
-            if not short_of_memory(error):
-                raise
+            if not short_of_memory(error) or not self.fit.mesh.alone:
+                raise  # shared with others, it was beyond what the step can make good: their updates are made
             self.fit.forget_gradients()  # what they hold is needed by the others
             return f"step {self.fit.done + 1} ran out of memory ({error})"
         if self.fit.agreement.short:
@@ -97,13 +99,6 @@ class Job:
             f"[red]Run {self.plan.name} failed[/red]: {reason}. Its last state is saved in {self.path}; the other "
             f"runs go on. {advice}"
         )
-
-
-def short_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out; on a CPU torch has no exception of its own for that."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def kernels_of(jobs: Iterable[Job]) -> str:

@@ -31,10 +31,6 @@ COLLECTIVE_SECONDS = 300.0
 """A collective that takes longer has lost a rank."""
 
 
-class LostRankError(Exception):
-    """An exchange failed: some rank has ended or died. What the step has computed so far is worth nothing."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the processes of one job share the training; changes nothing in what is trained."""
@@ -113,25 +109,14 @@ class Group:
     def _sum(self, tensor: Tensor) -> None:
         from torch import distributed
 
-        with _losses_named():
-            distributed.all_reduce(tensor, group=self.backend)
+        distributed.all_reduce(tensor, group=self.backend)
 
     def _gather(self, tensor: Tensor) -> Tensor:
         from torch import distributed
 
         out = tensor.new_empty((self.size, *tensor.shape))
-        with _losses_named():
-            distributed.all_gather(list(out.unbind()), tensor, group=self.backend)
+        distributed.all_gather(list(out.unbind()), tensor, group=self.backend)
         return out
-
-
-@contextmanager
-def _losses_named() -> Iterator[None]:
-    """Turn what a backend raises when a rank is gone into LostRankError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostRankError(str(error).strip().split("\n")[0]) from error
 
 
 @dataclass(frozen=True, kw_only=True)

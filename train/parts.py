@@ -10,6 +10,8 @@ gradient, the survey, finds it over all parts:
 The survey's selections and pre-activations are kept, and the second pass goes on from them: no encoder product is done
 twice, except where all latents are looked at, since such blocks are what parts are to avoid. A step that needs none of
 the three takes no survey.
+
+Other ranks may have further parts of the same batch (train/exchange.py): then the survey asks them.
 """
 
 from collections.abc import Sequence
@@ -18,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Chosen
 from thresher.train.dictionary.pools import choose
+from thresher.train.exchange import Exchange, Moments, Wants
 from thresher.train.losses import Whole
 
 
@@ -31,6 +34,8 @@ class Survey(NamedTuple):
     """By part and source; None: to be found anew."""
     whole: Whole
     """What losses have to know of all parts."""
+    done: Pass | None = None
+    """The pass of the only part here, with gradient, where the survey had to make it."""
 
 
 def split(xs: Sequence[Tensor], rows: int | None) -> list[list[Tensor]]:
@@ -40,22 +45,40 @@ def split(xs: Sequence[Tensor], rows: int | None) -> list[list[Tensor]]:
     return [list(part) for part in zip(*(x.split(rows) for x in xs), strict=True)]
 
 
-@torch.no_grad()
-def survey(coder: Coder, xs: Sequence[Sequence[Tensor]], ys: Sequence[Sequence[Tensor]], penalised: bool) -> Survey:
-    """Look at all parts; xs, ys: [n, width] by part and site; `penalised`: penalties have weight in this step."""
+def wanted(coder: Coder, tokens: int, penalised: bool) -> Wants:
+    """What a step on a batch of so many tokens has to know of it beforehand; `penalised`: penalties weigh in it."""
     spec = coder.spec
-    tokens = sum(part[0].shape[0] for part in xs)
-    wants_l0 = penalised and spec.resolved_penalty == "target_l0" and spec.sparsity > 0
-    wants_residual = spec.aux > 0 and spec.aux_divisor == "residual" and _may_be_dead(coder, tokens)
-    wants_cut = coder.encoder(0).rule.budget(tokens) is not None
-    if not (wants_l0 or wants_residual or wants_cut):
+    l0 = penalised and spec.resolved_penalty == "target_l0" and spec.sparsity > 0
+    residual = spec.aux > 0 and spec.aux_divisor == "residual" and _may_be_dead(coder, tokens)
+    return Wants(coder.encoder(0).rule.budget(tokens), l0, residual)
+
+
+@torch.no_grad()
+def survey(
+    coder: Coder,
+    xs: Sequence[Sequence[Tensor]],
+    ys: Sequence[Sequence[Tensor]],
+    wants: Wants,
+    tokens: int,
+    others: Exchange | None = None,
+) -> Survey:
+    """Look at all parts; xs, ys: [n, width] by part and site; `tokens`: N; `others`: who has further parts."""
+    if wants == Wants():
         return Survey([[None] * len(xs[0]) for _ in xs], Whole(tokens))
-    chosen = choose(coder, xs)
-    l0 = residual = None
-    if wants_l0 or wants_residual:
-        l0, residual = _sums(coder, xs, ys, chosen, wants_l0, wants_residual)
-    kept = [[None if one.selection is None else one for one in row] for row in chosen]
-    return Survey(kept, Whole(tokens, None if l0 is None else l0 / tokens, residual))
+    chosen = choose(coder, xs, tokens, None if others is None else others.cut)
+    kept: list[list[Chosen | None]] = [[None if one.selection is None else one for one in row] for row in chosen]
+    if not (wants.l0 or wants.residual):
+        return Survey(kept, Whole(tokens))
+    done = None
+    if len(xs) == 1:
+        with torch.enable_grad():
+            done = coder(xs[0], chosen[0])
+    gates, moments = _sums(coder, xs, ys, chosen, done, wants)
+    squares = None if moments is None else moments.squares
+    if others is not None:
+        gates, squares = others.sums(gates, moments)
+    l0 = gates / tokens if gates is not None and wants.l0 else None
+    return Survey(kept, Whole(tokens, l0, squares if wants.residual else None), done)
 
 
 def _may_be_dead(coder: Coder, tokens: int) -> bool:
@@ -68,21 +91,18 @@ def _sums(
     xs: Sequence[Sequence[Tensor]],
     ys: Sequence[Sequence[Tensor]],
     chosen: Sequence[Sequence[Chosen]],
-    wants_l0: bool,
-    wants_residual: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """[sources] sum of gates, and [S] Σ‖e − ē‖² by the pairwise merging of Chan, Golub and LeVeque 1983."""
-    gates = coder.b_dec.new_zeros(len(xs[0])) if wants_l0 else None
-    squares, mean_SE, seen = coder.b_dec.new_zeros(len(ys[0])), torch.zeros_like(coder.b_dec), 0
+    done: Pass | None,
+    wants: Wants,
+) -> tuple[Tensor | None, Moments | None]:
+    """[sources] sum of gates, and the moments of the residual."""
+    gates = coder.b_dec.new_zeros(len(xs[0])) if wants.l0 else None
+    moments: Moments | None = None
     for part_xs, part_ys, part_chosen in zip(xs, ys, chosen, strict=True):
-        out = coder(part_xs, part_chosen)
+        out = coder(part_xs, part_chosen) if done is None else done
         if gates is not None:
             gates += torch.stack([fired.gate.sum() for fired in out.fired if fired.gate is not None])
-        if wants_residual:
+        if wants.residual:
             e_nSE = torch.stack(list(part_ys), 1) - out.y
-            count, own_SE = e_nSE.shape[0], e_nSE.mean(0)
-            away_SE = own_SE - mean_SE
-            squares += (e_nSE - own_SE).square().sum((0, 2)) + away_SE.square().sum(1) * (seen * count / (seen + count))
-            mean_SE += away_SE * (count / (seen + count))
-            seen += count
-    return gates, squares if wants_residual else None
+            own = Moments(e_nSE.shape[0], e_nSE.mean(0), (e_nSE - e_nSE.mean(0)).square().sum((0, 2)))
+            moments = own if moments is None else moments.and_of(own)
+    return gates, moments

@@ -15,8 +15,8 @@ Before it writes into a directory of an earlier job, all of them have read what 
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +32,7 @@ from thresher.train.calibrate import HeldOut, RowsOf, calibrate, difference, hel
 from thresher.train.config import TrainConfig
 from thresher.train.crew import Crew, give_back_freed_memory
 from thresher.train.dictionary.topologies import topology
-from thresher.train.division import agreed, cells_for, division, parting, show_all, spoken, work
+from thresher.train.division import agreed, cells_for, division, show_all, spoken, work
 from thresher.train.endtoend.decomposed import DecompositionFit
 from thresher.train.endtoend.feed import common_step, feed_group
 from thresher.train.endtoend.setting import Setting, together
@@ -42,7 +42,7 @@ from thresher.train.finetune import Origin, origin
 from thresher.train.fit import Fit
 from thresher.train.jobs import Job
 from thresher.train.kernels.workspace import Workspace
-from thresher.train.mesh import LostRankError, ParallelConfig, cell_of, formed
+from thresher.train.mesh import ParallelConfig, cell_of, formed
 from thresher.train.metrics import MetricLog, Silence, last_metrics
 from thresher.train.plan import RunPlan
 from thresher.train.standing import config_of, reusable
@@ -125,7 +125,6 @@ def train(
             common_step([out / plan.name for plan in members])
     with ExitStack() as stack, roster.interrupts() as stop, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        stack.enter_context(_partings(roster, out))
         mesh = stack.enter_context(formed(roster, parallel, where))
         crew = stack.enter_context(Crew(where, in_turn=not mesh.alone))
         shared, workspace = Shared(reader, where, crew, stop, console, profile, mesh), Workspace()
@@ -196,15 +195,6 @@ def _total(plan: RunPlan, reader: Source, setting: Setting | None) -> int:
     if plan.train.objective == "local" or setting is None:
         return plan.train.total_steps(reader.rows("train"))
     return setting.total_steps(plan)
-
-
-@contextmanager
-def _partings(roster: Roster, out: Path) -> Iterator[None]:
-    """Say what became of the job when an exchange fails because another rank is gone."""
-    try:
-        yield
-    except LostRankError as lost:
-        raise parting(lost, roster, out) from lost
 
 
 def _fit(

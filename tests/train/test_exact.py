@@ -122,10 +122,10 @@ def test_a_diverging_run_is_set_aside_and_the_others_go_on(
 ) -> None:
     real = Fit.step
 
-    def poisoned(self: Fit, inputs: Any, consumed: int) -> torch.Tensor:
+    def poisoned(self: Fit, inputs: Any, *others: Any) -> torch.Tensor:
         if self.plan.name == "sae-L01" and self.done == 7:
             inputs.xs[0][0, 0] = float("nan")
-        return real(self, inputs, consumed)
+        return real(self, inputs, *others)
 
     monkeypatch.setattr(Fit, "step", poisoned)
     plans = plans_for(cache, "sae", kind="sae", **RULES["topk"])

@@ -14,7 +14,7 @@ from thresher.train.dictionary.pools import cut
 from thresher.train.fit import Fit
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.firing import plain_batch_topk, select_batch_topk
-from thresher.train.parts import split, survey
+from thresher.train.parts import split, survey, wanted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -79,7 +79,7 @@ def test_selections_in_parts_are_those_of_the_whole_batch(cache: CacheReader, ru
     ys = [y.float() for y in inputs(cache, made).ys]
     with torch.no_grad():
         whole = made.coder(xs)
-    known = survey(made.coder, split(xs, 64), split(ys, 64), True)
+    known = survey(made.coder, split(xs, 64), split(ys, 64), wanted(made.coder, ROWS, True), ROWS)
     in_parts = [made.coder(part, chosen) for part, chosen in zip(split(xs, 64), known.chosen, strict=True)]
     for source, one in enumerate(whole.fired):
         assert one.selection is not None
@@ -96,7 +96,7 @@ def test_a_step_that_nothing_couples_takes_no_survey(cache: CacheReader) -> None
     made = fit(cache, "sae", "topk", 64)
     made.coder.encoder(0).tokens_since_fired.zero_()
     xs, ys = inputs(cache, made)
-    known = survey(made.coder, split(xs, 64), split(ys, 64), True)
+    known = survey(made.coder, split(xs, 64), split(ys, 64), wanted(made.coder, ROWS, True), ROWS)
     assert known.chosen == [[None]] * 4
     assert (known.whole.tokens, known.whole.l0, known.whole.residual) == (ROWS, None, None)
 

@@ -75,6 +75,13 @@ class Tally(NamedTuple):
     """What the rule is told, if it follows the training."""
 
 
+def whole_of(parts: Sequence[Tally]) -> Tally:
+    """The tally of all parts together."""
+    told = [part.seen for part in parts if part.seen is not None]
+    counts = parts[0].counts if len(parts) == 1 else torch.stack([part.counts for part in parts]).sum(0)
+    return Tally(counts, sum(part.tokens for part in parts), merged(told) if told else None)
+
+
 class Chosen(NamedTuple):
     """What an encoder looks at of a batch, found without gradient."""
 
@@ -207,6 +214,10 @@ class Encoder(nn.Module):
                 silent = silent._replace(values=silent.values.to(bias_F.dtype))
             return Chosen(selection, values, silent, woken, norms_F)
 
+    def wakes(self, tokens: int) -> bool:
+        """Whether the rule is told of dead latents that woke, in a batch of so many tokens."""
+        return self.aux_k > 0 and self.rule.aux_floor() is not None and self.asleep(tokens) is not None
+
     def _woken(self, a_nF: Tensor, tokens: int) -> Tensor | None:
         """Entries of dead latents above the rule's own floor for AuxK; None: it has none, or none is dead."""
         floor = self.rule.aux_floor() if self.aux_k else None
@@ -297,10 +308,9 @@ class Encoder(nn.Module):
         `left_out`: bool scalar, whether its update was; the counters then stay, for they count tokens trained on, and
         codes that were cut off say nothing of who fired. Returns the number of active entries, a scalar on the device.
         """
-        tokens, told = sum(part.tokens for part in parts), [part.seen for part in parts if part.seen is not None]
-        if told:
-            self.rule.observe(merged(told))
-        count_F = torch.stack([part.counts for part in parts]).sum(0) if len(parts) > 1 else parts[0].counts
+        count_F, tokens, told = whole_of(parts)
+        if told is not None:
+            self.rule.observe(told)
         fired_F = count_F > 0
         if left_out is None:
             self.tokens_since_fired.add_(tokens).masked_fill_(fired_F, 0)

@@ -4,7 +4,7 @@ Every part of every source keeps as many entries as the whole batch may keep in 
 those, so the selection is the one of the whole block [N, F] of a source, or [N, L, F] of a joint pool, entry for entry.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,19 +20,29 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def choose(coder: "Coder", parts: Sequence[Sequence[Tensor]]) -> list[list[Chosen]]:
-    """What is selected, by part and source; parts: rows [n, D] by part and source, of one batch."""
-    tokens = sum(part[0].shape[0] for part in parts)
+def choose(
+    coder: "Coder",
+    parts: Sequence[Sequence[Tensor]],
+    tokens: int | None = None,
+    cut_pools: "Callable[[Sequence[Sequence[Chosen]], int], list[list[Chosen]]] | None" = None,
+) -> list[list[Chosen]]:
+    """What is selected, by part and source; parts: rows [n, D] by part and source, of one batch.
+
+    Where that has more rows elsewhere, `tokens` is its N, and `cut_pools` says what of the candidates of every pool, by
+    source and part, is among its best so many.
+    """
+    tokens = sum(part[0].shape[0] for part in parts) if tokens is None else tokens
     found = []
     for source in range(len(parts[0])):
         encoder, bias_F, norms_F = coder.encoder(source), coder.bias(source), coder.rank_norms(source)
         found.append([encoder.choose(part[source], bias_F, tokens, norms_F) for part in parts])
     budget = coder.encoder(0).rule.budget(tokens)
-    if budget is not None and coder.spec.pool == "joint":
-        together = iter(cut([one for column in found for one in column], budget))
-        found = [[next(together) for _ in column] for column in found]
-    elif budget is not None:
-        found = [cut(column, budget) for column in found]
+    if budget is not None:
+        joint = coder.spec.pool == "joint"
+        pools = [[one for column in found for one in column]] if joint else found
+        kept = [cut(pool, budget) for pool in pools] if cut_pools is None else cut_pools(pools, budget)
+        every = iter([one for pool in kept for one in pool])
+        found = [[next(every) for _ in column] for column in found]
     return [list(row) for row in zip(*found, strict=True)]
 
 
@@ -48,12 +58,16 @@ def cut(parts: Sequence[Chosen], count: int) -> list[Chosen]:
     if flat.shape[0] <= count:
         return list(parts)
     pieces = padded.best(flat, count).split([part.values.shape[0] for part in parts])
-    return [_only(part, mask) for part, mask in zip(parts, pieces, strict=True)]
+    return [only(part, mask, count) for part, mask in zip(parts, pieces, strict=True)]
 
 
-def _only(part: Chosen, keep: Tensor) -> Chosen:
+def only(part: Chosen, keep: Tensor, count: int) -> Chosen:
+    """A selection reduced to the entries in a mask [A], `count` at most."""
     assert part.selection is not None
     old = part.selection
+    if isinstance(old, padded.Padded):
+        selection, values = padded.only(old, part.values, keep, count)
+        return part._replace(selection=selection, values=values)
     counts = torch.zeros(old.tokens, dtype=torch.int64, device=keep.device).index_add_(0, old.rows, keep.long())
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return part._replace(selection=Selection(old.latents[keep], offsets, old.width), values=part.values[keep])

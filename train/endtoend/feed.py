@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from thresher.train.agreement import short_of_memory
 from thresher.train.display import TrainingDisplay
 from thresher.train.endtoend.group import Group
 from thresher.train.feed import Shared, say_kernels
-from thresher.train.jobs import Job, short_of_memory
+from thresher.train.jobs import Job
 from thresher.train.profile import Trace
 from thresher.train.state import checkpoint_steps, drop_checkpoints
 

@@ -145,6 +145,14 @@ class Sink:
             return None
         return self._facts
 
+    def lend(self, memory: Tensor) -> None:
+        """From now on write into this, of the parameter's shape and contiguous, until the next `release`."""
+        self._buffer = memory
+
+    def replaced(self) -> None:
+        """Take note that the gradient was written from outside."""
+        self._facts = None
+
     def settle(self, whole: bool = False) -> None:
         """Write what waits: rows without a first term, and, for a `whole` gradient, the multiples of the weight."""
         if self._late and self.parameter.grad is None:

@@ -115,12 +115,16 @@ def cut(
     out: list[tuple[Selection, Tensor]] = []
     for (old, own), mask in zip(parts, keep.split([own.shape[0] for _, own in parts]), strict=True):
         assert isinstance(old, Padded)
-        capacity = min(own.shape[0], count)
-        places = _positions(mask, capacity)
-        positions = torch.cat([old.positions, old.positions.new_full((1,), old.end)]).index_select(0, places)
-        kept = torch.cat([own, own.new_full((1,), PADDING)]).index_select(0, places)
-        out.append((Padded(positions, old.tokens, old.width), kept))
+        out.append(only(old, own, mask, count))
     return out
+
+
+def only(old: Padded, own: Tensor, mask: Tensor, count: int) -> tuple[Selection, Tensor]:
+    """A selection and its values [C], reduced to the entries in a mask [C], `count` at most."""
+    places = _positions(mask, min(own.shape[0], count))
+    positions = torch.cat([old.positions, old.positions.new_full((1,), old.end)]).index_select(0, places)
+    kept = torch.cat([own, own.new_full((1,), PADDING)]).index_select(0, places)
+    return Padded(positions, old.tokens, old.width), kept
 
 
 def best(flat: Tensor, count: int) -> Tensor:
