@@ -5,23 +5,23 @@ Activations do not pass here: their shards are written by `shard` and mapped by 
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from thresher.cache.errors import UserError
 from thresher.cache.layout import ArraySpec, crc32c, raw_dtype, shard_index
+from thresher.cache.place import Place, size_of
 from thresher.cache.publish import publish
 
 
-def write_plain(folder: Path, spec: ArraySpec, chunk: np.ndarray, index: int = 0, *, exclusive: bool = False) -> None:
+def write_plain(folder: Place, spec: ArraySpec, chunk: np.ndarray, index: int = 0, *, exclusive: bool = False) -> None:
     """Publish one chunk of an array without shards, followed by its CRC32C as Zarr's `crc32c` codec has it."""
     raw = np.ascontiguousarray(chunk, raw_dtype(spec.dtype))
     assert raw.shape == spec.chunk
     publish(folder / spec.file_name(index), [raw, struct.pack("<I", crc32c(raw))], exclusive=exclusive)
 
 
-def read_plain(folder: Path, spec: ArraySpec, index: int = 0) -> np.ndarray:
+def read_plain(folder: Place, spec: ArraySpec, index: int = 0) -> np.ndarray:
     """The chunk that `write_plain` wrote. Raises UserError naming the file when it is missing or damaged."""
     path = folder / spec.file_name(index)
     data = read_file(path)
@@ -34,18 +34,18 @@ def read_plain(folder: Path, spec: ArraySpec, index: int = 0) -> np.ndarray:
     return np.frombuffer(data[:-4], raw_dtype(spec.dtype)).reshape(spec.chunk)
 
 
-def write_sharded(folder: Path, spec: ArraySpec, array: np.ndarray) -> None:
+def write_sharded(folder: Place, spec: ArraySpec, array: np.ndarray) -> None:
     """Publish every shard of an array that is in memory; a last chunk that is not full is padded with the fill."""
     for index, rows in _by_shard(spec, array):
         publish(folder / spec.file_name(index), [rows, _tail(spec, index, len(rows))])
 
 
-def repair_sharded(folder: Path, spec: ArraySpec, array: np.ndarray) -> list[Path]:
+def repair_sharded(folder: Place, spec: ArraySpec, array: np.ndarray) -> list[Place]:
     """Write those files of `write_sharded` anew that do not hold what it would write; the files that did not."""
     wrong = []
     for index, rows in _by_shard(spec, array):
         path, tail = folder / spec.file_name(index), _tail(spec, index, len(rows))
-        there = np.fromfile(path, np.uint8) if path.exists() else np.empty(0, np.uint8)
+        there = np.frombuffer(path.read_bytes() if path.exists() else b"", np.uint8)
         body, end = rows.reshape(-1).view(np.uint8), rows.nbytes
         if not np.array_equal(there[:end], body) or there[end:].tobytes() != tail:
             publish(path, [rows, tail])
@@ -53,7 +53,7 @@ def repair_sharded(folder: Path, spec: ArraySpec, array: np.ndarray) -> list[Pat
     return wrong
 
 
-def read_sharded(folder: Path, spec: ArraySpec) -> np.ndarray:
+def read_sharded(folder: Place, spec: ArraySpec) -> np.ndarray:
     """The array that `write_sharded` wrote; the caller checks its digest. Raises UserError naming a file whose size,
     padding or index is wrong."""
     assert spec.shard is not None
@@ -87,15 +87,12 @@ def _tail(spec: ArraySpec, index: int, rows: int) -> bytes:
     return padding.tobytes() + shard_index(spec, whole)
 
 
-def file_size(path: Path) -> int:
+def file_size(path: Place) -> int:
     """Bytes of a file; 0 for one that is not there, or no longer."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    return size_of(path) or 0
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Place) -> bytes:
     """All bytes of a file, or UserError when it is not there."""
     try:
         return path.read_bytes()
@@ -105,7 +102,7 @@ def read_file(path: Path) -> bytes:
         ) from None
 
 
-def check_size(path: Path, got: int, expected: int, advice: str = "") -> None:
+def check_size(path: Place, got: int, expected: int, advice: str = "") -> None:
     """Raise UserError when a file is not as long as the plan says; `advice` is what to do beside restoring it."""
     if got != expected:
         raise UserError(

@@ -6,7 +6,6 @@ written with it: a part must not be filled, and sealed, with a calibration that 
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from thresher.cache.codec import Calibration
 from thresher.cache.commit import check_calibration, committed, read_commit
 from thresher.cache.errors import UserError
 from thresher.cache.layout import calibration_array
+from thresher.cache.place import Place
 from thresher.cache.plan import Plan
 from thresher.cache.stored import (
     Stored,
@@ -26,7 +26,7 @@ from thresher.cache.stored import (
 )
 
 
-def publish_calibrations(path: Path, plan: Plan, by_site: Mapping[str, Calibration]) -> None:
+def publish_calibrations(path: Place, plan: Plan, by_site: Mapping[str, Calibration]) -> None:
     """Fix μ and σ of every site of the part at `path`; what is there already has to be the same.
 
     A process that was killed here may have published some. They were made from the same rows.
@@ -43,7 +43,7 @@ def publish_calibrations(path: Path, plan: Plan, by_site: Mapping[str, Calibrati
             )
 
 
-def load_calibrations(path: Path, plan: Plan, *, used: bool) -> dict[str, Calibration]:
+def load_calibrations(path: Place, plan: Plan, *, used: bool) -> dict[str, Calibration]:
     """μ and σ by site; {} while they are not there for all. Raises UserError when they are not and were `used`."""
     if plan.codec != "int8z":
         return {}
@@ -57,7 +57,7 @@ def load_calibrations(path: Path, plan: Plan, *, used: bool) -> dict[str, Calibr
     return {}
 
 
-def inheritance(path: Path, plan: Plan) -> dict[str, Calibration]:
+def inheritance(path: Place, plan: Plan) -> dict[str, Calibration]:
     """μ and σ of those sites of the extension at `path` that its cache knows already, checked, by site.
 
     Raises UserError when they are damaged, or are not those that the rows of their part were stored with.
@@ -65,7 +65,7 @@ def inheritance(path: Path, plan: Plan) -> dict[str, Calibration]:
     if plan.extends is None or plan.codec != "int8z":
         return {}
     others = [part for part in parts(path.parent.parent) if part.path != path]
-    found, checked = dict[str, Calibration](), set[Path]()
+    found, checked = dict[str, Calibration](), set[Place]()
     for site in plan.sites:
         holder = next((part for part in others if has_calibration(part.path, site)), None)
         if holder is not None:
@@ -76,7 +76,7 @@ def inheritance(path: Path, plan: Plan) -> dict[str, Calibration]:
     return found
 
 
-def inherit(path: Path, plan: Plan, inherited: Mapping[str, Calibration]) -> None:
+def inherit(path: Place, plan: Plan, inherited: Mapping[str, Calibration]) -> None:
     """Publish what `inheritance` found, where the part at `path` has none of its own yet."""
     for site in plan.sites:
         if site.name in inherited and not has_calibration(path, site):

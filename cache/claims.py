@@ -5,18 +5,22 @@ holder dies; the file stays then, and tells whoever takes the shard that there m
 what is done, by whomever. So any number of processes share the work without a word between them.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from thresher.cache.commit import commit_path, committed, read_commit, shard_files
+from thresher.cache.commit import COMMITS, commit_path, committed, read_commit, shard_files
 from thresher.cache.directory import discard
 from thresher.cache.locks import Lock, try_hold
+from thresher.cache.place import Place, local
 from thresher.cache.plan import Plan
 from thresher.cache.publish import flush_directory
 from thresher.cache.world import from_environment
 
 Shard = tuple[str, int]
 """(split, index)."""
+
+_ASK_AGAIN_SECONDS = 1.0
 
 FIRST: Shard = ("train", 0)
 """The shard that calibrates (int8z): none may be written before it."""
@@ -25,13 +29,15 @@ FIRST: Shard = ("train", 0)
 class Claims:
     """The shards of one part, as one writer sees them."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Place, plan: Plan) -> None:
         self.path, self.plan = path, plan
         self.order = _scan_order(plan)
         """All shards, in the order in which this process tries to take them."""
         self.held: dict[Shard, Lock] = {}
         """In this writer's hands."""
         self._committed = committed(path, plan)
+        self._taken_until: dict[Shard, float] = {}
+        """In an object store asking costs two requests: when to do so again, by the clock of this process."""
 
     def close(self) -> None:
         """Let go of what is held."""
@@ -58,8 +64,13 @@ class Claims:
 
     def pending(self) -> list[Shard]:
         """All shards without a commit record, split by split, train shard 0 first."""
-        everything = [(split, i) for split, sizes in self.plan.splits.items() for i in range(sizes.shards)]
-        return [shard for shard in everything if not self.is_committed(shard)]
+        if not isinstance(self.path, Path):  # one listing for all
+            self._committed |= committed(self.path, self.plan)
+            return [shard for shard in self._all() if shard not in self._committed]
+        return [shard for shard in self._all() if not self.is_committed(shard)]
+
+    def _all(self) -> list[Shard]:
+        return [(split, i) for split, sizes in self.plan.splits.items() for i in range(sizes.shards)]
 
     def exhausted(self) -> bool:
         """Whether every shard is committed or in this writer's hands."""
@@ -72,12 +83,19 @@ class Claims:
 
     def take(self, shard: Shard) -> bool:
         """Hold a shard, unless another does or it is committed; clear what a dead writer left of it."""
+        if time.monotonic() < self._taken_until.get(shard, 0.0):
+            return False
         lock = try_hold(commit_path(self.path, *shard).with_suffix(".lock"))
         if lock is None:
+            if not isinstance(self.path, Path):
+                self._taken_until[shard] = time.monotonic() + _ASK_AGAIN_SECONDS
             return False
         if self.is_committed(shard):
             lock.release()
             return False
+        if not isinstance(self.path, Path):  # objects appear whole: nothing of a dead writer is left
+            self.held[shard] = lock
+            return True
         if not lock.fresh:
             split, index = shard
             discard(self.path.glob(f"commits/{split}.{index}.json.*.tmp"))
@@ -103,7 +121,7 @@ class Claims:
                 return
             arrays = read_commit(self.path, self.plan, *shard)["arrays"]
             commit_path(self.path, *shard).unlink()
-            flush_directory(self.path / "commits")
+            flush_directory(local(self.path, "a ring") / COMMITS)
             discard(self.path / name for name in shard_files(self.plan, *shard, arrays))
             lock.remove()
         finally:

@@ -14,6 +14,7 @@ import numpy as np
 
 from thresher.cache.errors import UserError
 from thresher.cache.layout import FORMAT, VERSION, ArraySpec, crc32c
+from thresher.cache.place import Place, size_of, sizes
 from thresher.cache.plan import Plan
 from thresher.cache.publish import publish, read_sealed, sealed, write_json
 from thresher.cache.quality import Quality
@@ -22,20 +23,21 @@ from thresher.cache.records import canonical, fingerprint
 MANIFEST = "MANIFEST.json"
 ROOT = "zarr.json"
 LOCK = "create.lock"
+COMMITS = "commits"
 PARTS = "parts"
 """Folder of a cache in which the parts lie that extend it: `<NN>-sites`, `<NN>-tokens`, in order of creation."""
 
 
-def commit_path(root: Path, split: str, index: int) -> Path:
-    return root / "commits" / f"{split}.{index}.json"
+def commit_path(root: Place, split: str, index: int) -> Place:
+    return root / COMMITS / f"{split}.{index}.json"
 
 
-def harvest_again(cache: Path, *, extend: bool) -> str:
+def harvest_again(cache: Place, *, extend: bool) -> str:
     """The command that goes on with a cache, or with its extensions."""
     return f"thresher harvest RECIPE --cache {cache}{' --extend' if extend else ''}"
 
 
-def repair(root: Path, plan: Plan, split: str, index: int) -> str:
+def repair(root: Place, plan: Plan, split: str, index: int) -> str:
     """What to do about a damaged shard of the part at `root`."""
     return (
         f"Delete {commit_path(root, split, index)} and {root / MANIFEST}, then run `{_made_by(root, plan)}` with the "
@@ -43,10 +45,18 @@ def repair(root: Path, plan: Plan, split: str, index: int) -> str:
     )
 
 
-def _made_by(root: Path, plan: Plan) -> str:
+def _made_by(root: Place, plan: Plan) -> str:
     """The command that goes on with the part at `root`."""
     extends = plan.extends is not None
-    return harvest_again(root.parent.parent if extends else root, extend=extends or (root / PARTS).is_dir())
+    return harvest_again(root.parent.parent if extends else root, extend=extends or _has_parts(root))
+
+
+def _has_parts(root: Place) -> bool:
+    """Whether anything extends a cache; False where that cannot be asked, since it is asked for a message's sake."""
+    try:
+        return (root / PARTS).is_dir()
+    except UserError:
+        return False
 
 
 def chunk_sums(spec: ArraySpec, rows: np.ndarray) -> list[str]:
@@ -55,7 +65,7 @@ def chunk_sums(spec: ArraySpec, rows: np.ndarray) -> list[str]:
 
 
 def publish_commit(
-    root: Path,
+    root: Place,
     plan: Plan,
     split: str,
     index: int,
@@ -88,7 +98,7 @@ def publish_commit(
             ) from None
 
 
-def missing_record(root: Path, plan: Plan, split: str, index: int) -> UserError:
+def missing_record(root: Place, plan: Plan, split: str, index: int) -> UserError:
     """The error for a commit record that is not there; harvest sees to it by itself."""
     return UserError(
         f"{commit_path(root, split, index)} is missing: without its commit record shard {index} of {split!r} does not "
@@ -97,7 +107,7 @@ def missing_record(root: Path, plan: Plan, split: str, index: int) -> UserError:
     )
 
 
-def read_commit(root: Path, plan: Plan, split: str, index: int) -> dict[str, Any]:
+def read_commit(root: Place, plan: Plan, split: str, index: int) -> dict[str, Any]:
     """A shard's commit record. Raises UserError when it is missing, damaged or of another cache."""
     path = commit_path(root, split, index)
     try:
@@ -114,7 +124,7 @@ def read_commit(root: Path, plan: Plan, split: str, index: int) -> dict[str, Any
     return record
 
 
-def check_calibration(root: Path, record: Mapping[str, Any], digest: str | None) -> None:
+def check_calibration(root: Place, record: Mapping[str, Any], digest: str | None) -> None:
     """Raise UserError unless the rows of a shard were stored with the calibration that is there now.
 
     `record` is the shard's commit record, `digest` that of what is there (`stored.calibration_digest`).
@@ -141,28 +151,27 @@ def shard_files(plan: Plan, split: str, index: int, arrays: Mapping[str, Mapping
     return files
 
 
-def committed(root: Path, plan: Plan) -> set[tuple[str, int]]:
+def committed(root: Place, plan: Plan) -> set[tuple[str, int]]:
     """The shards that have a commit record, by name only."""
-    return {
-        (split, index)
-        for split, sizes in plan.splits.items()
-        for index in range(sizes.shards)
-        if commit_path(root, split, index).exists()
-    }
+    size = sizes(root / COMMITS)
+    shards = ((split, index) for split, each in plan.splits.items() for index in range(each.shards))
+    return {shard for shard in shards if size(commit_path(root, *shard).name) is not None}
 
 
-def is_complete(root: Path, plan: Plan) -> bool:
+def is_complete(root: Place, plan: Plan) -> bool:
     """Whether a part was declared complete and every shard still has its commit record."""
     return (root / MANIFEST).exists() and len(committed(root, plan)) == sum(s.shards for s in plan.splits.values())
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Place) -> str:
     """SHA-256 of a file, as 64 hex digits."""
+    if not isinstance(path, Path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def commits_digest(root: Path, plan: Plan) -> str:
+def commits_digest(root: Place, plan: Plan) -> str:
     """SHA-256 over all commit records, splits by name and shards ascending."""
     digest = hashlib.sha256()
     for split in sorted(plan.splits):
@@ -185,14 +194,12 @@ def side_files(plan: Plan) -> list[str]:
     return sorted(files)
 
 
-def side_digests(root: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+def side_digests(root: Place, plan: Plan) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every side file, by path."""
-    return {
-        name: {"bytes": (root / name).stat().st_size, "sha256": file_digest(root / name)} for name in side_files(plan)
-    }
+    return {name: {"bytes": size_of(root / name), "sha256": file_digest(root / name)} for name in side_files(plan)}
 
 
-def publish_manifest(root: Path, plan: Plan) -> None:
+def publish_manifest(root: Place, plan: Plan) -> None:
     """Declare the cache complete."""
     record = {
         "format": f"{FORMAT}-manifest",

@@ -7,12 +7,12 @@ or not with the manifest it was listed with, is a loss: the cache is refused the
 
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from thresher.cache.commit import MANIFEST, PARTS, ROOT, file_digest, harvest_again
 from thresher.cache.errors import UserError
 from thresher.cache.layout import FORMAT, VERSION
+from thresher.cache.place import Place
 from thresher.cache.plan import Plan
 from thresher.cache.publish import read_sealed, sealed, write_json
 
@@ -29,18 +29,18 @@ class Entry(NamedTuple):
     """Of its MANIFEST.json."""
 
 
-def index_path(root: Path) -> Path:
+def index_path(root: Place) -> Place:
     return root / PARTS / INDEX
 
 
-def begin_index(root: Path) -> None:
+def begin_index(root: Place) -> None:
     """Publish an empty index where there is none: from now on its absence is a loss."""
     if not index_path(root).exists():
         with contextlib.suppress(FileExistsError):
             write_json(index_path(root), _record({}), exclusive=True)
 
 
-def read_index(root: Path, *, lost_is_empty: bool = False) -> dict[str, Entry]:
+def read_index(root: Place, *, lost_is_empty: bool = False) -> dict[str, Entry]:
     """The finished extensions of the cache at `root`, by name. Raises UserError when the index is damaged or lost.
 
     Who fills parts may take a lost one for empty: it lists them anew.
@@ -61,27 +61,27 @@ def read_index(root: Path, *, lost_is_empty: bool = False) -> dict[str, Entry]:
         raise UserError(f"{file} is damaged: its checksum does not match its content. Delete it. {advice}") from None
 
 
-def enter(root: Path, name: str, plan: Plan) -> None:
+def enter(root: Place, name: str, plan: Plan) -> None:
     """List a part whose manifest was published; `create.lock` of the cache is held."""
     assert plan.extends is not None
     entry = Entry(plan.extends.kind, plan.fingerprint, file_digest(root / PARTS / name / MANIFEST))
     _rewrite(root, read_index(root, lost_is_empty=True) | {name: entry})
 
 
-def strike(root: Path, names: Iterable[str]) -> None:
+def strike(root: Place, names: Iterable[str]) -> None:
     """Take parts off the list, before they are removed; `create.lock` of the cache is held."""
     gone, listed = set(names), read_index(root, lost_is_empty=True)
     if gone & listed.keys():
         _rewrite(root, {name: entry for name, entry in listed.items() if name not in gone})
 
 
-def is_listed(part: Path) -> bool:
+def is_listed(part: Place) -> bool:
     """Whether an extension is listed, with the manifest that it has."""
     entry = read_index(part.parent.parent, lost_is_empty=True).get(part.name)
     return entry is not None and loss(part.parent.parent, part.name, entry) is None
 
 
-def loss(root: Path, name: str, entry: Entry) -> str | None:
+def loss(root: Place, name: str, entry: Entry) -> str | None:
     """What is lost of a part that is listed, or None."""
     part = root / PARTS / name
     if not part.is_dir():
@@ -94,7 +94,7 @@ def loss(root: Path, name: str, entry: Entry) -> str | None:
     return None
 
 
-def _rewrite(root: Path, listed: dict[str, Entry]) -> None:
+def _rewrite(root: Place, listed: dict[str, Entry]) -> None:
     write_json(index_path(root), _record(listed))
 
 

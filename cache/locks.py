@@ -3,6 +3,8 @@
 A lock file may be removed while nobody needs it; whoever opened it before then finds that the name has another file,
 or none, and takes the lock anew. Where a file system knows no `flock`, or grants it twice (some network mounts), one
 writer at a time is allowed, by a file that only one process can create; a dead writer's has to be removed by hand.
+
+In an object store a lock is a lease (`remote.leases`), and there are none for readers.
 """
 
 import errno
@@ -13,10 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from thresher.cache.commit import LOCK
 from thresher.cache.errors import UserError
+from thresher.cache.place import Place, local
 from thresher.cache.publish import explained, make_directory
+from thresher.cache.remote.leases import Lease, take
+from thresher.cache.remote.place import ObjectPlace, refuse_unconditional
 
 CREATE = LOCK
 """Held while a cache is planned, resumed or finished; also tells a cache in the making from a stranger's directory."""
@@ -26,15 +32,30 @@ SOLE = "writer.lock"
 """Exists while a writer is at work where `flock` does not exclude."""
 
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_POLL_SECONDS = 0.1
+_POLL_SECONDS, _LEASE_POLL_SECONDS = 0.1, 1.0
 _PROBED_SECONDS = 0.01
 _PATIENCE_SECONDS = 1.0
 """Whoever only looks whether a lock is held (`is_held`) has it for microseconds; who has it longer keeps it."""
 
 
-@dataclass
-class Lock:
+class Lock(Protocol):
     """A lock that is held until `release`."""
+
+    fresh: bool
+    """Whether nobody had this lock before."""
+
+    def release(self) -> None:
+        """Free the lock."""
+        ...
+
+    def remove(self) -> None:
+        """Free the lock and leave nothing of it."""
+        ...
+
+
+@dataclass
+class FileLock:
+    """A lock on a file of a file system."""
 
     path: Path
     descriptor: int
@@ -53,11 +74,17 @@ class Lock:
         self.release()
 
 
-def try_hold(path: Path, patience: float = 0.0) -> Lock | None:
+def try_hold(path: Place, patience: float = 0.0) -> Lock | None:
     """The lock on `path`, or None when another holds it for `patience` seconds.
 
     Without patience another's `is_held` may be taken for a holder. Raises UserError where this user may not write.
     """
+    if isinstance(path, ObjectPlace):
+        return take(path)
+    return _try_file(local(path, "a lock"), patience)
+
+
+def _try_file(path: Path, patience: float) -> FileLock | None:
     end = time.monotonic() + patience
     while True:
         descriptor, fresh = _open(path)
@@ -65,7 +92,7 @@ def try_hold(path: Path, patience: float = 0.0) -> Lock | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _UNSUPPORTED:
-                return Lock(path, descriptor, fresh)
+                return FileLock(path, descriptor, fresh)
             os.close(descriptor)
             if not isinstance(error, BlockingIOError):
                 raise
@@ -74,15 +101,17 @@ def try_hold(path: Path, patience: float = 0.0) -> Lock | None:
             time.sleep(_PROBED_SECONDS)
             continue
         if _names(path, descriptor):
-            return Lock(path, descriptor, fresh)
+            return FileLock(path, descriptor, fresh)
         os.close(descriptor)
 
 
-def share(path: Path) -> Lock | None:
+def share(path: Place) -> Lock | None:
     """A shared lock on a file that is there; None where it is not, or where locks are not to be had.
 
     Raises UserError when another keeps it exclusively, as only prune does.
     """
+    if not isinstance(path, Path):
+        return None
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
@@ -103,7 +132,7 @@ def share(path: Path) -> Lock | None:
             os.close(descriptor)
             return None
         if _names(path, descriptor):
-            return Lock(path, descriptor, False)
+            return FileLock(path, descriptor, False)
         os.close(descriptor)  # removed before it was locked
 
 
@@ -127,19 +156,26 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def hold(path: Path, waiting: Callable[[], None]) -> Lock:
+def hold(path: Place, waiting: Callable[[], None]) -> Lock:
     """The lock on `path`, after waiting for whoever has it; `waiting` is called once if that takes time."""
     told = False
     while (lock := try_hold(path)) is None:
         if not told:
             waiting()
             told = True
-        time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS if isinstance(path, Path) else _LEASE_POLL_SECONDS)
     return lock
 
 
 def excludes(lock: Lock) -> bool:
-    """Whether a lock that is held keeps others out here, tried with a second descriptor."""
+    """Whether a lock that is held keeps others out here, tried with a second descriptor.
+
+    Raises UserError for an object store without conditional writes.
+    """
+    if isinstance(lock, Lease):
+        refuse_unconditional(lock.path)
+        return True
+    assert isinstance(lock, FileLock)
     second = os.open(lock.path, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,7 +189,7 @@ def excludes(lock: Lock) -> bool:
     return False
 
 
-def sole_writer(root: Path) -> Lock:
+def sole_writer(root: Path) -> FileLock:
     """The right to be the only writer of a cache where `flock` does not exclude. Raises UserError when it is taken."""
     path = root / SOLE
     try:
@@ -167,7 +203,7 @@ def sole_writer(root: Path) -> Lock:
     except OSError as error:
         raise explained(error, path, 0) from error
     os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
-    return Lock(path, descriptor, True)
+    return FileLock(path, descriptor, True)
 
 
 def _open(path: Path) -> tuple[int, bool]:

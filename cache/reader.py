@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -25,7 +24,10 @@ from thresher.cache.layout import PROVENANCE, ArraySpec, Codec, Contexts, Store,
 from thresher.cache.locks import READ, Lock, share
 from thresher.cache.order import SPLITS, ReadOrder
 from thresher.cache.part import Part
+from thresher.cache.place import Place
 from thresher.cache.records import differences, fingerprint
+from thresher.cache.remote.place import ObjectPlace
+from thresher.cache.remote.settings import Reading
 from thresher.cache.rows import Rows
 from thresher.cache.segments import Segment, joined, shared_calibration
 from thresher.cache.sites import unmet
@@ -54,7 +56,7 @@ class CacheReader(Rows):
 
     SAMPLED_CHUNKS: ClassVar[int] = 16
 
-    def __init__(self, path: Path, segments: list[Segment], incomplete: list[str], lock: Lock | None = None) -> None:
+    def __init__(self, path: Place, segments: list[Segment], incomplete: list[str], lock: Lock | None = None) -> None:
         """`lock` is freed with the reader."""
         self.path, self.segments, self.incomplete = path, segments, incomplete
         base = segments[0].base
@@ -69,11 +71,12 @@ class CacheReader(Rows):
         }
         self._holding = {split: [segment.holding(split) for segment in segments] for split in SPLITS}
         self._starts = {split: np.cumsum([0, *(s.base.rows(split) for s in segments)]) for split in SPLITS}
+        self.reading = Reading.from_environment() if isinstance(path, ObjectPlace) else None
         self.close: Callable[[], object] = weakref.finalize(self, lock.release) if lock is not None else lambda: None
         """Let go of the lock; may be called again. What was read stays valid."""
 
     @classmethod
-    def open(cls, path: Path, *, identity: Mapping[str, Any] | None = None) -> "CacheReader":
+    def open(cls, path: Place, *, identity: Mapping[str, Any] | None = None) -> "CacheReader":
         """Open the cache at `path` with every complete part that extends it.
 
         Raises UserError when it is missing, incomplete, damaged, newer than this program, being pruned, or, with
@@ -201,6 +204,19 @@ class CacheReader(Rows):
         part, inner = self._place(split, name, index)
         part.read(split, name, inner, out, direct=direct)
 
+    def read_run(self, split: str, name: str, index: int, outs: Sequence[np.ndarray]) -> None:
+        """Chunks `index`, `index` + 1, … of one shard in an object store into `outs`, each [C, …]."""
+        part, inner = self._place(split, name, index)
+        part.read_run(split, name, inner, outs)
+
+    def by_file(self, split: str, name: str, run: Sequence[int]) -> list[list[int]]:
+        """A run of neighbouring chunks cut where one file ends and the next begins."""
+        per_shard, cut = self.plan.shard_rows // self.plan.chunk_rows, dict[tuple[int, int], list[int]]()
+        for index in run:
+            part, inner = self._place(split, name, index)
+            cut.setdefault((id(part), inner // per_shard), []).append(index)
+        return list(cut.values())
+
     def finish(self) -> None:
         """Nothing: nobody fills it."""
 
@@ -237,7 +253,7 @@ class CacheReader(Rows):
         return first
 
 
-def find_complete(path: Path, identity: Mapping[str, Any]) -> CacheReader | None:
+def find_complete(path: Place, identity: Mapping[str, Any]) -> CacheReader | None:
     """The finished cache that serves this identity at `path`, or None; what else may be there is not judged.
 
     None also for one that lost commit records since: the harvest that made it writes those shards anew.

@@ -28,6 +28,7 @@ from thresher.cache.interrupts import Interrupted
 from thresher.cache.layout import FORMAT, VERSION
 from thresher.cache.locks import is_held, share, try_hold
 from thresher.cache.part import Part
+from thresher.cache.place import local
 from thresher.cache.plan import Plan
 from thresher.cache.publish import publish, read_sealed, sealed
 from thresher.cache.records import canonical, differences
@@ -67,7 +68,7 @@ class RingKeeper:
     """The filling side: which shards to make next, and which to evict. Any number of processes may fill one ring."""
 
     def __init__(self, writer: CacheWriter) -> None:
-        self._writer, self.path, self.plan = writer, writer.path, writer.plan
+        self._writer, self.path, self.plan = writer, local(writer.path, "a ring (harvest.window_gb)"), writer.plan
         self.windows = Windows.of(writer.plan)
         (self.path / FOLDER).mkdir(exist_ok=True)
         (self.path / FILLER).touch()

@@ -7,7 +7,6 @@ one, and its tests hold it against `gather`.
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +17,7 @@ from thresher.cache.codec import Calibration, decode
 from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.layout import KEPT, ArraySpec, raw_dtype
+from thresher.cache.place import Place
 from thresher.cache.records import nearest
 
 
@@ -27,7 +27,7 @@ class Rows(ABC):
     SAMPLED_CHUNKS: ClassVar[int]
     """Chunks that a sample is taken from."""
 
-    path: Path
+    path: Place
     sites: dict[str, Site]
     chunk_rows: int
 

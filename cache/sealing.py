@@ -8,13 +8,12 @@ A ring is never complete, but before one may train from it the same is done for 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from thresher.cache import stats
-from thresher.cache.arrays import check_size, file_size, read_file, read_plain, repair_sharded, write_plain
+from thresher.cache.arrays import check_size, read_file, read_plain, repair_sharded, write_plain
 from thresher.cache.commit import (
     MANIFEST,
     ROOT,
@@ -29,22 +28,24 @@ from thresher.cache.errors import UserError
 from thresher.cache.index import enter, is_listed
 from thresher.cache.layout import Contexts, crc32c, group_json, stats_array
 from thresher.cache.locks import CREATE, hold
+from thresher.cache.place import Place, sizes
 from thresher.cache.plan import Plan, context_array
 from thresher.cache.publish import write_json
 from thresher.cache.records import canonical
 from thresher.cache.stored import calibration_digest, read_calibrations, read_root
 
 
-def seal(path: Path, plan: Plan, contexts: Mapping[str, Contexts], notify: Callable[[str], None]) -> None:
+def seal(path: Place, plan: Plan, contexts: Mapping[str, Contexts], notify: Callable[[str], None]) -> None:
     """Check, complete and declare the part at `path`, of which every shard is committed; once, by one process."""
     create = hold(path / CREATE, lambda: notify(f"waiting for another process to finish {path}"))
     try:
         if (path / MANIFEST).exists() and (plan.extends is None or is_listed(path)):
             return
         digest = calibration_digest(plan, read_calibrations(path, plan))
-        for split, sizes in plan.splits.items():
-            for index in range(sizes.shards):
-                check_shard(path, plan, split, index, digest)
+        size = sizes(path)
+        for split, each in plan.splits.items():
+            for index in range(each.shards):
+                check_shard(path, plan, split, index, digest, size)
         repair_plan(path, plan, contexts, notify)
         write_statistics(path, plan, range(plan.splits["train"].shards))
         discard(leftovers(path))
@@ -61,17 +62,19 @@ def seal(path: Path, plan: Plan, contexts: Mapping[str, Contexts], notify: Calla
             create.release()
 
 
-def check_shard(path: Path, plan: Plan, split: str, index: int, calibration: str | None) -> None:
-    """Raise UserError unless the shard's record is sound, its files have their sizes, and it was stored with the
-    calibration of that digest."""
+def check_shard(
+    path: Place, plan: Plan, split: str, index: int, calibration: str | None, size_of: Callable[[str], int | None]
+) -> None:
+    """Raise UserError unless the shard's record is sound, its files have their sizes (`place.sizes`), and it was stored
+    with the calibration of that digest."""
     record = read_commit(path, plan, split, index)
     check_calibration(path, record, calibration)
     for name, size in shard_files(plan, split, index, record["arrays"]).items():
-        got = file_size(path / name)
+        got = size_of(name) or 0
         check_size(path / name, got, size, repair(path, plan, split, index) if got != size else "")
 
 
-def repair_plan(path: Path, plan: Plan, contexts: Mapping[str, Contexts], notify: Callable[[str], None]) -> None:
+def repair_plan(path: Place, plan: Plan, contexts: Mapping[str, Contexts], notify: Callable[[str], None]) -> None:
     """Write anew what follows from the plan and is not as it was written, so that no manifest vouches for it."""
     root = {"thresher": {**plan.to_json(), "facts": read_root(path).facts}}
     wrong = []
@@ -86,7 +89,7 @@ def repair_plan(path: Path, plan: Plan, contexts: Mapping[str, Contexts], notify
         notify(f"{file} was damaged or changed; it was written anew")
 
 
-def write_statistics(path: Path, plan: Plan, shards: Iterable[int]) -> None:
+def write_statistics(path: Place, plan: Plan, shards: Iterable[int]) -> None:
     """Publish the statistics over some train shards: their moments merged, in the order given.
 
     Raises UserError when the moments are not those of the shard's commit record.

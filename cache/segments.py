@@ -5,7 +5,6 @@ that they extend. A part that is in the making does not count; one that was fini
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from thresher.cache.codec import Calibration
@@ -13,6 +12,7 @@ from thresher.cache.commit import PARTS, harvest_again
 from thresher.cache.errors import UserError
 from thresher.cache.index import INDEX, loss, read_index
 from thresher.cache.part import Part
+from thresher.cache.place import Place
 
 
 class Segment:
@@ -41,7 +41,7 @@ class Joined(NamedTuple):
     """Names of the parts in the making."""
 
 
-def joined(path: Path) -> Joined:
+def joined(path: Place) -> Joined:
     """The segments of the cache at `path`. Raises UserError when a part that was finished is not there as it was."""
     segments, folder = [Segment(Part.open(path))], path / PARTS
     listed = read_index(path)

@@ -7,7 +7,6 @@ waited for) is its own affair.
 
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +16,8 @@ from thresher.cache.codec import Calibration
 from thresher.cache.contracts import Site
 from thresher.cache.layout import ArraySpec, Codec, Contexts, Store
 from thresher.cache.order import ReadOrder
+from thresher.cache.place import Place
+from thresher.cache.remote.settings import Reading
 from thresher.cache.stats import SiteStats
 
 
@@ -24,7 +25,7 @@ class Source(Protocol):
     """Rows of activations in stored form, in chunks of `chunk_rows`."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """Where it lives; of a live source, where it would."""
         ...
 
@@ -105,7 +106,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class OnDisk(Protocol):
-    """What a source can do besides when all of it lies on disk for good."""
+    """What a source can do besides when all of it is stored for good, on a disk or in an object store."""
 
     def stored_bytes(self, split: str, names: Sequence[str]) -> int:
         """Bytes of whole arrays of a split, decompressed."""
@@ -115,5 +116,21 @@ class OnDisk(Protocol):
         """Copy a chunk into `out` [C, …], decompressed and checked; from any thread.
 
         `direct` reads past the page cache where file system and buffer allow it.
+        """
+        ...
+
+    @property
+    def reading(self) -> Reading | None:
+        """How it is read from an object store; None where it is on a disk."""
+        ...
+
+    def by_file(self, split: str, name: str, run: Sequence[int]) -> list[list[int]]:
+        """A run of neighbouring chunks cut where one file ends and the next begins."""
+        ...
+
+    def read_run(self, split: str, name: str, index: int, outs: Sequence[np.ndarray]) -> None:
+        """Chunks `index`, `index` + 1, … of one shard in an object store into `outs`, by as few requests as sensible.
+
+        As `read`; from any thread.
         """
         ...

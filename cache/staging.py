@@ -24,7 +24,7 @@ from thresher.cache.codec import Calibration, decode
 from thresher.cache.kernels.decode import bf16_rows, copy_rows, int8_rows
 from thresher.cache.kernels.lines import LINE_BYTES, whole_lines
 from thresher.cache.layout import KEPT, ArraySpec, raw_dtype
-from thresher.cache.loading import Loader, Tier, array_names
+from thresher.cache.loading import Loader, Tier, array_names, in_order
 from thresher.cache.order import ReadOrder, Segment
 from thresher.cache.rows import as_codes
 from thresher.cache.source import Source
@@ -311,10 +311,10 @@ class DeviceStager:
         source, split, c = self.request.source, self.request.split, self.order.chunk_rows
         spec = source.arrays(split)[name]
         array = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self.request.device)
-        for index in range(self.order.n_chunks):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                array[index * c : (index + 1) * c] = as_codes(source.chunk(split, name, index))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            for index, chunk in enumerate(in_order(source, split, name, self.order.n_chunks)):
+                array[index * c : (index + 1) * c] = as_codes(chunk)
         return array
 
 

@@ -6,7 +6,6 @@ The writer resumes from this, an extension starts from it, and the reader opens 
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.index import is_listed
 from thresher.cache.layout import CONTEXT_ARRAYS, FORMAT, VERSION, Contexts, calibration_array
+from thresher.cache.place import Place
 from thresher.cache.plan import Extends, Plan
 
 
@@ -33,7 +33,7 @@ class Root(NamedTuple):
 class Stored(NamedTuple):
     """A part that may be complete or not."""
 
-    path: Path
+    path: Place
     plan: Plan
     facts: dict[str, Any]
 
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
         return is_complete(self.path, self.plan) and (self.plan.extends is None or is_listed(self.path))
 
 
-def read_root(path: Path) -> Root:
+def read_root(path: Place) -> Root:
     """Plan and facts of the part at `path`, or UserError when there is none that this program understands."""
     root = path / ROOT
     if not root.exists():
@@ -69,13 +69,13 @@ def read_root(path: Path) -> Root:
         raise UserError(f"{root} is damaged: its plan is incomplete. Restore the file or harvest again.") from None
 
 
-def parts(root: Path) -> list[Stored]:
+def parts(root: Place) -> list[Stored]:
     """The base of a cache and the parts that extend it, in order of creation, complete or not."""
     extensions = sorted(path.parent for path in (root / PARTS).glob(f"*-*/{ROOT}"))
     return [Stored(path, *read_root(path)) for path in (root, *extensions)]
 
 
-def extended_part(path: Path, extends: Extends) -> Stored:
+def extended_part(path: Place, extends: Extends) -> Stored:
     """The part that the one at `path` extends."""
     for part in parts(path.parent.parent):
         if part.plan.fingerprint == extends.base and not part.plan.rows_stored_elsewhere:
@@ -83,7 +83,7 @@ def extended_part(path: Path, extends: Extends) -> Stored:
     raise UserError(f"{path.parent.parent} has no part with the fingerprint {extends.base}, which {path} is to extend.")
 
 
-def read_contexts(path: Path, plan: Plan, split: str) -> Contexts:
+def read_contexts(path: Place, plan: Plan, split: str) -> Contexts:
     """The packed tokens that the part at `path` holds, checked against their digests."""
     arrays = {}
     for name in CONTEXT_ARRAYS:
@@ -98,18 +98,18 @@ def read_contexts(path: Path, plan: Plan, split: str) -> Contexts:
     return Contexts(**arrays)
 
 
-def has_calibration(path: Path, site: Site) -> bool:
+def has_calibration(path: Place, site: Site) -> bool:
     """Whether μ and σ of a site were published in the part at `path`."""
     return (path / "calibration" / site.name / calibration_array(site).file_name(0)).exists()
 
 
-def read_calibration(path: Path, site: Site) -> Calibration:
+def read_calibration(path: Place, site: Site) -> Calibration:
     """μ and σ of a site, as the part at `path` holds them. Raises UserError when they are missing or damaged."""
     mean, std = torch.from_numpy(read_plain(path / "calibration" / site.name, calibration_array(site)).copy())
     return Calibration(mean, std)
 
 
-def read_calibrations(path: Path, plan: Plan) -> dict[str, Calibration]:
+def read_calibrations(path: Place, plan: Plan) -> dict[str, Calibration]:
     """μ and σ of every site of the part at `path`, by name; {} where its codec has none."""
     return {site.name: read_calibration(path, site) for site in plan.sites} if plan.codec == "int8z" else {}
 

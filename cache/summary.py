@@ -1,6 +1,5 @@
 """What a cache holds and how good it is, in JSON values: `thresher cache info` prints it."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from thresher.cache.commit import shard_files
 from thresher.cache.order import SPLITS
 from thresher.cache.part import Part
+from thresher.cache.place import Place, below
 from thresher.cache.reader import CacheReader
 
 _LIMITS = ("max_tokens", "max_documents", "skip_documents")
@@ -57,11 +57,11 @@ def summary(reader: CacheReader) -> dict[str, Any]:
     }
 
 
-def _part(root: Path, part: Part, size: int) -> dict[str, Any]:
+def _part(root: Place, part: Part, size: int) -> dict[str, Any]:
     """Name, kind, and sizes of a part."""
     extends = part.plan.extends
     return {
-        "name": "base" if extends is None else str(part.path.relative_to(root)),
+        "name": "base" if extends is None else below(root, part.path),
         "adds": "everything" if extends is None else extends.kind,
         "sites": len(part.sites),
         "rows": sum(sizes.rows for sizes in part.plan.splits.values()),

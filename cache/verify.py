@@ -23,9 +23,12 @@ from thresher.cache.errors import UserError
 from thresher.cache.index import INDEX, loss, read_index
 from thresher.cache.layout import ArraySpec, chunk_index, crc32c
 from thresher.cache.part import refuse_ring
+from thresher.cache.place import Place, below, local, size_of, sizes, walk
 from thresher.cache.plan import Plan
 from thresher.cache.publish import read_sealed
 from thresher.cache.records import canonical
+from thresher.cache.remote.fetch import RUN_BYTES, runs
+from thresher.cache.remote.place import ObjectPlace
 from thresher.cache.segments import joined, shared_calibration
 from thresher.cache.stored import calibration_digest, read_calibrations, read_contexts, read_root
 
@@ -40,14 +43,16 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which Python does not n
 class _Part(NamedTuple):
     """A part under examination."""
 
-    root: Path
+    root: Place
     prefix: str
     """Its path below the cache, as messages show it."""
     plan: Plan
     manifest: dict[str, Any]
+    size_of: Callable[[str], int | None]
+    """Size of a file below it; None where it is missing."""
 
 
-def faults(path: Path, progress: Progress | None = None) -> list[str]:
+def faults(path: Place, progress: Progress | None = None) -> list[str]:
     """One line per fault of the cache at `path`: the file, and for activations the chunk; [] when it is sound.
 
     Raises UserError when there is no finished cache at all.
@@ -56,9 +61,9 @@ def faults(path: Path, progress: Progress | None = None) -> list[str]:
     roots = _roots(path)
     found = _lost_parts(path)
     for root in roots:
-        prefix = "" if root == path else f"{root.relative_to(path)}/"
+        prefix = "" if root == path else f"{below(path, root)}/"
         try:
-            part = _Part(root, prefix, read_root(root).plan, read_sealed(root / MANIFEST))
+            part = _Part(root, prefix, read_root(root).plan, read_sealed(root / MANIFEST), sizes(root))
         except UserError as error:
             found.append(str(error))
         else:
@@ -66,7 +71,7 @@ def faults(path: Path, progress: Progress | None = None) -> list[str]:
     return found or _joint_faults(path)
 
 
-def _joint_faults(path: Path) -> list[str]:
+def _joint_faults(path: Place) -> list[str]:
     """What is wrong with parts that are sound one by one: they were not made for one another."""
     try:
         segments = joined(path).segments
@@ -77,12 +82,14 @@ def _joint_faults(path: Path) -> list[str]:
     return []
 
 
-def total_bytes(path: Path) -> int:
+def total_bytes(path: Place) -> int:
     """Bytes that `faults` is going to read."""
-    return sum(file.stat().st_size for root in _roots(path) for file in _files(root))
+    if isinstance(path, ObjectPlace):
+        return sum(path.listing().values())
+    return sum(size_of(file) or 0 for root in _roots(path) for file in _files(root))
 
 
-def _roots(path: Path) -> list[Path]:
+def _roots(path: Place) -> list[Place]:
     """The parts of a cache that were finished, as far as they are there; all with a manifest if nobody can tell."""
     if not (path / MANIFEST).exists():
         refuse_ring(path, read_root(path).plan)
@@ -94,7 +101,7 @@ def _roots(path: Path) -> list[Path]:
     return [path, *(part for part in parts if (part / MANIFEST).exists() and (part / ROOT).exists())]
 
 
-def _lost_parts(path: Path) -> list[str]:
+def _lost_parts(path: Place) -> list[str]:
     """What the index lists and is not there as it was; the index itself, if it is damaged."""
     try:
         lost = {name: loss(path, name, entry) for name, entry in sorted(read_index(path).items())}
@@ -103,7 +110,7 @@ def _lost_parts(path: Path) -> list[str]:
     return [f"{PARTS}/{name}: listed in {PARTS}/{INDEX} as finished, but {why}" for name, why in lost.items() if why]
 
 
-def in_the_making(path: Path) -> list[str]:
+def in_the_making(path: Place) -> list[str]:
     """Names of the extensions that were not finished: they do not count, and are no fault."""
     try:
         listed = read_index(path)
@@ -112,12 +119,9 @@ def in_the_making(path: Path) -> list[str]:
     return [f"{PARTS}/{part.name}" for part in sorted((path / PARTS).glob("*-*")) if part.name not in listed]
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _files(root: Place) -> Iterator[Place]:
     """Every file of one part that is data, not a lock or a leftover of a writer that died."""
-    for folder, inside, names in os.walk(root):
-        if Path(folder) == root and PARTS in inside:
-            inside.remove(PARTS)
-        yield from (Path(folder) / name for name in names if not name.endswith((".lock", ".tmp")))
+    return (file for file in walk(root, skip=PARTS) if not file.name.endswith((".lock", ".tmp")))
 
 
 def _part_faults(part: _Part, progress: Progress) -> list[str]:
@@ -125,8 +129,8 @@ def _part_faults(part: _Part, progress: Progress) -> list[str]:
     plan, found, known = part.plan, list[str](), {MANIFEST, *part.manifest["files"]}
     work: list[Callable[[], list[str]]] = []
     calibrated: dict[str | None, list[str]] = {}
-    for split, sizes in plan.splits.items():
-        for index in range(sizes.shards):
+    for split, each in plan.splits.items():
+        for index in range(each.shards):
             known.add(f"commits/{split}.{index}.json")
             try:
                 record = read_commit(part.root, plan, split, index)
@@ -151,7 +155,7 @@ def _part_faults(part: _Part, progress: Progress) -> list[str]:
         found.append(
             f"{part.prefix}commits: the records are sound one by one, but not the ones that MANIFEST.json was made of"
         )
-    strangers = sorted(str(file.relative_to(part.root)) for file in _files(part.root))
+    strangers = sorted(below(part.root, file) for file in _files(part.root))
     return found + [f"{part.prefix}{name}: does not belong to the cache" for name in strangers if name not in known]
 
 
@@ -170,22 +174,21 @@ def _later(
 
     def check() -> list[str]:
         path = part.root / file
-        if not path.exists():
+        there = part.size_of(file)
+        if there is None:
             return [f"{part.prefix}{file}: missing"]
-        if path.stat().st_size != size:
-            return [f"{part.prefix}{file}: expected {size} bytes, got {path.stat().st_size}"]
-        data = _mapped(path)
+        if there != size:
+            return [f"{part.prefix}{file}: expected {size} bytes, got {there}"]
         expected = [int(digits, 16) for digits in entry["crc32c"]]
         lengths = entry.get("lengths") or [spec.chunk[0] * spec.row_bytes] * len(expected)
-        ends = np.cumsum(lengths).tolist()
-        got, there = list[int](), 0
-        for chunk, (end, length) in enumerate(zip(ends, lengths, strict=True)):
-            while there < end:
-                if (reason := _fetch(data[there : there + _WINDOW])) is not None:
-                    return [f"{part.prefix}{file}: cannot be read at chunk {chunk} or after it: {reason}"]
-                there += _WINDOW
-            got.append(crc32c(data[end - length : end]))
-            progress(length)
+        got = list[int]()
+        try:
+            for data in _chunks(path, lengths):
+                got.append(crc32c(np.frombuffer(data, np.uint8)))
+                progress(len(data))
+            tail = _tail(path, sum(lengths), size)
+        except (UserError, FileNotFoundError) as error:
+            return [f"{part.prefix}{file}: cannot be read at chunk {len(got)} or after it: {error}"]
         lines = [
             f"{part.prefix}{file}: chunk {chunk} does not match its checksum"
             for chunk, (have, want) in enumerate(zip(got, expected, strict=True))
@@ -193,11 +196,38 @@ def _later(
         ]
         if len(lines) == len(got) and (other := _shard_of(part, split, name, got)) is not None:
             lines = [f"{part.prefix}{file}: holds the rows of shard {other}, not of shard {index}"]
-        if data[ends[-1] :].tobytes() != chunk_index(spec, lengths):
+        if tail != chunk_index(spec, lengths):
             lines.append(f"{part.prefix}{file}: the index at its end is wrong")
         return lines
 
     return check
+
+
+def _chunks(path: Place, lengths: list[int]) -> Iterator[memoryview | np.ndarray]:
+    """The chunks of a file, one after another. Raises UserError when they cannot be read."""
+    ends = np.cumsum(lengths).tolist()
+    if isinstance(path, ObjectPlace):
+        for run in runs(range(len(lengths)), lengths, RUN_BYTES):
+            start = ends[run[0]] - lengths[run[0]]
+            data = path.read_range(start, ends[run[-1]] - start)
+            yield from (data[ends[i] - lengths[i] - start : ends[i] - start] for i in run)
+        return
+    mapped, there = _mapped(local(path, "checking")), 0
+    for end, length in zip(ends, lengths, strict=True):
+        while there < end:
+            if (reason := _fetch(mapped[there : there + _WINDOW])) is not None:
+                raise UserError(reason)
+            there += _WINDOW
+        yield mapped[end - length : end]
+
+
+def _tail(path: Place, start: int, size: int) -> bytes:
+    """What follows the chunks of a file."""
+    if isinstance(path, ObjectPlace):
+        return bytes(path.read_range(start, size - start))
+    with local(path, "checking").open("rb") as file:
+        file.seek(start)
+        return file.read(size - start)
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -273,11 +303,11 @@ def _calibration_faults(part: _Part, calibrated: dict[str | None, list[str]]) ->
 def _side_faults(part: _Part) -> Iterator[str]:
     """The checks of every file that the manifest lists."""
     for name, entry in part.manifest["files"].items():
-        path = part.root / name
-        if not path.exists():
+        path, there = part.root / name, part.size_of(name)
+        if there is None:
             yield f"{part.prefix}{name}: missing"
-        elif path.stat().st_size != entry["bytes"]:
-            yield f"{part.prefix}{name}: expected {entry['bytes']} bytes, got {path.stat().st_size}"
+        elif there != entry["bytes"]:
+            yield f"{part.prefix}{name}: expected {entry['bytes']} bytes, got {there}"
         elif file_digest(path) != entry["sha256"]:
             yield f"{part.prefix}{name}: SHA-256 differs from MANIFEST.json"
     if ROOT not in part.manifest["files"]:

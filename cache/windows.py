@@ -15,7 +15,6 @@ not of the corpus. The larger the window, the less that matters.
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +24,7 @@ from thresher.cache.codec import Calibration
 from thresher.cache.contracts import Site
 from thresher.cache.layout import ArraySpec, Codec, Contexts, Store, known_split
 from thresher.cache.order import ReadOrder
+from thresher.cache.place import Place
 from thresher.cache.plan import Plan
 from thresher.cache.rows import Rows
 from thresher.cache.stats import SiteStats
@@ -99,7 +99,7 @@ class WindowedSource(Rows):
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         plan: Plan,
         shards: Shards,
         contexts: Callable[[str], Contexts],

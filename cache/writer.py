@@ -35,6 +35,7 @@ from thresher.cache.locks import READ, Lock, excludes, share, sole_writer
 from thresher.cache.memory import available_memory
 from thresher.cache.order import Stream
 from thresher.cache.pieces import shard_file
+from thresher.cache.place import Place, local, sizes
 from thresher.cache.plan import Extends, Plan, make_plan
 from thresher.cache.publish import DiskFullError, free_bytes, publish, write_json
 from thresher.cache.sealing import check_shard, moments_entry, repair_plan, seal, write_statistics
@@ -50,7 +51,7 @@ class CacheWriter:
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         plan: Plan,
         contexts: Mapping[str, Contexts],
         fvu_gate: float,
@@ -79,7 +80,7 @@ class CacheWriter:
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: Place,
         *,
         identity: Mapping[str, Any],
         sites: Sequence[Site],
@@ -109,7 +110,7 @@ class CacheWriter:
             plan = make_plan(identity, sites, contexts, codec, seed, store, extends, base, window_bytes)
             writer = cls(path, plan, contexts, fvu_gate, notify)
             if not excludes(create):
-                writer._sole = sole_writer(path)
+                writer._sole = sole_writer(local(path, "a writer"))
                 notify(f"the file system of {path} has no locks between processes: this one writes alone")
             writer._prepare(facts or {})
         except BaseException:
@@ -121,8 +122,9 @@ class CacheWriter:
             create.release()
         try:
             digest = calibration_digest(plan, writer._calibrations)
+            size = sizes(path)
             for split, index in writer.claims.committed():
-                writer._check_there(split, index, digest)
+                writer._check_there(split, index, digest, size)
         except BaseException:
             writer.close()
             raise
@@ -321,7 +323,8 @@ class CacheWriter:
             begin_index(self.path.parent.parent)
         if not planned:
             lay_out(self.path, self.plan, self._contexts, facts)
-        (self.path / READ).touch()
+        if isinstance(self.path, Path):
+            (self.path / READ).touch()
         self._alive = share(self.path / READ)
         absent = {p: d for p, d in self.plan.documents().items() if not (self.path / p).exists()}
         list(self._files.map(lambda item: write_json(self.path / item[0], item[1]), absent.items()))
@@ -343,10 +346,10 @@ class CacheWriter:
             lacking = lack(needed, int(SLACK * self.bytes_needed()), free)
             raise UserError(f"not enough disk space for the cache {self.path}: {lacking}")
 
-    def _check_there(self, split: str, index: int, calibration: str | None) -> None:
+    def _check_there(self, split: str, index: int, calibration: str | None, size: Callable[[str], int | None]) -> None:
         """Raise UserError unless a committed shard is sound; one that another evicts from a ring meanwhile is none."""
         try:
-            check_shard(self.path, self.plan, split, index, calibration)
+            check_shard(self.path, self.plan, split, index, calibration, size)
         except UserError:
             if self.plan.window_shards is None or commit_path(self.path, split, index).exists():
                 raise

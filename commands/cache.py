@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from thresher.cache.place import Place, local, place_at
 from thresher.commands import completion
 from thresher.commands.document import Json, plain, write
-from thresher.commands.options import Assignments, CachePath, OneCache, RecipeName, examples, out
+from thresher.commands.options import Assignments, CachePath, OneCache, RecipeName, examples, out, parse_place
 from thresher.commands.wiring import default_cache, plans_of, read_recipe
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from thresher.cache.prune import Decision, Found
     from thresher.harvest.estimate import Measured
     from thresher.train.plan import RunPlan
+
+_PRUNE_STORES = "Remove the prefix with the tools of the store: nothing there tells whether somebody reads it."
 
 app = typer.Typer(help="Look at caches, check them, estimate one, free their space.", no_args_is_help=True)
 
@@ -82,7 +85,7 @@ def cache_estimate(
     from thresher.harvest.estimate import measure
 
     recipe = read_recipe(name, assignments)
-    path = cache or default_cache(recipe)
+    path = local(cache or default_cache(recipe), "thresher cache estimate, which times the disk,")
     target, data, settings = (recipe.tables[table] for table in ("target", "data", "harvest"))
     found = measure(target, data, settings, folder=path, tokens=tokens, console=out)
     outlooks = {codec: outlook(found.work, found.rates, codec) for codec in CODECS}
@@ -159,8 +162,13 @@ def _training(plans: "Sequence[RunPlan]", rows: int) -> "Training":
 )
 def cache_prune(
     paths: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="PATH…", help="Caches, or directories of caches.", autocompletion=completion.caches),
+        list[Place] | None,
+        typer.Argument(
+            parser=parse_place,
+            metavar="PATH…",
+            help="Caches, or directories of caches.",
+            autocompletion=completion.caches,
+        ),
     ] = None,
     older_than: Annotated[
         float | None, typer.Option(metavar="DAYS", min=0, help="Also caches that were not used for so long.")
@@ -177,10 +185,12 @@ def cache_prune(
     from thresher.cache.prune import Policy, decide, find, remove, survey
     from thresher.train.found import trained_from
 
-    named = {path for path in paths or () if find(path) == [path]}
-    usual = Path(os.environ.get("THRESHER_CACHE", "caches"))
-    folders = paths or ([usual] if usual.is_dir() else [])
-    found = list(dict.fromkeys(path for folder in folders for path in find(folder)))
+    given = [local(each, "thresher cache prune", _PRUNE_STORES) for each in paths or ()]
+    named = {path for path in given if find(path) == [path]}
+    usual = os.environ.get("THRESHER_CACHE", "caches")
+    if not given and (there := local(place_at(usual), "thresher cache prune", _PRUNE_STORES)).is_dir():
+        given = [there]
+    found = list(dict.fromkeys(path for folder in given for path in find(folder)))
     users = trained_from({runs, *(path.parent / "runs" for path in found)})
     policy, now = Policy(older_than, used), time.time()
     strangers: list[Path] = []
@@ -197,7 +207,7 @@ def cache_prune(
     for stranger in strangers:
         out.print(f"not ours, left alone: {stranger}", markup=False, highlight=False, soft_wrap=True)
     freed = sum(cache["frees"] for cache in told)
-    where = ", ".join(map(str, folders or [usual]))
+    where = ", ".join(map(str, given)) or usual
     more = " Add --yes to remove it." if freed and not yes else ""
     out.print(f"{decimal(freed)} {'freed' if yes else 'would be freed'} in {where}.{more}", highlight=False)
     if as_json:

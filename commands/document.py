@@ -16,6 +16,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from thresher.cache.remote.place import ObjectPlace
+
 FLAG = "--json"
 
 
@@ -58,6 +60,8 @@ def write_error(text: str) -> None:
 
 def plain(value: Any) -> Any:
     """JSON values: records become objects by field, paths text, numbers that are not finite null."""
+    if isinstance(value, (Path, ObjectPlace)):
+        return str(value)
     if hasattr(value, "_asdict"):
         value = value._asdict()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -70,4 +74,4 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
+    return value

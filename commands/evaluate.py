@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thresher.cache.errors import UserError
+from thresher.cache.place import Place
 from thresher.commands import completion
 from thresher.commands.document import Json, write
 from thresher.commands.options import (
@@ -98,7 +99,7 @@ def verdict(results: "Results", report: Path) -> dict[str, Any]:
 
 def evaluate_recipe(
     recipe: "Recipe",
-    cache: Path | None,
+    cache: Place | None,
     runs: Path | None,
     report: Path | None,
     text: str | None = None,
@@ -130,7 +131,7 @@ def evaluate_recipe(
 def evaluate_runs(
     folders: Sequence[Path],
     assignments: Sequence[str],
-    cache: Path | None,
+    cache: Place | None,
     report: Path | None,
     text: str | None = None,
     wandb: WandbMode = "disabled",
@@ -167,7 +168,7 @@ def judge(
     paths: Sequence[Path],
     tables: Mapping[str, Any],
     target: "TransformerTarget",
-    cache: Path | None,
+    cache: Place | None,
     report: Path,
     own: "DataConfig | None",
     wandb: WandbMode = "disabled",
@@ -199,7 +200,7 @@ def measure(
     paths: Sequence[Path],
     tables: Mapping[str, Any],
     target: "TransformerTarget",
-    cache: Path | None,
+    cache: Place | None,
     report: Path,
     own: "DataConfig | None",
     roster: "Roster",

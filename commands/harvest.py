@@ -1,12 +1,12 @@
 """`thresher harvest`: text through the target into a cache."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from thresher.cache.errors import UserError
+from thresher.cache.place import Place
 from thresher.cache.world import from_environment
 from thresher.commands.document import Json, write
 from thresher.commands.options import Assignments, CachePath, Device, RecipeName, examples, on_device, out
@@ -44,7 +44,7 @@ def harvest(
         write(result)
 
 
-def harvest_recipe(recipe: "Recipe", cache: Path | None, *, extend: bool = False) -> "HarvestResult":
+def harvest_recipe(recipe: "Recipe", cache: Place | None, *, extend: bool = False) -> "HarvestResult":
     """Fill the recipe's cache, or find it full; or extend the one at `cache`. Several processes fill a share each."""
     from thresher.cache.roster import meet
     from thresher.harvest.run import harvest as run_harvest

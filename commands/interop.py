@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thresher.cache.place import Place
 from thresher.commands import completion
 from thresher.commands.document import Json, write
 from thresher.commands.options import Assignments, CachePath, RecipeName, RunsPath, examples, out
@@ -125,7 +126,7 @@ def _moved(runs: Sequence[Path], hook: str) -> "Moved":
 
 
 @contextmanager
-def _text(runs: Sequence[Path], tokens: int, cache: Path | None, wanted: bool) -> "Iterator[Text | None]":
+def _text(runs: Sequence[Path], tokens: int, cache: Place | None, wanted: bool) -> "Iterator[Text | None]":
     """Held-out text of the first run and its target, for formats that hold codes over a text, with a bar."""
     if not wanted:
         yield None
@@ -152,7 +153,7 @@ def _text(runs: Sequence[Path], tokens: int, cache: Path | None, wanted: bool) -
 
 @contextmanager
 def _pages(
-    runs: Sequence[Path], to: str, cache: Path | None, hook: str | None, wanted: bool
+    runs: Sequence[Path], to: str, cache: Place | None, hook: str | None, wanted: bool
 ) -> "Iterator[Callable[[Written], Path] | None]":
     """What writes the pages of an export and says where: from the cache of its runs, in words of their target's.
 

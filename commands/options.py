@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from thresher.cache.errors import UserError
+from thresher.cache.place import Place, place_at
 from thresher.cache.world import World, from_environment
 from thresher.commands import completion, document
 
@@ -35,18 +36,35 @@ Assignments = Annotated[
         autocompletion=completion.keys,
     ),
 ]
+
+
+def parse_place(text: str | Path) -> Place:
+    """A path, or the URI of a place in an object store. What is wrong with it is a mistake in the command line."""
+    try:
+        return place_at(str(text))
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None  # a ValueError would be shown with the text, secrets included
+
+
 CachePath = Annotated[
-    Path | None,
+    Place | None,
     typer.Option(
         "--cache",
+        parser=parse_place,
         metavar="PATH",
-        help="The cache; by default named by its fingerprint in $THRESHER_CACHE.",
+        help="The cache, a path or URI; by default named by its fingerprint in $THRESHER_CACHE.",
         autocompletion=completion.caches,
     ),
 ]
 OneCache = Annotated[
-    Path,
-    typer.Argument(metavar="PATH", help="A cache directory.", autocompletion=completion.caches, show_default=False),
+    Place,
+    typer.Argument(
+        parser=parse_place,
+        metavar="PATH",
+        help="A cache: its directory or URI.",
+        autocompletion=completion.caches,
+        show_default=False,
+    ),
 ]
 RunsPath = Annotated[
     Path | None, typer.Option("--runs", metavar="DIR", help="Where run directories go; by default runs/RECIPE.")

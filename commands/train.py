@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thresher.cache.place import Place
 from thresher.commands import completion
 from thresher.commands.document import Json, write
 from thresher.commands.options import (
@@ -68,7 +69,7 @@ def train(
 
 def train_recipe(
     recipe: "Recipe",
-    cache: Path | None,
+    cache: Place | None,
     runs: Path | None,
     *,
     resume: bool,

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thresher.cache.errors import UserError
+from thresher.cache.place import Place, local, place_at
 from thresher.commands.options import out
 from thresher.commands.tables import known_tables
 
@@ -26,14 +26,12 @@ def read_recipe(name: str, assignments: Sequence[str] | None) -> "Recipe":
     return read(name, assignments or [], known_tables())
 
 
-def default_cache(recipe: "Recipe") -> Path:
+def default_cache(recipe: "Recipe") -> Place:
     """`$THRESHER_CACHE/NAME-FINGERPRINT.zarr`: the name is for people, the fingerprint decides."""
     from thresher.cache.records import fingerprint
 
-    return (
-        Path(os.environ.get("THRESHER_CACHE", "caches"))
-        / f"{recipe.name}-{fingerprint(identity_of(recipe.tables))[:12]}.zarr"
-    )
+    name = f"{recipe.name}-{fingerprint(identity_of(recipe.tables))[:12]}.zarr"
+    return place_at(f"{os.environ.get('THRESHER_CACHE', 'caches')}/{name}")
 
 
 def identity_of(tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def plans_of(recipe: "Recipe", sites: "Mapping[str, Site]") -> "list[RunPlan]":
     ]
 
 
-def open_source(recipe: "Recipe", cache: Path | None, live: bool) -> "CacheReader | WindowedSource":
+def open_source(recipe: "Recipe", cache: Place | None, live: bool) -> "CacheReader | WindowedSource":
     """What the recipe trains from; close it."""
     from thresher.cache.ring import open_ring
     from thresher.harvest.live import live_source
@@ -70,14 +68,18 @@ def open_source(recipe: "Recipe", cache: Path | None, live: bool) -> "CacheReade
         return live_source(target, data, settings, path=path, console=out)
     if settings.window_gb is None:
         return open_cache(recipe, cache)
-    return open_ring(path, identity_of(recipe.tables), lambda line: out.print(line, highlight=False))
+    return open_ring(
+        local(path, "Training from a ring (harvest.window_gb)"),
+        identity_of(recipe.tables),
+        lambda line: out.print(line, highlight=False),
+    )
 
 
-def open_cache(recipe: "Recipe", cache: Path | None) -> "CacheReader":
+def open_cache(recipe: "Recipe", cache: Place | None) -> "CacheReader":
     from thresher.cache.reader import CacheReader
 
     path = cache or default_cache(recipe)
-    if not path.exists():
+    if not path.is_dir():
         raise UserError(f"There is no cache at {path}. Fill it first: thresher harvest {recipe.name}.")
     reader = CacheReader.open(path, identity=identity_of(recipe.tables))
     if reader.incomplete:
@@ -103,7 +105,7 @@ def target_on(recipe: "Recipe", device: str) -> "TransformerTarget":
 def texts_for(
     config: Mapping[str, Any],
     tables: Mapping[str, Any],
-    cache: Path | None,
+    cache: Place | None,
     target: "TransformerTarget",
     own: "DataConfig | None",
 ) -> "Texts":

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -22,6 +21,7 @@ from thresher.cache.directory import planning
 from thresher.cache.errors import UserError
 from thresher.cache.index import read_index
 from thresher.cache.locks import Lock
+from thresher.cache.place import Place
 from thresher.cache.plan import Extends
 from thresher.cache.reader import CacheReader
 from thresher.cache.records import differences, fingerprint
@@ -70,7 +70,7 @@ def extend_cache(
     config: HarvestConfig,
     wanted: Mapping[str, Any],
     *,
-    path: Path,
+    path: Place,
     console: Console,
     roster: Roster,
 ) -> HarvestResult:
@@ -101,7 +101,7 @@ def extend_cache(
     return outcome(path, filled, started, console)
 
 
-def segments_of(path: Path) -> list[Segment]:
+def segments_of(path: Place) -> list[Segment]:
     """The segments of a cache, in order. Raises UserError when no cache was ever finished at `path`."""
     base, *extensions = parts(path)
     if not base.complete and not extensions:
@@ -125,7 +125,7 @@ def segments_of(path: Path) -> list[Segment]:
     ]
 
 
-def can_extend(path: Path, wanted: Mapping[str, Any]) -> bool:
+def can_extend(path: Place, wanted: Mapping[str, Any]) -> bool:
     """Whether an extension leads from the cache at `path` to the recipe whose identity is `wanted`."""
     base, *extensions = parts(path)
     return (base.complete or bool(extensions)) and not unbridgeable(base.plan.identity, wanted)
@@ -148,7 +148,7 @@ def _same_text(segment: Segment, wanted: Mapping[str, Any]) -> bool:
     return bool(segment.base.plan.identity["data"] == wanted["data"])
 
 
-def _check_comparable(base: Stored, wanted: Mapping[str, Any], path: Path) -> None:
+def _check_comparable(base: Stored, wanted: Mapping[str, Any], path: Place) -> None:
     """Raise UserError for a difference that no extension bridges."""
     lines = unbridgeable(base.plan.identity, wanted)
     if lines:
@@ -173,7 +173,7 @@ class _Extension:
         model: TransformerTarget,
         config: HarvestConfig,
         wanted: dict[str, Any],
-        path: Path,
+        path: Place,
         console: Console,
         facts: Mapping[str, Any],
         roster: Roster,
@@ -271,7 +271,7 @@ class _Extension:
 
     def _fill(
         self,
-        folder: Path,
+        folder: Place,
         corpus: Corpus,
         sites: tuple[Site, ...],
         identity: Mapping[str, Any],
@@ -324,7 +324,7 @@ class _Extension:
                 "further."
             )
 
-    def _folder(self, kind: str, identity: Mapping[str, Any]) -> Path:
+    def _folder(self, kind: str, identity: Mapping[str, Any]) -> Place:
         """Where the next part goes: to the place of a lost one with the same content, or behind those that are there.
 
         One whose plan was never published is begun anew. Raises UserError as long as another one is lost.

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from thresher.cache.claims import Shard
 from thresher.cache.contracts import Site
 from thresher.cache.interrupts import Interrupted
 from thresher.cache.locks import Lock
+from thresher.cache.place import Place
 from thresher.cache.plan import Extends, Plan, estimate_memory
 from thresher.cache.ring import RingKeeper
 from thresher.cache.roster import Roster
@@ -61,7 +61,7 @@ def fill_part(
     config: HarvestConfig,
     identity: Mapping[str, Any],
     *,
-    path: Path,
+    path: Place,
     console: Console,
     begun: Mapping[str, Any] = MappingProxyType({}),
     create: Lock | None = None,
@@ -140,7 +140,7 @@ def default_batch(model: TransformerTarget, sites: Sequence[Site], context: int)
     return max(1, tokens // context)
 
 
-def outcome(path: Path, filled: Sequence[Filled], started: float, console: Console) -> HarvestResult:
+def outcome(path: Place, filled: Sequence[Filled], started: float, console: Console) -> HarvestResult:
     """Tell what was done for a cache, part by part; `started` is when the harvest began, by `perf_counter`."""
     tokens, seconds = sum(part.tokens for part in filled), sum(part.seconds for part in filled)
     rows = filled[-1].rows

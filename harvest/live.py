@@ -8,13 +8,13 @@ for one pass over a corpus that a small model reads faster than a disk would be 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 from rich.filesize import decimal
 
 from thresher.cache.contracts import Site
 from thresher.cache.memory_shards import MemoryShards, MemoryWriter
+from thresher.cache.place import Place
 from thresher.cache.plan import Plan, make_plan
 from thresher.cache.shard import ShardData
 from thresher.cache.windows import WindowedSource, Windows, merged_statistics
@@ -35,7 +35,7 @@ def with_window(config: HarvestConfig) -> HarvestConfig:
 
 
 def live_source(
-    target: TargetConfig, data: DataConfig, config: HarvestConfig, *, path: Path, console: Console
+    target: TargetConfig, data: DataConfig, config: HarvestConfig, *, path: Place, console: Console
 ) -> WindowedSource:
     """The target as a source; close it. `path` is only a name: nothing is written there.
 

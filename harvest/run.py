@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +22,7 @@ from thresher.cache.commit import ROOT, harvest_again
 from thresher.cache.contracts import Site
 from thresher.cache.directory import forget_plan, planning
 from thresher.cache.errors import UserError
+from thresher.cache.place import Place, local
 from thresher.cache.reader import find_complete
 from thresher.cache.records import differences
 from thresher.cache.roster import Roster
@@ -39,7 +39,7 @@ def harvest(
     data: DataConfig,
     config: HarvestConfig,
     *,
-    path: Path,
+    path: Place,
     console: Console,
     extend: bool = False,
     roster: Roster | None = None,
@@ -54,6 +54,8 @@ def harvest(
     if not roster.world.speaks:
         console = Console(quiet=True)
     wanted = identity(target, data, config)
+    if config.window_gb is not None:
+        local(path, "A ring (harvest.window_gb)")
     if extend:
         return extend_cache(target, data, config, wanted, path=path, console=console, roster=roster)
     finished = find_complete(path, wanted)
@@ -91,7 +93,7 @@ def harvest_corpus(
     config: HarvestConfig,
     wanted: Mapping[str, Any],
     *,
-    path: Path,
+    path: Place,
     console: Console,
 ) -> HarvestResult:
     """The harvest proper, on a loaded model and packed text; `wanted` is the cache's identity."""
@@ -100,7 +102,7 @@ def harvest_corpus(
     return outcome(path, [filled], started, console)
 
 
-def _refuse_other(path: Path, wanted: Mapping[str, Any]) -> None:
+def _refuse_other(path: Place, wanted: Mapping[str, Any]) -> None:
     """Raise UserError for a cache of something else, finished or not, before anything is loaded."""
     if not (path / ROOT).exists():
         return
@@ -114,7 +116,7 @@ def _refuse_other(path: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _stored_corpus(path: Path, console: Console) -> tuple[Corpus | None, dict[str, Any]]:
+def _stored_corpus(path: Place, console: Console) -> tuple[Corpus | None, dict[str, Any]]:
     """The contexts and facts of a cache that was begun at `path`; None and nothing when there is none."""
     if not (path / ROOT).exists():
         return None, {}

@@ -1,12 +1,12 @@
 """What a harvest is asked to do, what it did, and the identity of the cache that it fills."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from thresher.cache.errors import UserError
 from thresher.cache.layout import CODEC_IDS, FORMAT, VERSION
 from thresher.cache.order import ORDER_ID
+from thresher.cache.place import Place
 from thresher.harvest.corpus import DataConfig, data_identity
 from thresher.harvest.packing import PACKING_ID
 from thresher.harvest.target import TargetConfig, model_identity
@@ -63,7 +63,7 @@ class HarvestConfig:
 class HarvestResult(NamedTuple):
     """What a harvest did."""
 
-    path: Path
+    path: Place
     reused: bool
     """The cache was there already and nothing was computed."""
     rows: dict[str, int]

@@ -5,13 +5,13 @@ split. Both come from the runs' cache if it is still there, and are tokenised ag
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
+from thresher.cache.place import Place, place_at
 from thresher.cache.reader import CacheReader, find_complete
 from thresher.cache.records import differences, from_dict
 from thresher.harvest.corpus import Corpus, DataConfig, data_identity
@@ -48,7 +48,7 @@ class _Found(NamedTuple):
     where: str
 
 
-def held_out(run: Mapping[str, Any], data: DataConfig, split: str, cache: Path | None, read: Read) -> Texts:
+def held_out(run: Mapping[str, Any], data: DataConfig, split: str, cache: Place | None, read: Read) -> Texts:
     """A split of the text that a run was trained on; `run` is its config.json, `data` the table of its recipe.
 
     Raises UserError when the cache is gone and the text has changed since, and for a split that was not made.
@@ -73,7 +73,7 @@ def own_config(data: DataConfig, source: str, changed: Mapping[str, Any]) -> Dat
     return from_dict(DataConfig, {**table, "test_fraction": 0, "validation_fraction": 0, **changed}, "data")
 
 
-def own_text(run: Mapping[str, Any], data: DataConfig, text: DataConfig, cache: Path | None, read: Read) -> Texts:
+def own_text(run: Mapping[str, Any], data: DataConfig, text: DataConfig, cache: Place | None, read: Read) -> Texts:
     """All documents of the user's own text, beside training rows of the run's.
 
     Raises UserError for text that cannot be read or fills no context.
@@ -104,11 +104,11 @@ def evenly(contexts: Contexts, tokens: int = TRAINING_TOKENS) -> Contexts:
     return Contexts(*(array[chosen] for array in contexts))
 
 
-def _found(run: Mapping[str, Any], data: DataConfig, splits: Sequence[str], cache: Path | None, read: Read) -> _Found:
+def _found(run: Mapping[str, Any], data: DataConfig, splits: Sequence[str], cache: Place | None, read: Read) -> _Found:
     """Splits of the run's text: from its cache, from one that serves as well, or from the text itself."""
     stored = run["cache"]
-    path = cache or Path(stored["path"])
-    if cache is not None and cache.exists() and stored["identity"]["harvest"]["window_gb"] is None:
+    path = cache or place_at(stored["path"])
+    if cache is not None and cache.is_dir() and stored["identity"]["harvest"]["window_gb"] is None:
         CacheReader.open(cache, identity=stored["identity"]).close()  # says what differs where find_complete says None
     reader = find_complete(path, stored["identity"])
     if reader is not None:

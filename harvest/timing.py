@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thresher.cache.contracts import Site
 from thresher.cache.estimate import disk_rates, duration
+from thresher.cache.place import Place
 from thresher.cache.publish import free_bytes
 from thresher.harvest.footprint import Running, context_bytes
 from thresher.harvest.passes import Job, Passes, PassSize, workers_for
@@ -80,12 +81,18 @@ def counted(model: TransformerTarget, sites: Sequence[Site], size: PassSize, con
     return Running(0, workers_for(model, size.threads) * size.contexts * context_bytes(model, sites, context))
 
 
-def foretold(trial: Trial, *, tokens: int, size: int, path: Path) -> str:
+def foretold(trial: Trial, *, tokens: int, size: int, path: Place) -> str:
     """One line on what a harvest of so many tokens and bytes into `path` takes and when it pays.
 
     `cache estimate` says more.
     """
-    forward, write = trial.tokens_per_s, disk_rates(path, min(size, LARGEST_SAMPLE)).write
+    forward = trial.tokens_per_s
+    if not isinstance(path, Path):
+        return (
+            f"The model needs {duration(tokens / forward)} at {forward:,.0f} tokens/s; how fast the object store takes "
+            f"the {decimal(size)} was not tried."
+        )
+    write = disk_rates(path, min(size, LARGEST_SAMPLE)).write
     forward_s, write_s = tokens / forward, size / write
     return (
         f"About {duration(max(forward_s, write_s))}: the model needs {duration(forward_s)} at {forward:,.0f} tokens/s, "

@@ -6,13 +6,13 @@ norm's gain (norms.py).
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from thresher.cache.errors import UserError
 from thresher.cache.interrupts import StopFlag
+from thresher.cache.place import Place, place_at
 from thresher.cache.reader import CacheReader
 from thresher.interop.formats import Exported
 from thresher.interop.norms import Norm, reading_at
@@ -33,7 +33,7 @@ class Thresholds(NamedTuple):
 
     rows: int
     """Training rows that they are set on."""
-    cache: Path | None = None
+    cache: Place | None = None
     """Where those rows are; None: in the cache that each run names."""
     stop: StopFlag | None = None
 
@@ -84,13 +84,13 @@ def with_thresholds(ready: Sequence[Ready], how: Thresholds) -> list[Ready]:
 class Caches:
     """Open caches by place, each opened once, for an option that looks at what runs were trained on."""
 
-    def __init__(self, option: str, given: Path | None, opened: ExitStack) -> None:
+    def __init__(self, option: str, given: Place | None, opened: ExitStack) -> None:
         self.option, self.given, self._opened = option, given, opened
-        self._readers: dict[Path, CacheReader] = {}
+        self._readers: dict[Place, CacheReader] = {}
 
     def of(self, config: Mapping[str, Any]) -> CacheReader:
         """The cache that a run was trained on. Raises UserError when it is gone or another one."""
-        path = self.given or Path(config["cache"]["path"])
+        path = self.given or place_at(config["cache"]["path"])
         if not path.exists():
             raise UserError(
                 f"{self.option} needs the cache that run {config['name']} was trained on, but {path} does not exist. "
