@@ -22,6 +22,8 @@ import torch
 from thresher.cache.contracts import Site
 from thresher.cache.errors import UserError
 from thresher.cache.layout import Contexts
+from thresher.cache.place import Place, place_at
+from thresher.cache.remote.bucket import Bucket
 from thresher.cache.writer import CacheWriter
 
 SITES = (Site("L00.mlp_in", 0, "mlp_in", 24), Site("L00.mlp_out", 0, "mlp_out", 24), Site("blocks.1.x", 1, "x", 7))
@@ -56,13 +58,13 @@ def activations(split: str, contexts: np.ndarray, dtype: torch.dtype = torch.flo
     return out
 
 
-def open_writer(path: Path, **changes: object) -> CacheWriter:
+def open_writer(path: Place, **changes: object) -> CacheWriter:
     arguments = {"identity": IDENTITY, "sites": SITES, "contexts": CONTEXTS, "codec": "int8z", "seed": 3}
     return CacheWriter.open(path, **(arguments | changes))  # type: ignore[arg-type]
 
 
 def fill(
-    path: Path,
+    path: Place,
     batch: int = 7,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -86,6 +88,13 @@ def fill(
         writer.finalize()
 
 
+def fill_small(path: Place, **changes: object) -> None:
+    """Two sites and one split of it, exactly: fewer files, where each costs requests."""
+    few = Contexts(*(array[:40] for array in CONTEXTS["train"]))
+    settings = {"batch": 20, "sites": SITES[1:], "contexts": {"train": few}, "codec": "bf16"}
+    fill(path, **(settings | changes))  # type: ignore[arg-type]
+
+
 def _counting(die_at: int) -> list[int]:
     """Count the calls of fsync, rename, link and write from now; let the process kill itself at number `die_at`."""
     calls = [0]
@@ -101,6 +110,24 @@ def _counting(die_at: int) -> list[int]:
 
     for name in ("write", "fsync", "rename", "link"):
         setattr(os, name, counted(getattr(os, name)))
+    return calls
+
+
+def _count_requests(die_at: int) -> list[int]:
+    """Count what is written to object stores; the process kills itself instead of number `die_at`."""
+    calls = [0]
+
+    def counted(original):  # type: ignore[no-untyped-def]
+        def wrapper(*arguments):  # type: ignore[no-untyped-def]
+            calls[0] += 1
+            if calls[0] == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments)
+
+        return wrapper
+
+    for name in ("put", "create"):
+        setattr(Bucket, name, counted(getattr(Bucket, name)))
     return calls
 
 
@@ -139,8 +166,10 @@ def digest(path: Path) -> str:
 
 def _child(command: dict[str, object], gate: tuple[int, int]) -> str:
     """Run one command; the answer is "done", the number of calls, a digest, or the text of a UserError."""
-    calls = _counting(int(command.pop("die_at", 0)))  # type: ignore[call-overload]
-    path, count = Path(str(command.pop("path"))), command.pop("count", False)
+    path = place_at(str(command.pop("path")))
+    if not isinstance(path, Path):
+        return _in_a_store(path, command)
+    calls, count = _counting(int(command.pop("die_at", 0))), command.pop("count", False)  # type: ignore[call-overload]
     if "file_bytes" in command:
         limit = int(command.pop("file_bytes"))  # type: ignore[call-overload]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -157,6 +186,17 @@ def _child(command: dict[str, object], gate: tuple[int, int]) -> str:
     except UserError as error:
         return f"UserError: {error}"
     return str(calls[0]) if count else "done"
+
+
+def _in_a_store(where: Place, command: dict[str, object]) -> str:
+    """`_child` for a cache in an object store: it may die at a request that writes."""
+    os.environ.update(command.pop("environment", {}))  # type: ignore[arg-type, call-overload]
+    calls = _count_requests(int(command.pop("die_at", 0)))  # type: ignore[call-overload]
+    try:
+        fill_small(where, **command)
+    except UserError as error:
+        return f"UserError: {error}"
+    return str(calls[0])
 
 
 def _forked(command: dict[str, object], gate: tuple[int, int]) -> tuple[int, int]:

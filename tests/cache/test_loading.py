@@ -19,11 +19,14 @@ from thresher.cache.errors import UserError
 from thresher.cache.layout import CODECS, Contexts
 from thresher.cache.loading import Loader, Tier, array_names, choose, taken_by
 from thresher.cache.order import ReadOrder
+from thresher.cache.place import Place, place_at
+from thresher.cache.publish import publish
 from thresher.cache.reader import CacheReader
 from thresher.cache.staging import Pool
 from thresher.cache.writer import CacheWriter
 
 TIERS = get_args(Tier)
+ON_DISK = [tier for tier in TIERS if tier != "remote"]
 SITES = [Site("L00.mlp_in", 0, "mlp_in", 128), Site("L00.mlp_out", 0, "mlp_out", 7)]
 NAMES = [site.name for site in SITES]
 
@@ -54,13 +57,23 @@ def _fill(path: Path, packed: Contexts, codec: Any, store: Any) -> None:
         writer.finalize()
 
 
+def in_memory(path: Path) -> Place:
+    """The same cache in an object store."""
+    there = place_at(f"memory://{path.parent.name}/c.zarr")
+    for file in path.rglob("*"):
+        if file.is_file() and file.suffix != ".lock":
+            publish(there / str(file.relative_to(path)), [file.read_bytes()])
+    return there
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("store", ["kept", "all"])
 def test_every_tier_gives_the_rows_of_the_read_order(
     tier: Tier, codec: str, store: str, wide: Callable[..., Path]
 ) -> None:
-    reader = CacheReader.open(wide(codec, store))
+    path = wide(codec, store)
+    reader = CacheReader.open(in_memory(path) if tier == "remote" else path)
     keep = reader.provenance("train").keep
     everything = {name: reader.gather("train", name, np.arange(reader.rows("train"))) for name in NAMES}
     for world, rank, first, dtype in [
@@ -115,7 +128,7 @@ def test_a_file_system_without_direct_reads_is_read_through_the_page_cache(
     assert all(torch.equal(a[name], b[name]) for a, b in zip(got, want, strict=True) for name in NAMES)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", ON_DISK)
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_is_damaged_or_cut_off_later_is_named_by_whoever_reads_it(
     tier: Tier, codec: str, toy: ModuleType, tmp_path: Path
@@ -154,7 +167,9 @@ def _ours() -> list[str]:
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_closing_leaves_no_thread_behind(tier: Tier, wide: Callable[..., Path]) -> None:
-    batches = Batches(CacheReader.open(wide("int8z", "kept")), sites=NAMES, batch_rows=50, seed=1, tier=tier)
+    path = wide("int8z", "kept")
+    reader = CacheReader.open(in_memory(path) if tier == "remote" else path)
+    batches = Batches(reader, sites=NAMES, batch_rows=50, seed=1, tier=tier)
     iterator = iter(batches)
     next(iterator)
     assert "thresher-batches" in _ours()

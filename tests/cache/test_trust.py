@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,10 +173,10 @@ def test_a_ring_is_joined_while_another_evicts_from_it(
 ) -> None:
     check = sealing.check_shard
 
-    def late(path: Path, plan: Plan, split: str, index: int, calibration: str | None) -> None:
+    def late(path: Path, plan: Plan, split: str, index: int, *more: Any) -> None:
         if (split, index) == ("train", 1):
             ring.claims.evict(("train", 1))
-        check(path, plan, split, index, calibration)
+        check(path, plan, split, index, *more)
 
     monkeypatch.setattr(writer_module, "check_shard", late)
     with toy.open_writer(ring.path, window_bytes=RING_BYTES) as joined:
