@@ -256,7 +256,7 @@ def test_extending_is_suggested_only_where_it_can_be_done(extended: Path) -> Non
 def test_what_no_extension_bridges_is_refused_with_keys(extended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(extended)
     with monkeypatch.context() as patch:
-        patch.setattr(extend_module, "load_target", lambda config: pytest.fail("the model was loaded"))
+        patch.setattr(extend_module, "held", lambda config, roster: pytest.fail("the model was loaded"))
         for data, config, says in (
             (DATA, dataclasses.replace(ALL, seed=1), r"harvest\.seed: expected 1, got 0"),
             (dataclasses.replace(DATA, separator="none"), ALL, r"data\.separator: expected 'none', got 'eos'"),

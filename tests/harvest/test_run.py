@@ -27,7 +27,7 @@ from thresher.cache.reader import CacheReader
 from thresher.cache.roster import Roster
 from thresher.cache.world import World
 from thresher.cache.writer import ShardWriter
-from thresher.harvest import fill, run, settings
+from thresher.harvest import fill, run, settings, target
 from thresher.harvest.corpus import DataConfig, read_corpus
 from thresher.harvest.feeder import Feeder
 from thresher.harvest.run import HarvestConfig, HarvestResult, harvest, identity
@@ -137,7 +137,7 @@ def test_a_second_harvest_reuses_without_loading_anything(made: HarvestResult) -
 def test_other_settings_at_the_same_place_are_refused_before_loading(
     made: HarvestResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "load_target", lambda config: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(run, "held", lambda config, roster: pytest.fail("the model was loaded"))
     before = files(made.path)
     for data, config, says in (
         (DATA, HarvestConfig(layers=(0, 1), codec="bf16"), r"harvest\.layers: expected \[0, 1\], got \[0, 2\]"),
@@ -386,13 +386,13 @@ def test_a_rank_that_hangs_ends_the_harvest_and_the_next_one_comes_to_the_same_b
             if roster.world.rank == 0:
                 over.set()
 
-    load, one_at_a_time = run.load_target, threading.Lock()
+    load, one_at_a_time = target.load_target, threading.Lock()
 
-    def load_apart(config: TargetConfig) -> TransformerTarget:
+    def load_apart(config: TargetConfig, holders: object) -> TransformerTarget:
         with one_at_a_time:  # transformers loads in one thread of a process
             return load(config)
 
-    monkeypatch.setattr(run, "load_target", load_apart)
+    monkeypatch.setattr(target, "load_target", load_apart)
     monkeypatch.setattr(ShardWriter, "commit", commit_or_hang)
     speaks, hangs = on_ranks(2, share, bounds=Bounds(1.0, 60.0), end=lambda code: None, say=lambda text: None)
     assert isinstance(speaks, UserError)
