@@ -55,11 +55,15 @@ class ThreadGroup(Group):
     def __init__(self, meeting: Meeting, rank: int) -> None:
         super().__init__(rank, meeting.size)
         self.meeting = meeting
+        self.sizes: list[int] = []
+        """Of each exchange, how many numbers this rank has brought."""
 
     def _sum(self, tensor: Tensor) -> None:
+        self.sizes.append(tensor.numel())
         tensor.copy_(torch.stack(self.meeting.exchange(self.index, tensor)).sum(0))
 
     def _gather(self, tensor: Tensor) -> Tensor:
+        self.sizes.append(tensor.numel())
         return torch.stack(self.meeting.exchange(self.index, tensor))
 
 
@@ -71,6 +75,22 @@ def data_meshes(size: int) -> list[Mesh]:
     return [Mesh(data=ThreadGroup(rows, rank), everyone=ThreadGroup(cell, rank)) for rank in range(size)]
 
 
+def latent_meshes(size: int, data: int = 1) -> list[Mesh]:
+    """Of each of the ranks that share the latents, and with `data` the rows of all batches too, one cell."""
+    rows = [Meeting(size) for _ in range(data)]
+    columns = [Meeting(data) for _ in range(size)]
+    cell = Meeting(data * size)
+    return [
+        Mesh(
+            data=ThreadGroup(columns[column], row) if data > 1 else Group(),
+            latents=ThreadGroup(rows[row], column),
+            everyone=ThreadGroup(cell, row * size + column),
+        )
+        for row in range(data)
+        for column in range(size)
+    ]
+
+
 def side_by_side(work: Callable[[Mesh], Any], meshes: list[Mesh]) -> list[Any]:
     """What `work` returns on each; an error of one is raised, and ends the waiting of all."""
 
@@ -78,7 +98,7 @@ def side_by_side(work: Callable[[Mesh], Any], meshes: list[Mesh]) -> list[Any]:
         try:
             return work(mesh)
         except BaseException:
-            for group in (mesh.data, mesh.everyone):
+            for group in (mesh.data, mesh.latents, mesh.everyone):
                 if isinstance(group, ThreadGroup):
                     group.meeting.leave()
             raise

@@ -24,7 +24,7 @@ class Agreement:
 
     def __init__(self, everyone: Group, stop: StopFlag | None = None) -> None:
         """`everyone`: the ranks that share it; `stop`: set where this rank is asked to stop."""
-        self._everyone, self._flag = everyone, stop or StopFlag()
+        self.everyone, self._flag = everyone, stop or StopFlag()
         self._told = Lagged()
         self.stop = False
         """Whether some rank was asked to stop, as all know by now."""
@@ -37,7 +37,7 @@ class Agreement:
 
     def hear(self, totals: Tensor, now: bool = False) -> None:
         """Take note of the sums [FLAGS]; `now`: of all that were told, which on a device is waited for."""
-        if self._everyone.alone:
+        if self.everyone.alone:
             return
         bits = 2 ** torch.arange(FLAGS, device=totals.device)
         self._told.put(((totals > 0) * bits).sum(), 0)

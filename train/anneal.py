@@ -43,7 +43,8 @@ class Anneal(nn.Module):
         self.sums: Tensor
         """[2] Σ L_p and Σ L_next over the steps of the window so far."""
         self.heard: Tensor | None = None
-        """[2] what the parts of the step in progress came to; None: nothing was measured."""
+        """[2] the same by the parts of the step in progress; of ranks that share latents, of their own until they meet
+        (train/meeting.py)."""
 
     def exponent(self, update: int) -> float:
         """p after so many updates."""

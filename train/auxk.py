@@ -119,24 +119,32 @@ def _share(
     weights = (encoder.W_enc, encoder.b_enc, coder.W_dec[source])
     sinks = (encoder.sink, coder.decoder_sink(source))
     out: Tensor = _Error.apply(
-        *weights, silent.latents, x_ND, residual_NE, b_dec_D, _way(coder, encoder, silent), sinks
+        *weights, silent.latents, x_ND, residual_NE, b_dec_D, way_of(coder, encoder, silent), sinks
     )
     return factor * out
 
 
 def plain_error(coder: Coder, source: int, dead: Dead, x_ND: Tensor, residual_NE: Tensor) -> Tensor:
     """Σ‖ê − e‖² by ordinary autograd: the specification; and the only form for a rule with a floor of its own."""
+    guess_NE = plain_guess(coder, source, dead, x_ND)
+    return (guess_NE - residual_NE).square().sum()
+
+
+def plain_guess(coder: Coder, source: int, dead: Dead, x_ND: Tensor, chosen: Silent | None = None) -> Tensor:
+    """[N, T·E] what dead latents reconstruct. `chosen`: which of their codes are woken, where that is known."""
     encoder, latents = coder.encoder(source), dead.latents
     shifted_ND = x_ND - coder.b_dec[source].detach() if coder.spec.pre_bias else x_ND
     a_Nn = F.linear(shifted_ND, encoder.W_enc[latents], encoder.b_enc[latents])
     a_Nn = a_Nn if dead.number is None else a_Nn.masked_fill(~dead.real(), padded.PADDING)
     floor = encoder.rule.aux_floor()
-    if floor is None:
+    if chosen is not None:
+        kept_Nn = torch.zeros_like(a_Nn, dtype=torch.bool)
+        kept_Nn[chosen.selection.rows, chosen.selection.latents] = True
+    elif floor is None:
         kept_Nn = plain_silent(a_Nn.detach(), torch.arange(len(latents), device=a_Nn.device), coder.spec.resolved_aux_k)
     else:
         kept_Nn = a_Nn.detach() > floor
-    guess_NE = coder.explain(source, latents, a_Nn * kept_Nn, x_ND)
-    return (guess_NE - residual_NE).square().sum()
+    return coder.explain(source, latents, a_Nn * kept_Nn, x_ND)
 
 
 class _Error(torch.autograd.Function):
@@ -152,7 +160,7 @@ class _Error(torch.autograd.Function):
         x_ND: Tensor,
         residual_NE: Tensor,
         b_dec_D: Tensor | None,
-        way: "_Way",
+        way: "Way",
         sinks: tuple[Sink | None, Sink | None],
     ) -> Tensor:
         products = way(W_dec_FTE.flatten(1)[:, : residual_NE.shape[1]])
@@ -167,10 +175,7 @@ class _Error(torch.autograd.Function):
         W_enc, b_enc, W_dec_FTE, x_ND, b_dec_D = ctx.saved_tensors
         products, ctx.products = ctx.products, None  # autograd frees only what was saved with it
         found = products.gradients(x_ND, b_dec_D, 2 * g)
-        db_F = torch.zeros_like(b_enc).index_copy_(0, ctx.latents, found.b_enc)
-        sink_enc, sink_dec = ctx.sinks
-        dW_enc = _delivered(W_enc, ctx.latents, found.W_enc, found.factor, sink_enc)
-        return dW_enc, db_F, _delivered(W_dec_FTE, ctx.latents, found.W_dec, found.factor, sink_dec), *[None] * 6
+        return *to_rows(W_enc, b_enc, W_dec_FTE, ctx.latents, found, ctx.sinks), *[None] * 6
 
 
 class _Gradients(NamedTuple):
@@ -184,6 +189,20 @@ class _Gradients(NamedTuple):
     """[n]"""
     factor: float = 1.0
     """The gradients to the two weights are these times this; they may be in a shorter format."""
+
+
+def to_rows(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec_FTE: Tensor,
+    latents: Tensor,
+    found: _Gradients,
+    sinks: tuple[Sink | None, Sink | None],
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """What autograd gets for the weights of which `found` are rows."""
+    db_F = torch.zeros_like(b_enc).index_copy_(0, latents, found.b_enc)
+    dW_enc = _delivered(W_enc, latents, found.W_enc, found.factor, sinks[0])
+    return dW_enc, db_F, _delivered(W_dec_FTE, latents, found.W_dec, found.factor, sinks[1])
 
 
 def _delivered(weight: Tensor, latents: Tensor, rows: Tensor, factor: float, sink: Sink | None) -> Tensor | None:
@@ -201,7 +220,7 @@ def _less(x_ND: Tensor, b_dec_D: Tensor | None) -> Tensor:
     return x_ND if b_dec_D is None else x_ND - b_dec_D
 
 
-def _way(coder: Coder, encoder: Encoder, silent: Silent | SilentBlock) -> "_Way":
+def way_of(coder: Coder, encoder: Encoder, silent: Silent | SilentBlock) -> "Way":
     if isinstance(silent, SilentBlock):
         coder.kernels.used.setdefault("auxk in bfloat16", ["torch"])
         return functools.partial(_Low, silent)
@@ -331,4 +350,4 @@ class _Dense:
         return (z_Nn.T @ low_NE).to(full), (da_Nn.T @ x_ND.to(self.low)).to(full), da_Nn.sum(0, dtype=full)
 
 
-_Way = Callable[[Tensor], _Sparse | _Low | _Dense]
+Way = Callable[[Tensor], _Sparse | _Low | _Dense]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder, Pass
+from thresher.train.dictionary.encoder import Fired
 from thresher.train.kernels.padded import Padded
 from thresher.train.kernels.residual import Left
 from thresher.train.kernels.silent import Dead, Silent, plain_silent
@@ -31,24 +32,35 @@ def joint(
     divisor_S: Tensor | None = None,
 ) -> Tensor:
     """The term; 0 when no latent is dead. `dead`: by source; else as `auxk.auxiliary`."""
-    guess_NSE = torch.zeros_like(done.y.detach())
-    numbers: list[Tensor | int] = []
-    for source, (x_ND, some) in enumerate(zip(xs, dead, strict=True)):
-        if some is not None:
-            z, selection = _codes(coder, source, some, done.fired[source].silent, x_ND)
-            first, sink = coder.written(source).start, coder.decoder_sink(source)
-            guess_NSE = add_decoded(guess_NSE, z, coder.W_dec[source], selection, first, coder.kernels, sink)
-            numbers.append(some.latents.shape[0] if some.number is None else some.number)
+    numbers = [some.latents.shape[0] if some.number is None else some.number for some in dead if some is not None]
     if not numbers:
         return done.y.new_zeros(())
+    guess_NSE = joint_guess(coder, done.fired, xs, dead, torch.zeros_like(done.y.detach()))
+    return joint_error(coder, guess_NSE, lefts, divisor_S) * joint_share(coder, sum(numbers[1:], numbers[0]), guess_NSE)
+
+
+def joint_guess(
+    coder: Coder, fired: Sequence[Fired], xs: Sequence[Tensor], dead: Sequence[Dead | None], zero_NSE: Tensor
+) -> Tensor:
+    """[N, S, E] ê; on top of zeros, which are changed in place."""
+    for source, (x_ND, some) in enumerate(zip(xs, dead, strict=True)):
+        if some is not None:
+            z, selection = _codes(coder, source, some, fired[source].silent, x_ND)
+            first, sink = coder.written(source).start, coder.decoder_sink(source)
+            zero_NSE = add_decoded(zero_NSE, z, coder.W_dec[source], selection, first, coder.kernels, sink)
+    return zero_NSE
+
+
+def joint_error(coder: Coder, guess_NSE: Tensor, lefts: Sequence[Left], divisor_S: Tensor | None) -> Tensor:
+    """The mean over destinations of Σ‖ê − e‖² / divisor."""
     terms = []
     for j, left in enumerate(lefts):
         total = left.variation() if divisor_S is None else divisor_S[j]
         terms.append((guess_NSE[:, j] - left.residual).square().sum() / total.where(total > 0, torch.inf))
-    return torch.stack(terms).mean() * _share(coder, sum(numbers[1:], numbers[0]), guess_NSE)
+    return torch.stack(terms).mean()
 
 
-def _share(coder: Coder, number: Tensor | int, like: Tensor) -> Tensor | float:
+def joint_share(coder: Coder, number: Tensor | int, like: Tensor) -> Tensor | float:
     """s; on a device the number of dead latents is not known here, and may be 0."""
     enough = coder.spec.resolved_aux_k * len(coder.W_dec) if coder.spec.aux_scale else 1
     return min(number / enough, 1.0) if isinstance(number, int) else (number.to(like.dtype) / enough).clamp_max(1.0)

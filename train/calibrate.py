@@ -28,6 +28,7 @@ from thresher.train.crew import Crew, Task
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.fold import ranked
 from thresher.train.dictionary.rules import Deployed, facts
+from thresher.train.mesh import Group
 
 BATCH_ROWS = 4096
 _BINS = 1 << 15  # upper halves of the bit patterns of positive float32 values
@@ -47,9 +48,10 @@ class RankSearch:
     exact. Only counts are kept, however many values there are and however many of them are equal.
     """
 
-    def __init__(self, k: float) -> None:
-        """Wanted: the ⌊k · N⌋-th largest positive value of N rows."""
-        self.k = k
+    def __init__(self, k: float, group: Group | None = None) -> None:
+        """Wanted: the ⌊k · N⌋-th largest positive value of N rows; `group`: ranks that are shown other columns of them,
+        and look for it together."""
+        self.k, self.group = k, group or Group()
         self._placed = False
 
     def _look(self, first: int, width: int, floor: int) -> None:
@@ -75,6 +77,7 @@ class RankSearch:
 
     def result(self) -> float | None:
         """The value once all blocks were shown; None: the window missed it, show them all again."""
+        self.group.add_up([self.bins, self.patterns])
         rank = entries(self.k, self.rows)
         if rank == 0:
             return float("inf")
@@ -98,6 +101,7 @@ class RankSearch:
         bins = torch.zeros(_BINS, dtype=torch.int64, device=a_NF.device)
         for bits in _bits_from(a_NF, 0):
             bins += torch.bincount(bits >> 16, minlength=_BINS)
+        self.group.add_up([bins])
         found = _holding(bins, max(1, entries(self.k, a_NF.shape[0])))
         first = 0 if found is None else max(0, found[0] - _WINDOW // 2)
         self._look(first, _WINDOW, first)
@@ -140,21 +144,24 @@ def calibrate(
     crew: Crew,
     stop: StopFlag,
     read: RowsOf | None = None,
+    latents: Group | None = None,
 ) -> None:
     """Set the thresholds of all dictionaries whose rule asks for it, sharing each read of the training rows.
 
-    `read`: the rows, where they are not the cache's. Returns early, with thresholds unset, when a stop is requested.
+    `read`: the rows, where they are not the cache's. `latents`: ranks that share the latents, which stop together.
+    Returns early, with thresholds unset, when a stop is requested.
     """
+    group = latents or Group()
     searches = {
-        pool: RankSearch(float(coders[pool.coder].spec.k or 0))
+        pool: RankSearch(float(coders[pool.coder].spec.k or 0), group)
         for index, coder in enumerate(coders)
         if facts(coder.spec.firing).calibrated
         for pool in _pools(index, coder)
     }
-    while searches and not stop.requested:
+    while searches and not group.any(stop.requested):
         sites = _sites_of(coders, searches)
-        for acts in passes(reader, "train", sites, rows, device, stop) if read is None else read(rows):
-            if stop.requested:
+        for acts in passes(reader, "train", sites, rows, device, _own(stop, group)) if read is None else read(rows):
+            if group.any(stop.requested):
                 return
             crew.run(
                 [
@@ -171,6 +178,11 @@ def calibrate(
                     score = torch.full_like(encoder.rule.threshold, threshold)
                     encoder.rule.threshold.copy_(ranked(score, encoder.norms))
                 del searches[pool]
+
+
+def _own(stop: StopFlag, group: Group) -> StopFlag:
+    """What may end a rank's reading: among several nothing that the others do not know of."""
+    return stop if group.alone else StopFlag()
 
 
 class _Pool(NamedTuple):
@@ -215,9 +227,16 @@ class HeldOut(NamedTuple):
 
 
 def held_out(
-    coders: Sequence[Coder], reader: Source, rows: int, device: torch.device, crew: Crew, stop: StopFlag
+    coders: Sequence[Coder],
+    reader: Source,
+    rows: int,
+    device: torch.device,
+    crew: Crew,
+    stop: StopFlag,
+    latents: Group | None = None,
 ) -> list[HeldOut | None]:
-    """Check all dictionaries in one pass; None for each when the cache has no held-out rows."""
+    """Check all dictionaries in one pass; None for each when the cache has no held-out rows; `latents` as above."""
+    group = latents or Group()
     split = next((name for name in ("validation", "test") if _rows(reader, name) > 0), None)
     if split is None:
         return [None for _ in coders]
@@ -230,13 +249,17 @@ def held_out(
     ]
     sites = [site for coder in coders for site in (*coder.reads, *coder.writes)]
     count = 0
-    for acts in passes(reader, split, sites, rows, device, stop):
+    for acts in passes(reader, split, sites, rows, device, _own(stop, group)):
+        if not group.alone and group.any(stop.requested):
+            break
         count += next(iter(acts.values())).shape[0]
         tasks = [
             Task(coder.spec, BATCH_ROWS, functools.partial(_measure, coder, acts, total))
             for coder, total in zip(coders, sums, strict=True)
         ]
         crew.run(tasks)
+    group.add_up([total["active"] for total in sums])
+    count = max(count, 1)
     return [HeldOut(split, count, (t["error"] / t["variance"]).tolist(), (t["active"] / count).tolist()) for t in sums]
 
 

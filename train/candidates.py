@@ -1,5 +1,5 @@
-"""BatchTopK's cut where the rows of a batch are on several ranks: exact, and of equal scores the one a single process
-would keep.
+"""BatchTopK's cut where rows or latents of a batch are on several ranks: exact, and of equal scores the one that a
+single process would keep.
 
 Every rank tells the scores of as many of its own entries as the whole batch may keep, the best, in the order of its
 rows, and how many each row has. So all know the least score that is kept, and how many entries of exactly that score
@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.encoder import Chosen
-from thresher.train.dictionary.pools import only
+from thresher.train.dictionary.pools import cut, only
 from thresher.train.kernels.padded import PADDING, Padded
+from thresher.train.mesh import Group
 
 
 class Form(NamedTuple):
@@ -87,6 +89,31 @@ def unpack(told_RB: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     return scores_RC, told_RB[:, wide:].long().view(-1, form.sources, form.most)
 
 
+def cut_over(
+    group: Group, found: Sequence[Sequence[Chosen]], forms: Sequence[Form], places_m: Tensor, budget: int
+) -> list[list[Chosen]]:
+    """What all ranks together keep of every pool's candidates, by source and part; one collective.
+
+    places_m: [most] int32, where this rank's rows stand in the batch.
+    """
+    mine = [Pool(cut(parts, budget), form) for parts, form in zip(found, forms, strict=True)]
+    told_RB = group.gather(torch.cat([places_m, *(pool.packed() for pool in mine)]))
+    places_Rm, *told = told_RB.split([places_m.shape[0], *(pool.form.words for pool in mine)], dim=1)
+    kept = []
+    for pool, words_RB in zip(mine, told, strict=True):
+        keep = keep_own(*unpack(words_RB, pool.form), places_Rm.long(), group.index, budget)
+        kept.append(pool.only(keep))
+    return kept
+
+
+def forms_of(coder: Coder, most: int, budget: int) -> list[Form]:
+    """How every pool is told of, where no rank has more than `most` rows."""
+    sources, latents = len(coder.inputs), coder.n_latents if coder.holding is None else coder.holding.widest
+    number, each = (1, sources) if coder.spec.pool == "joint" else (sources, 1)
+    capacity = min(budget, each * most * latents)
+    return [Form(each, most, capacity, coder.b_dec.dtype)] * number
+
+
 def keep_own(scores_RC: Tensor, counts_RSm: Tensor, places_Rm: Tensor, own: int, budget: int) -> Tensor:
     """[C] bool: which of rank `own`'s candidates are among the `budget` largest positive ones of all ranks.
 
@@ -116,7 +143,8 @@ def _order(tied_RC: Tensor, counts_RSm: Tensor, places_Rm: Tensor, own: int) -> 
     row_RC = torch.searchsorted(ends_Rn, entry_RC, right=True).clamp_max(rows - 1)  # padding, in the last, is not tied
     ties_Rn = torch.zeros_like(ends_Rn).scatter_add_(1, row_RC, tied_RC.long())
     first_S = torch.arange(sources, device=tied_RC.device) * (places_Rm.max() + 1)
-    order = (first_S[None, :, None] + places_Rm[:, None, :]).reshape(-1).argsort()  # rows that are none have no entries
+    places = (first_S[None, :, None] + places_Rm[:, None, :]).reshape(-1)
+    order = places.argsort(stable=True)  # a row on several ranks: in the order of their latents; none: has no entries
     ordered = ties_Rn.view(-1).index_select(0, order)
     before = torch.empty_like(ordered).index_copy_(0, order, ordered.cumsum(0) - ordered).view(ranks, rows)
     here = ties_Rn[own].cumsum(0) - ties_Rn[own]  # in rows before it on this rank

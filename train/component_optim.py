@@ -8,6 +8,7 @@ from torch import Tensor
 
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.decomposition import Decomposition
+from thresher.train.meeting import Meeting
 from thresher.train.optim import Optimiser
 
 _KEPT = ("step", "exp_avg", "exp_avg_sq")
@@ -30,8 +31,9 @@ class ComponentOptimiser(Optimiser):
         self.inner = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
 
     @torch.no_grad()
-    def step(self, rate: float, finite: Tensor) -> Tensor:
-        """As `Optimiser.step`; the norm is of all gradients, what is clipped that of the components alone."""
+    def step(self, rate: float, finite: Tensor, meeting: Meeting | None = None) -> Tensor:
+        """As `Optimiser.step`, of one rank; the norm is of all gradients, what is clipped that of the components."""
+        assert meeting is None, "ranks do not share a decomposition"
         norm = self._norm(self.trained)
         norm = torch.where(finite & norm.isfinite(), norm, torch.inf)
         if bool(norm.isfinite()):

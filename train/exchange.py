@@ -21,10 +21,9 @@ from torch import Tensor
 
 from thresher.cache.errors import UserError
 from thresher.train.agreement import FLAGS, MEMORY, Agreement
-from thresher.train.candidates import Form, Pool, keep_own, nothing, unpack
+from thresher.train.candidates import Form, cut_over, forms_of, nothing
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.encoder import Chosen, Tally
-from thresher.train.dictionary.pools import cut
 from thresher.train.dictionary.rules.base import Seen
 from thresher.train.losses import Losses
 from thresher.train.mesh import Group
@@ -94,6 +93,8 @@ class Exchange:
         """The gradient norm of the last step, which has to be the same on all ranks."""
         self.apart: Tensor | None = None
         """Bool scalar: whether it ever was another."""
+        self.flags: Tensor | None = None
+        """What ranks of the same latents have told, for those of the others (train/meeting.py)."""
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
         self._due: list[str] = []
@@ -122,7 +123,8 @@ class Exchange:
         device, pools = self.coder.b_dec.device, self._pools()
         if "cut" in self._due:
             empty = [self._places(), *(nothing(form, device) for form in pools)]
-            self._gathered("cut", torch.cat(empty))
+            self._due.remove("cut")
+            self._cutters.gather(torch.cat(empty))
         if "sums" in self._due:
             self._gathered("sums", self._packed_sums(None, None))
         return self.gradients(None, short)
@@ -131,21 +133,17 @@ class Exchange:
 
     def cut(self, found: Sequence[Sequence[Chosen]], budget: int) -> list[list[Chosen]]:
         """What the whole batch keeps of every pool's candidates, by source and part; one collective."""
-        mine = [Pool(cut(parts, budget), form) for parts, form in zip(found, self._pools(), strict=True)]
-        told_RB = self._gathered("cut", torch.cat([self._places(), *(pool.packed() for pool in mine)]))
-        places_Rm, *told = told_RB.split([self._share.most, *(pool.form.words for pool in mine)], dim=1)
-        kept = []
-        for pool, words_RB in zip(mine, told, strict=True):
-            keep = keep_own(*unpack(words_RB, pool.form), places_Rm.long(), self.group.index, budget)
-            kept.append(pool.only(keep))
-        return kept
+        self._due.remove("cut")
+        return cut_over(self._cutters, found, self._pools(), self._places(), budget)
 
     def _pools(self) -> list[Form]:
         """The form of every pool."""
-        spec, sources, most = self.coder.spec, len(self.coder.inputs), self._share.most
-        number, each = (1, sources) if spec.pool == "joint" else (sources, 1)
-        capacity = min(self._wants.cut or 0, each * most * spec.n_latents)
-        return [Form(each, most, capacity, self.coder.b_dec.dtype)] * number
+        return forms_of(self.coder, self._share.most, self._wants.cut or 0)
+
+    @property
+    def _cutters(self) -> Group:
+        """Who has entries of a pool: all, where latents are shared too."""
+        return self.group if self.coder.holding is None else self.agreement.everyone
 
     def _places(self) -> Tensor:
         """[most] int32 places of this rank's rows; behind them rows that are none."""
@@ -218,11 +216,17 @@ class Exchange:
                 "--resume on such."
             )
 
+    @property
+    def _partial(self) -> bool:
+        """Whether ranks have parts of a pre-bias's gradient that are to be added up over latents later."""
+        return self.coder.holding is not None and self.coder.spec.pre_bias
+
     @cached_property
     def _sizes(self) -> dict[str, int]:
         """How many numbers of each kind are told beside gradients, in order."""
         sources, ranks = len(self.coder.inputs), self.group.size
         sizes = {"flags": FLAGS, "there": len(self.parameters.all), "terms": 3, "fvu": self.coder.b_dec.shape[0]}
+        sizes |= {"biases": self.coder.b_dec.numel() if self._partial else 0}
         sizes |= {"overflowed": 1, "heard": 2, "norms": ranks, "smallest": sources * ranks}
         return sizes | {"active": sources, "woken": sources, "counts": sources * self.coder.n_latents}
 
@@ -242,6 +246,8 @@ class Exchange:
             part.fill_(float(has is not None))
         out["terms"].copy_(torch.stack([told.terms.total, told.terms.aux, told.terms.penalty]))
         out["fvu"].copy_(told.terms.fvu)
+        if self._partial:
+            out["biases"].copy_(self.coder.partial_gradient().view(-1))
         if told.overflowed is not None:
             out["overflowed"].copy_(told.overflowed)
         if self._listens and self.coder.anneal is not None and self.coder.anneal.heard is not None:
@@ -263,11 +269,15 @@ class Exchange:
     def _take(self, heard: dict[str, Tensor]) -> Told:
         """What all ranks have told."""
         sources, anneal = len(self.coder.inputs), self.coder.anneal
-        self.agreement.hear(heard["flags"])
+        self.flags = heard["flags"]
+        if self.coder.holding is None:
+            self.agreement.hear(heard["flags"])
         apart = (heard["norms"] != heard["norms"][0]).any()
         self.apart = apart if self.apart is None else self.apart | apart
         if self._listens and anneal is not None:
             anneal.heard = heard["heard"]
+        if self._partial:
+            self.coder.partial = [heard["biases"].view_as(self.coder.b_dec)]
         counts = heard["counts"].view(sources, -1)
         smallest = heard["smallest"].view(sources, -1).amin(1).double()
         tallies = []

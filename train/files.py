@@ -41,9 +41,11 @@ from thresher.cache.errors import UserError
 from thresher.cache.publish import explained, flush_directory, publish
 from thresher.cache.records import from_dict
 from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.holding import Holding
 from thresher.train.dictionary.rules import Deployed, names
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.dictionary.topologies import build
+from thresher.train.streamed import Writers, publish_together, read_rows
 
 FORMAT = "thresher-run"
 VERSION = 1
@@ -60,15 +62,32 @@ class LoadedRun(NamedTuple):
     """config.json."""
 
 
-def save_run(path: Path, coder: Coder, config: Mapping[str, Any]) -> None:
-    """Write a deployed dictionary and then its config, each atomically."""
+def save_run(path: Path, coder: Coder, config: Mapping[str, Any], by: Writers | None = None) -> None:
+    """Write a deployed dictionary and then its config, each atomically.
+
+    `by`: of ranks that share latents, which all call this (train/streamed.py).
+    """
     assert coder.deployed, "only folded weights are saved as a run"
-    publish_tensors(path / WEIGHTS, deployed_tensors(coder))
-    write_config(path, config)
+    if by is None:
+        publish_tensors(path / WEIGHTS, deployed_tensors(coder))
+        write_config(path, config)
+        return
+    publish_together(path / WEIGHTS, deployed_tensors(coder), whole_shapes(coder), by)
+    by.together(path / CONFIG, lambda: write_config(path, config) if by.leads else None)
 
 
-def load_run(path: Path, device: str | torch.device = "cpu") -> LoadedRun:
-    """Load a finished run. Raises UserError for a directory that is none, is unfinished, newer or damaged."""
+def whole_shapes(coder: Coder) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of weights.safetensors of which a share of the latents has rows."""
+    with torch.device("meta"):
+        whole = deployed_tensors(build(coder.spec, coder.label, deployed=True))
+    own = deployed_tensors(coder)
+    return {name: tuple(tensor.shape) for name, tensor in whole.items() if tensor.shape != own[name].shape}
+
+
+def load_run(path: Path, device: str | torch.device = "cpu", holding: Holding | None = None) -> LoadedRun:
+    """Load a finished run; `holding`: these of its latents alone.
+
+    Raises UserError for a directory that is none, is unfinished, newer or damaged."""
     config = read_config(path)
     training = config.get("training", {})
     if not training.get("finished"):
@@ -76,9 +95,9 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> LoadedRun:
         reason = f"it failed: {failed}" if failed else "training has not finished; go on with `thresher train --resume`"
         raise UserError(f"Run {path} cannot be loaded: {reason}")
     spec = from_dict(DictionarySpec, config["dictionary"], f"{path}: dictionary")
-    coder = build(spec, str(config["name"]), deployed=True).requires_grad_(False)
+    coder = build(spec, str(config["name"]), deployed=True, holding=holding).requires_grad_(False)
     try:
-        stored = safetensors.torch.load_file(path / WEIGHTS)
+        stored = _stored(path / WEIGHTS, coder)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
             f"Run {path} has no readable {WEIGHTS} ({error}). Restore the file, or delete the directory and train it "
@@ -86,6 +105,15 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> LoadedRun:
         ) from error
     _fill(coder, stored, path)
     return LoadedRun(coder.to(device), config)
+
+
+def _stored(file: Path, coder: Coder) -> dict[str, Tensor]:
+    """The tensors of a file; of a share of the latents its rows of them."""
+    holding = coder.holding
+    if holding is None:
+        return safetensors.torch.load_file(file)
+    whole = whole_shapes(coder)
+    return read_rows(file, lambda name, _: slice(holding.first, holding.stop) if name in whole else None)
 
 
 def weights_hash(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from thresher.cache.errors import UserError
 from thresher.cache.records import from_dict
 from thresher.train.dictionary.coder import Coder
+from thresher.train.dictionary.holding import Holding
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.files import CONFIG, load_run, read_config, weights_hash
 from thresher.train.plan import RunPlan
@@ -32,9 +33,9 @@ class Origin(NamedTuple):
         """For config.json."""
         return {"path": str(self.path), "weights": self.weights}
 
-    def load(self) -> Coder:
-        """The dictionary, on raw activations."""
-        return load_run(self.path).dictionary
+    def load(self, holding: Holding | None = None) -> Coder:
+        """The dictionary, on raw activations; `holding`: these of its latents alone."""
+        return load_run(self.path, holding=holding).dictionary
 
 
 def origin(plan: RunPlan) -> Origin | None:

@@ -1,5 +1,6 @@
 """One dictionary in training: a step, its running numbers, its state."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from thresher.train.agreement import Agreement, short_of_memory
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.encoder import Fired, Tally, whole_of
 from thresher.train.dictionary.fold import deploy
+from thresher.train.dictionary.holding import holding_of
 from thresher.train.dictionary.initial import initialise
 from thresher.train.dictionary.pools import shared
 from thresher.train.dictionary.topologies import build
@@ -21,7 +23,8 @@ from thresher.train.exchange import Exchange, Share, Told
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.padded import Padded
 from thresher.train.kernels.workspace import Workspace
-from thresher.train.losses import Losses, losses
+from thresher.train.losses import Losses, losses, own_sums
+from thresher.train.meeting import Meeting
 from thresher.train.mesh import Mesh
 from thresher.train.normalise import Affine, Mode, affine, joined, modes
 from thresher.train.optim import Optimiser, base_rate, rate_factor
@@ -29,8 +32,10 @@ from thresher.train.parts import split, survey, wanted
 from thresher.train.penalties import weighed
 from thresher.train.plan import RunPlan
 from thresher.train.resample import resample
+from thresher.train.rows import Rows
 from thresher.train.stages import stage
 from thresher.train.state import Checkpoint
+from thresher.train.streamed import RowsOf, Writers
 
 _SAMPLE_ROWS = 1024
 _SPACE_ROWS = 8192
@@ -136,7 +141,8 @@ class Fit:
         self.mesh = mesh or Mesh()
         self.agreement = Agreement(self.mesh.everyone, stop)
         self.modes = modes(spec.normalise)
-        self.coder = build(spec, plan.name).to(device)
+        holding = holding_of(spec, self.mesh.latents)
+        self.coder = build(spec, plan.name, holding=holding).to(device)
         self.spaces = {site: _space(self.modes[0], reader, site) for site in spec.reads}
         self.reads = [joined([self.spaces[site] for site in sites]) for sites in self.coder.inputs]
         self.writes = [_space(self.modes[1], reader, site) for site in spec.writes]
@@ -174,12 +180,13 @@ class Fit:
         wanted = spec.init_b_dec in ("sample_mean", "median")
         targets = [sample(*pair) for pair in zip(spec.writes, self.writes, strict=True)] if wanted else []
         device = self.coder.b_dec.device
-        fresh = build(spec, self.plan.name)
+        fresh = build(spec, self.plan.name, holding=self.coder.holding)
         initialise(fresh, self.plan.seed, self.reads, self.writes, samples, targets)
         if parent is not None:
             unfold(parent, fresh, self.reads, self.writes, samples)
         self.coder.load_state_dict(fresh.state_dict())
         self.coder.to(device)
+        self.coder.recount()
 
     def inputs(self, views: Views) -> Inputs:
         """This dictionary's view of a batch."""
@@ -238,15 +245,19 @@ class Fit:
         overflowed = found.overflowed
         rate = base_rate(self.plan.train, self.plan.spec) * rate_factor(self.plan.train, self.done, self.total)
         with stage("update"):
-            norm = self.optimiser.step(rate, finite if overflowed is None else finite & ~overflowed)
+            meeting = self._meeting(found)
+            norm = self.optimiser.step(rate, finite if overflowed is None else finite & ~overflowed, meeting)
         if self.exchange is not None:
             self.exchange.norm = norm
+        if meeting is not None:
+            overflowed = meeting.overflowed
+            self.agreement.hear(meeting.flags)
         if overflowed is not None:  # left out for lack of room, which later selections have: no failure
             norm = torch.where(overflowed, 0.0, norm)
             self._window.other[3] += overflowed
         if norm.device.type == "cpu" and not bool(norm.isfinite()):
             return norm
-        active = [self.coder.encoder(source).advance(parts, overflowed) for source, parts in enumerate(found.tallies)]
+        active = self._advanced(found, overflowed, meeting)
         self._window.add(found.terms, torch.stack(active), norm, sum(tally.tokens for tally in found.tallies[0]))
         for name, pair in (ratios or {}).items():
             self._window.add_ratio(name, *pair)
@@ -258,6 +269,26 @@ class Fit:
         self._resample(parts)
         return norm
 
+    def _meeting(self, found: Gradients) -> Meeting | None:
+        """Where ranks that share the latents are to meet; None: one rank has all."""
+        holding = self.coder.holding
+        if holding is None:
+            return None
+        flags = self.agreement.say() if self.exchange is None or self.exchange.flags is None else self.exchange.flags
+        return Meeting(self.coder, holding, found.tallies, found.overflowed, flags)
+
+    def _advanced(self, found: Gradients, left_out: Tensor | None, meeting: Meeting | None) -> list[Tensor]:
+        """Move thresholds and counters on; by source the number of entries that fired."""
+        encoders = [self.coder.encoder(source) for source in range(len(found.tallies))]
+        if meeting is None:
+            return [
+                encoder.advance(tallies, left_out) for encoder, tallies in zip(encoders, found.tallies, strict=True)
+            ]
+        for encoder, tallies, seen in zip(encoders, found.tallies, meeting.seen, strict=True):
+            encoder.advance(tallies, left_out, seen)
+        self.coder.dead = meeting.dead.long().tolist()
+        return meeting.active
+
     def _gradients_of_all(self, parts: Sequence[Inputs], share: Share, exchange: Exchange) -> Gradients:
         """Gradients of one batch, of which other ranks have the other rows."""
         anneal = self.coder.anneal
@@ -267,7 +298,7 @@ class Fit:
             own = self._gradients(parts, share) if share.places.shape[0] else None
             told = exchange.blank(short=False) if own is None else exchange.gradients(own.told())
         except (RuntimeError, MemoryError) as error:
-            if not short_of_memory(error) or exchange.over:
+            if not short_of_memory(error) or exchange.over or self.coder.holding is not None:
                 raise
             told = exchange.blank(short=True)
         by_source = [[tally] for tally in told.tallies]
@@ -285,7 +316,7 @@ class Fit:
         tallies, terms, short = [], [], []
         for index, (part_xs, part_ys) in enumerate(zip(xs, ys, strict=True)):
             done = None if known is None else known.done
-            out = self.coder(part_xs, known and known.chosen[index]) if done is None else done
+            out = self.coder(part_xs, known and known.chosen[index], own_sums) if done is None else done
             with stage("loss"):
                 found = losses(self.coder, out, part_xs, part_ys, variances, ramp, known and known.whole)
             with stage("backward"):
@@ -339,8 +370,7 @@ class Fit:
             self.exchange.check()
         spec, sources = self.plan.spec, len(self.coder.inputs)
         dead = self.dead_share()
-        thresholds = [self.coder.encoder(source).rule.thresholds() for source in range(sources)]
-        theta = [dead.new_zeros(()) if t is None else t.double().mean().to(dead) for t in thresholds]
+        theta = self._mean_thresholds(dead)
         active, fvus = self._window.means()
         flat = torch.cat([dead, torch.stack(theta), active, fvus]).tolist()
         shares = flat[:sources]
@@ -375,7 +405,21 @@ class Fit:
     def dead_share(self) -> Tensor:
         """[sources] float64: share of latents that are dead."""
         encoders = [self.coder.encoder(source) for source in range(len(self.coder.inputs))]
+        holding = self.coder.holding
+        if holding is not None:
+            counts = [self.coder.dead_of(source) / holding.width for source in range(len(encoders))]
+            return torch.tensor(counts, dtype=torch.float64, device=self.coder.b_dec.device)
         return torch.stack([e.dead(self.plan.spec.dead_after).double().mean() for e in encoders])
+
+    def _mean_thresholds(self, like: Tensor) -> list[Tensor]:
+        """By source, 0 for a rule without; where ranks share latents a collective."""
+        rules = [self.coder.encoder(source).rule for source in range(len(self.coder.inputs))]
+        found, holding = [rule.thresholds() for rule in rules], self.coder.holding
+        if holding is None:
+            return [like.new_zeros(()) if t is None else t.double().mean().to(like) for t in found]
+        sums = torch.stack([like.new_zeros(()) if t is None else t.double().sum().to(like) for t in found])
+        holding.group.add_up([sums])
+        return list((sums / holding.width).unbind())
 
     def deployed(self) -> Coder:
         """The dictionary on raw activations with frozen rules."""
@@ -390,7 +434,24 @@ class Fit:
         with self.optimiser.averaged():
             tensors = {f"model.{name}": tensor for name, tensor in self.coder.state_dict().items()}
             tensors |= {f"optimiser.{name}": tensor for name, tensor in self.optimiser.moments().items()}
-        return Checkpoint(self.done, self.position, tensors)
+        whole = None if self._rows is None else self._rows.settle(tensors)
+        return Checkpoint(self.done, self.position, tensors, whole or {})
+
+    @functools.cached_property
+    def _rows(self) -> Rows | None:
+        """Which rows of a checkpoint's tensors are this rank's; None: it has all."""
+        return None if self.coder.holding is None else Rows(self.coder, self.coder.holding, self.optimiser.parameters)
+
+    @property
+    def rows_of(self) -> RowsOf | None:
+        """The same by name and number of dimensions, for whoever reads a checkpoint."""
+        return None if self._rows is None else self._rows.of
+
+    @property
+    def writers(self) -> Writers | None:
+        """Who writes its files together; None: one rank does."""
+        holding, mesh = self.coder.holding, self.mesh
+        return None if holding is None else Writers(holding, mesh.everyone, mesh.data.index == 0)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
@@ -400,6 +461,7 @@ class Fit:
             parts[part][key] = tensor
         self.coder.load_state_dict(parts["model"])
         self.optimiser.load_moments(parts["optimiser"])
+        self.coder.recount()
         self.done, self.position = checkpoint.step, checkpoint.position
 
 

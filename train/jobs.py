@@ -42,8 +42,9 @@ class Job:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        if self.leads:
-            save_checkpoint(self.path, self.fit.checkpoint())
+        writers = self.fit.writers
+        if self.leads or writers is not None:
+            save_checkpoint(self.path, self.fit.checkpoint(), by=writers)
 
     def attempt(self, inputs: Inputs, rows: int, share: Share | None = None) -> torch.Tensor | str:
         """A step's gradient norm, or why there was no memory for it: that concerns this dictionary alone."""

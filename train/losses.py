@@ -24,10 +24,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from thresher.train.auxk import auxiliary
+from thresher.train.auxk_shared import explained_by_all, own_guesses
 from thresher.train.dictionary.coder import Coder, Pass
+from thresher.train.dictionary.encoder import Fired
+from thresher.train.dictionary.holding import Sums
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.residual import Left, left
-from thresher.train.penalties import penalties
+from thresher.train.penalties import costs, penalties
 from thresher.train.stages import stage
 
 
@@ -53,6 +56,17 @@ class Losses(NamedTuple):
     """AuxK, unweighted; 0 without dead latents."""
     penalty: Tensor
     """Sparsity and pre-activation terms and the rule's own, as weighted in the total."""
+
+
+def own_sums(coder: Coder, fired: Sequence[Fired], xs: Sequence[Tensor]) -> Sums:
+    """What `losses` sums over latents, of a rank's own ones: to be added up with its reconstructions (`Coder.forward`).
+
+    xs: [N, D] by source.
+    """
+    zero_NSE = xs[0].new_zeros(xs[0].shape[0], *coder.b_dec.shape)
+    sums = costs(coder, fired, xs)._replace(rule=coder.encoder(0).rule.decoded_terms(coder, fired, zero_NSE))
+    with stage("auxk"):
+        return sums._replace(aux=own_guesses(coder, fired, xs) if coder.spec.aux > 0 else None)
 
 
 class Reconstruction(NamedTuple):
@@ -170,10 +184,14 @@ def regularisation(
         total, penalty = total + own, penalty + own
     if spec.aux > 0:
         with stage("auxk"):
-            aux = auxiliary(coder, done, xs, lefts, _aux_divisor(spec, done.y, variances, whole))
+            divisor_S = _aux_divisor(spec, done.y, variances, whole)
+            if done.sums is None:
+                aux = auxiliary(coder, done, xs, lefts, divisor_S)
+            else:
+                aux = explained_by_all(coder, done, lefts, divisor_S)
         total = total + spec.aux * aux
     if spec.sparsity > 0 or spec.preact > 0:
-        weighted = penalties(coder, done.fired, xs, ramp, tokens, None if whole is None else whole.l0)
+        weighted = penalties(coder, done.fired, xs, ramp, tokens, None if whole is None else whole.l0, done.sums)
         total, penalty = total + weighted, penalty + weighted
     return Regularisation(total, aux, penalty)
 

@@ -11,7 +11,7 @@ weight, taking out the part along w makes it g + α'w with α' = α − (g + αw
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.spec import DictionarySpec
+from thresher.train.meeting import Meeting
 from thresher.train.updates.adam import Adam
 from thresher.train.updates.muon import Muon
 from thresher.train.updates.rule import Parameters, Rule, Steps
@@ -64,14 +65,17 @@ class Optimiser:
         self.rule = RULES[config.optimiser](self.parameters, config)
 
     @torch.no_grad()
-    def step(self, rate: float, finite: Tensor) -> Tensor:
+    def step(self, rate: float, finite: Tensor, meeting: Meeting | None = None) -> Tensor:
         """One update at a learning rate, or none when `finite` (bool scalar) or the gradient's norm is not.
 
+        `meeting`: of ranks that share the latents, which hold it once all know their part of the norm.
         Returns the gradient's norm before clipping; infinite exactly when the update was left out.
         """
         every = self.parameters.all
         size = sum(p.numel() for p in every)
-        how = self.coder.kernels.pick("update", every[0].device, every[0].dtype, size, self.rule.own)
+        own = self.rule.own if meeting is None else [name for name in self.rule.own if name != "triton"]
+        how = self.coder.kernels.pick("update", every[0].device, every[0].dtype, size, own)
+        self.parameters.meeting = meeting
         self.parameters.sinks.settle(whole=how not in self.rule.own)
         if how in self.rule.own:
             norm = self.rule.by_rows(how, rate, finite)
@@ -92,6 +96,7 @@ class Optimiser:
     def clear(self) -> None:
         """Forget all gradients."""
         self.parameters.sinks.clear()
+        self.coder.partial.clear()
         for parameter in self.parameters.all:
             parameter.grad = None
 
@@ -104,7 +109,7 @@ class Optimiser:
         """By library calls that, on CUDA, read nothing back."""
         for weight in self.parameters.unit:
             project_rows(self.parameters.rows(weight, weight), self.parameters.rows(weight, weight.grad))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.all if p.grad is not None])
+        norm = self.parameters.norm()
         norm = torch.where(finite & norm.isfinite(), norm, torch.inf)
         if norm.device.type == "cpu" and not bool(norm.isfinite()):
             return norm
@@ -115,12 +120,33 @@ class Optimiser:
 
     def _plain(self, rate: float, finite: Tensor) -> Tensor:
         """The specification, guarded."""
+        if self.parameters.meeting is not None:
+            return self._plain_shared(rate, finite)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.all if p.grad is not None])
         if not bool(finite & norm.isfinite()):
             return torch.full_like(norm, torch.inf)
         return plain_step(
             self.parameters.all, self.parameters.unit, self.rule.plain(rate), self.clip, self.parameters.apart
         )
+
+    def _plain_shared(self, rate: float, finite: Tensor) -> Tensor:
+        """The same where the norm takes a collective, so that there is one look at it, after the projection."""
+        known: list[Tensor] = []
+
+        def measure() -> Tensor:
+            norm = self.parameters.norm()
+            known.append(torch.where(finite & norm.isfinite(), norm, torch.inf))
+            return known[0]
+
+        plain_step(
+            self.parameters.all,
+            self.parameters.unit,
+            self.rule.plain(rate),
+            self.clip,
+            self.parameters.apart,
+            measure,
+        )
+        return known[0]
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the dictionary's weights are those to be evaluated and saved (updates/signum.py)."""
@@ -162,16 +188,21 @@ def plain_step(
     rule: Steps,
     clip: float | None,
     apart: bool = False,
+    measure: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """What `Optimiser.step` must equal, with an ordinary optimiser: the ruled order spelled out. Returns the norm.
 
-    `apart`: every destination's part of a row of `unit` is a row of its own.
+    `apart`: every destination's part of a row of `unit` is a row of its own. `measure`: the norm, where these are not
+    all parameters; if it is infinite nothing is moved.
     """
     for weight in unit:
         assert weight.grad is not None
         rows, grad = (t.flatten(0, 1) if apart else t.flatten(1) for t in (weight, weight.grad))
         weight.grad = (grad - (grad * rows).sum(1, keepdim=True) * rows).view_as(weight)
-    norm = torch.stack([(p.grad**2).sum() for p in parameters if p.grad is not None]).sum().sqrt()
+    if measure is None:
+        norm = torch.stack([(p.grad**2).sum() for p in parameters if p.grad is not None]).sum().sqrt()
+    elif not bool((norm := measure()).isfinite()):
+        return norm
     if clip is not None:
         for parameter in parameters:
             if parameter.grad is not None:

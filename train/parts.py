@@ -24,7 +24,7 @@ from thresher.train.dictionary.coder import Coder, Pass
 from thresher.train.dictionary.encoder import Chosen
 from thresher.train.dictionary.pools import choose
 from thresher.train.exchange import Exchange, Moments, Wants
-from thresher.train.losses import Whole
+from thresher.train.losses import Whole, own_sums
 
 
 class Survey(NamedTuple):
@@ -67,12 +67,15 @@ def survey(
         return Survey([[None] * len(xs[0]) for _ in xs], Whole(tokens))
     chosen = choose(coder, xs, tokens, None if others is None else others.cut)
     kept: list[list[Chosen | None]] = [[None if one.selection is None else one for one in row] for row in chosen]
+    counted = wants.cut is not None or coder.encoder(0).rule.per_token() is not None
+    if coder.holding is not None and not counted:  # whether entries are listed may differ between ranks
+        kept = [[None] * len(xs[0]) for _ in xs]
     if not (wants.l0 or wants.residual):
         return Survey(kept, Whole(tokens))
     done = None
     if len(xs) == 1:
         with torch.enable_grad():
-            done = coder(xs[0], chosen[0])
+            done = coder(xs[0], chosen[0], own_sums)
     gates, moments = _sums(coder, xs, ys, chosen, done, wants)
     squares = None if moments is None else moments.squares
     if others is not None:
@@ -83,6 +86,8 @@ def survey(
 
 def _may_be_dead(coder: Coder, tokens: int) -> bool:
     """Whether AuxK has to be reckoned with; where asking would wait for a device, as far as is known."""
+    if coder.holding is not None:
+        return any(coder.dead_of(source) for source in range(len(coder.inputs)))
     return any(coder.encoder(source).asleep(tokens) is not None for source in range(len(coder.inputs)))
 
 
@@ -105,4 +110,6 @@ def _sums(
             e_nSE = torch.stack(list(part_ys), 1) - out.y
             own = Moments(e_nSE.shape[0], e_nSE.mean(0), (e_nSE - e_nSE.mean(0)).square().sum((0, 2)))
             moments = own if moments is None else moments.and_of(own)
+    if gates is not None and coder.holding is not None:
+        coder.holding.group.add_up([gates])
     return gates, moments

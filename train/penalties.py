@@ -16,6 +16,7 @@ from torch import Tensor
 
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.encoder import Fired
+from thresher.train.dictionary.holding import Sums
 from thresher.train.dictionary.rules import JumpReLU
 from thresher.train.kernels import padded
 from thresher.train.kernels.silent import Dead
@@ -29,25 +30,44 @@ def penalties(
     ramp: float = 1.0,
     tokens: int | None = None,
     l0: Tensor | None = None,
+    sums: Sums | None = None,
 ) -> Tensor:
     """Weighted sparsity and pre-activation terms, the mean over sources; `ramp`: factor of the former.
 
-    Of a part of a larger batch, its share: `tokens` is then N of the whole, and `l0` [sources] its mean L0, detached,
-    which the target_l0 penalty wants. xs: [N, D] by source.
+    Of a part of a larger batch, its holding: `tokens` is then N of the whole, and `l0` [sources] its mean L0, detached,
+    which the target_l0 penalty wants. xs: [N, D] by source. `sums`: where ranks that share latents have added them up.
     """
     spec = coder.spec
     terms = []
     for source, part in enumerate(fired):
         count = part.tokens if tokens is None else tokens
+        cost = _cost(coder, source, part) if sums is None or sums.sparsity is None else sums.sparsity[source]
         if spec.resolved_penalty == "target_l0":
-            term = _target_l0(coder, part, count, None if l0 is None else l0[source])
+            term = _target_l0(coder, cost, part.tokens, count, None if l0 is None else l0[source])
         else:
-            term = PENALTIES[spec.resolved_penalty or "l1"](coder, source, part) / count
+            term = cost / count
         term = ramp * spec.sparsity * term
         if spec.preact > 0:
-            term = term + spec.preact * preactivation_loss(coder, source, xs[source]) / count
+            below = None if sums is None or sums.preact is None else sums.preact[source]
+            below = preactivation_loss(coder, source, xs[source]) if below is None else below
+            term = term + spec.preact * below / count
         terms.append(term)
     return torch.stack(terms).mean()
+
+
+def costs(coder: Coder, fired: Sequence[Fired], xs: Sequence[Tensor]) -> Sums:
+    """The sums over tokens and latents that `penalties` weighs, of a rank's own latents."""
+    spec = coder.spec
+    if not (spec.sparsity > 0 or spec.preact > 0):
+        return Sums()
+    sparsity = torch.stack([_cost(coder, source, part) for source, part in enumerate(fired)])
+    if spec.preact == 0:
+        return Sums(sparsity)
+    return Sums(sparsity, torch.stack([preactivation_loss(coder, source, x_ND) for source, x_ND in enumerate(xs)]))
+
+
+def _cost(coder: Coder, source: int, part: Fired) -> Tensor:
+    return PENALTIES[coder.spec.resolved_penalty or "l1"](coder, source, part)
 
 
 def row_norm(coder: Coder, source: int) -> Tensor | None:
@@ -78,15 +98,15 @@ def _tanh(coder: Coder, source: int, part: Fired) -> Tensor:
     return torch.tanh(coder.spec.tanh_scale * weighed(coder, source, part)).sum()
 
 
-def _target_l0(coder: Coder, part: Fired, tokens: int, mean: Tensor | None) -> Tensor:
-    """(L0/k − 1)². Of a part: its share by tokens in value, and the gradient that L0's chain rule gives its gates."""
+def _target_l0(coder: Coder, gates: Tensor, own: int, tokens: int, mean: Tensor | None) -> Tensor:
+    """(L0/k − 1)² of the sum of gates. Of a part of `own` tokens: its share by tokens in value, and the gradient that
+    L0's chain rule gives its gates."""
     assert coder.spec.k is not None
-    assert part.gate is not None
-    l0 = part.gate.sum() / tokens
+    l0 = gates / tokens
     if mean is None:
         return (l0 / coder.spec.k - 1).square()
     miss = mean / coder.spec.k - 1
-    return miss.square() * (part.tokens / tokens) + 2 * miss / coder.spec.k * (l0 - l0.detach())
+    return miss.square() * (own / tokens) + 2 * miss / coder.spec.k * (l0 - l0.detach())
 
 
 def _lp(coder: Coder, source: int, part: Fired) -> Tensor:
@@ -94,8 +114,8 @@ def _lp(coder: Coder, source: int, part: Fired) -> Tensor:
     return coder.anneal.penalty(weighed(coder, source, part))
 
 
-PENALTIES = {"l1": _l1, "l0": _l0, "tanh": _tanh, "lp": _lp}
-"""Those that are sums over tokens, before the division by N."""
+PENALTIES = {"l1": _l1, "l0": _l0, "target_l0": _l0, "tanh": _tanh, "lp": _lp}
+"""What they add up over tokens and latents; of target_l0 the gates, of which it wants so many."""
 
 
 def preactivation_loss(coder: Coder, source: int, x_ND: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ Draws come from a generator that depends on seed, step and source alone, so a re
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def resample(
     """
     sources = range(len(coder.inputs))
     silent = [torch.nonzero(coder.encoder(source).dead(silent_tokens)).view(-1) for source in sources]
-    if not any(latents.numel() for latents in silent):
+    places = _places(coder, silent)
+    if not any(place.total for place in places):
         return 0
     errors = _errors(coder, parts)
     count = 0
@@ -50,8 +52,29 @@ def resample(
         x_ND = torch.cat([xs[source] for xs, _ in parts])
         rng = generator(seed, "resample", str(step), *coder.inputs[source])
         e_NSE = torch.cat([errors_nSE[:, list(coder.written(source))] for errors_nSE in errors])
-        count += _restart(coder, optimiser, source, silent[source], x_ND, e_NSE, rng)
+        count += _restart(coder, optimiser, source, silent[source], places[source], x_ND, e_NSE, rng)
+    coder.recount()
     return count
+
+
+class _Place(NamedTuple):
+    """Where a rank's silent latents stand among those of all ranks that share them."""
+
+    first: int
+    total: int
+
+
+def _places(coder: Coder, silent: Sequence[Tensor]) -> list[_Place]:
+    """By source; of shared latents a collective."""
+    own = [latents.numel() for latents in silent]
+    if coder.holding is None:
+        return [_Place(0, number) for number in own]
+    group = coder.holding.group
+    counts = group.gather(torch.tensor(own, device=coder.b_dec.device)).tolist()
+    return [
+        _Place(sum(row[source] for row in counts[: group.index]), sum(row[source] for row in counts))
+        for source in range(len(own))
+    ]
 
 
 def _errors(coder: Coder, parts: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[Tensor]:
@@ -64,6 +87,7 @@ def _restart(
     optimiser: Optimiser,
     source: int,
     silent: Tensor,
+    place: _Place,
     x_ND: Tensor,
     e_NTE: Tensor,
     rng: torch.Generator,
@@ -71,13 +95,15 @@ def _restart(
     """One source's latents; `e_NTE` is what is left of the destinations that it writes to."""
     encoder = coder.encoder(source)
     weights_N = torch.linalg.vector_norm(e_NTE.flatten(1), dim=1).double().cpu()
-    number = min(silent.numel(), int(torch.count_nonzero(weights_N)))
+    number = min(place.total, int(torch.count_nonzero(weights_N)))
     if number == 0:
         return 0
-    silent = silent[:number]
-    tokens = torch.multinomial(weights_N, number, generator=rng).to(x_ND.device)
+    silent = silent[: max(number - place.first, 0)]
+    tokens = torch.multinomial(weights_N, number, generator=rng)[place.first :][: silent.numel()].to(x_ND.device)
     living = torch.ones(coder.n_latents, dtype=torch.bool, device=x_ND.device).index_fill_(0, silent, False)
     norms_F = torch.linalg.vector_norm(encoder.W_enc, dim=1)
+    if coder.holding is not None:
+        norms_F, living = coder.holding.whole(norms_F), coder.holding.whole(living.to(norms_F.dtype)) > 0
     norm = norms_F[living].mean() if bool(living.any()) else norms_F.mean()
     x_nD = x_ND[tokens] - coder.b_dec[source] if coder.spec.pre_bias else x_ND[tokens]
     x_nD = torch.nn.functional.normalize(x_nD, dim=1)
@@ -85,7 +111,7 @@ def _restart(
     W_dec = coder.W_dec[source]
     encoder.W_enc.index_copy_(0, silent, SHARE * norm * x_nD)
     encoder.b_enc.index_fill_(0, silent, 0.0)
-    w_nTE = w_nM.view(number, *W_dec.shape[1:])
+    w_nTE = w_nM.view(-1, *W_dec.shape[1:])
     W_dec.index_copy_(0, silent, torch.nn.functional.normalize(w_nTE, dim=2) if coder.spec.unit_per_target else w_nTE)
     encoder.tokens_since_fired.index_fill_(0, silent, 0)
     encoder.changed()

@@ -207,16 +207,17 @@ def _fit(
     target: Target | None,
 ) -> Fit:
     """A plan's dictionary, at its beginning or at its last checkpoint; reads the run directory and changes nothing."""
-    checkpoint, total = load_checkpoint(path), config["training"]["total_steps"]
+    total = config["training"]["total_steps"]
     if topology(plan.spec.kind).decomposes:
         assert target is not None, "its objective asks for the model"
         fit: Fit = DecompositionFit(plan, on.reader, on.device, workspace, total, target)
     else:
         fit = Fit(plan, on.reader, on.device, workspace, total, on.mesh, on.stop)
+    checkpoint = load_checkpoint(path, fit.rows_of)
     if checkpoint is not None:
         fit.load(checkpoint)
     elif begun_from is not None:
-        fit.start(on.reader, begun_from.load())
+        fit.start(on.reader, begun_from.load(fit.coder.holding))
     else:
         fit.start(on.reader)
     return fit
@@ -275,16 +276,17 @@ def _finish(jobs: Sequence[Job], on: Shared, read: RowsOf | None) -> Iterable[Ru
     for (calibrate_rows, heldout_rows), ready in budgets.items():
         coders = [job.fit.deployed() for job in ready]
         with console.status("Setting thresholds and checking on held-out rows …"):
-            calibrate(coders, reader, calibrate_rows, device, crew, stop, read)
-            checks = held_out(coders, reader, heldout_rows, device, crew, stop)
+            calibrate(coders, reader, calibrate_rows, device, crew, stop, read, on.mesh.latents)
+            checks = held_out(coders, reader, heldout_rows, device, crew, stop, on.mesh.latents)
         if on.stopping():
             return
         for job, coder, check in zip(ready, coders, checks, strict=True):
             job.config["training"] |= _outcome(job, check)
             if check is not None and (note := job.config["training"]["held_out"]["note"]):
                 console.print(f"[yellow]{job.plan.name}[/]: {note}", highlight=False)
-            if job.leads:
-                save_run(job.path, coder, job.config)
+            writers = job.fit.writers
+            if job.leads or writers is not None:
+                save_run(job.path, coder, job.config, writers)
             job.log.finished(job.config)
             job.fit.release()  # a sweep of several streams must not keep what is done
     for job in jobs:

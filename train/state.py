@@ -9,8 +9,10 @@ position. A run that goes on from a checkpoint therefore ends bit for bit where 
 Before anything of a checkpoint is written, the disk must have room for it beside those two.
 """
 
+import functools
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import safetensors
@@ -20,6 +22,7 @@ from torch import Tensor
 from thresher.cache.errors import UserError
 from thresher.cache.publish import free_bytes, publish
 from thresher.train.files import publish_tensors
+from thresher.train.streamed import RowsOf, Whole, Writers, publish_together, read_rows
 
 _VERSION = 2
 
@@ -33,17 +36,30 @@ class Checkpoint(NamedTuple):
     """Rows of the stream consumed."""
     tensors: dict[str, Tensor]
     """`model.*` and `optimiser.*`."""
+    whole: Whole = MappingProxyType({})
+    """Where ranks share latents: shapes of the tensors of which these are rows."""
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
+def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 2, by: Writers | None = None) -> None:
     """Write a checkpoint atomically and delete all but the last `keep`.
 
-    Raises UserError when the disk has no room for it; those before it stay.
+    `by`: of ranks that share latents, which all call this (train/streamed.py). Raises UserError when the disk has no
+    room for it; those before it stay.
     """
-    folder = run / "checkpoints"
-    stem = f"step-{checkpoint.step:08d}"
-    _check_room(run, checkpoint)
-    publish_tensors(folder / f"{stem}.safetensors", checkpoint.tensors)
+    file = run / "checkpoints" / f"step-{checkpoint.step:08d}.safetensors"
+    if by is None:
+        _check_room(run, checkpoint.step, sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+        publish_tensors(file, checkpoint.tensors)
+        _make_valid(run, checkpoint, keep)
+        return
+    room = functools.partial(_check_room, run, checkpoint.step)
+    publish_together(file, checkpoint.tensors, checkpoint.whole, by, room)
+    by.together(file, lambda: _make_valid(run, checkpoint, keep) if by.leads else None)
+
+
+def _make_valid(run: Path, checkpoint: Checkpoint, keep: int) -> None:
+    """Write the record of tensors that are on the disk."""
+    folder, stem = run / "checkpoints", f"step-{checkpoint.step:08d}"
     record = {"version": _VERSION, "step": checkpoint.step, "position": checkpoint.position}
     publish(folder / f"{stem}.json", [json.dumps(record).encode()])
     kept = {record.stem for record in _records(run)[-keep:]}
@@ -52,15 +68,15 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
             file.unlink()
 
 
-def _check_room(run: Path, checkpoint: Checkpoint) -> None:
-    """Raise UserError unless the disk can take the checkpoint."""
-    needed, free = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), free_bytes(run)
+def _check_room(run: Path, at: int, needed: int) -> None:
+    """Raise UserError unless the disk can take a checkpoint of so many bytes."""
+    free = free_bytes(run)
     if needed <= free:
         return
     step, _ = latest_position(run)
     last = f"Its checkpoint of step {step} is whole" if step else "It has none before it"
     raise UserError(
-        f"The checkpoint of run {run} at step {checkpoint.step} needs {needed:,} bytes, but {free:,} are free on its "
+        f"The checkpoint of run {run} at step {at} needs {needed:,} bytes, but {free:,} are free on its "
         f"disk. {last}. Make room, or move the runs to another disk and name it with --runs; then go on with --resume."
     )
 
@@ -87,15 +103,18 @@ def drop_checkpoints(run: Path, after: int) -> None:
                 (run / "checkpoints" / f"step-{step:08d}.{suffix}").unlink(missing_ok=True)
 
 
-def load_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None. Raises UserError when it cannot be read."""
+def load_checkpoint(run: Path, rows_of: RowsOf | None = None) -> Checkpoint | None:
+    """The newest checkpoint, or None. Raises UserError when it cannot be read.
+
+    `rows_of`: which rows of a tensor are wanted, by its name and number of dimensions; None: all.
+    """
     records = _records(run)
     if not records:
         return None
     record = _read_record(records[-1])
     file = records[-1].with_suffix(".safetensors")
     try:
-        tensors = safetensors.torch.load_file(file)
+        tensors = safetensors.torch.load_file(file) if rows_of is None else read_rows(file, rows_of)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
             f"Checkpoint {file} cannot be read ({error}). Delete {records[-1].name} to go on from the one before it."

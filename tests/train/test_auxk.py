@@ -248,7 +248,7 @@ def test_gradients_of_all_terms_that_begin_with_auxk_equal_autograd(kind: str) -
 
 def test_what_the_backward_pass_used_is_freed_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the parts of a batch (train.micro_rows) would add up, as long as their losses are kept."""
-    made, way = list[weakref.ref[Any]](), auxk._way
+    made, way = list[weakref.ref[Any]](), auxk.way_of
 
     def watched(*arguments: Any) -> Any:
         def make_products(*given: Any) -> Any:
@@ -258,7 +258,7 @@ def test_what_the_backward_pass_used_is_freed_by_it(monkeypatch: pytest.MonkeyPa
 
         return make_products
 
-    monkeypatch.setattr(auxk, "_way", watched)
+    monkeypatch.setattr(auxk, "way_of", watched)
     coder = make("sae", **RULES["topk"])
     xs, ys = batch(coder)
     term = auxk_term(coder, xs, ys)

@@ -25,8 +25,10 @@ from thresher.train.anneal import Anneal
 from thresher.train.dictionary import drawing
 from thresher.train.dictionary.encoder import Chosen, Encoder, Fired
 from thresher.train.dictionary.form import Form
+from thresher.train.dictionary.holding import Holding, Sums
 from thresher.train.dictionary.pools import choose
 from thresher.train.dictionary.rules import facts
+from thresher.train.dictionary.shared import Beside, cut_codes, decode_shared, shared_pass
 from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.kernels.choice import Kernels
 from thresher.train.kernels.gradients import Sink, Sinks
@@ -48,20 +50,34 @@ class Pass(NamedTuple):
     """[N, S, E] those by Matryoshka's prefixes, without the last, which is `y`; with gradient."""
     wide: Tensor | None = None
     """[N, S, E] that by Multi-TopK's second code, with gradient; None: there is none."""
+    sums: Sums | None = None
+    """Of ranks that share latents: sums over all latents, with gradient to this rank's; None: one rank has all."""
+
+
+def wide_of(fired: Sequence[Fired]) -> list[Fired]:
+    """Multi-TopK's second codes in the place of the main ones; none where there are none."""
+    return [part._replace(selection=part.wide.selection, z=part.wide.z) for part in fired if part.wide]
 
 
 class Coder(Form):
-    """One source, one destination, and what the topologies share."""
+    """One source, one destination, and what the topologies holding."""
 
-    def __init__(self, spec: DictionarySpec, name: str = "", deployed: bool = False) -> None:
-        """Weights are zero until `initialise` or a load; `deployed` swaps learned rules for constant thresholds."""
+    def __init__(
+        self, spec: DictionarySpec, name: str = "", deployed: bool = False, holding: Holding | None = None
+    ) -> None:
+        """Weights are zero until `initialise` or a load; `deployed` swaps learned rules for constant thresholds.
+
+        `holding`: only these latents (holding.py), while `spec` stays that of all.
+        """
         super().__init__()
         self.spec = spec
+        self.holding = holding
         self.label = name
         self.deployed = deployed
-        self.encoders = nn.ModuleList(Encoder(spec, deployed) for _ in self.inputs)
+        own = spec if holding is None else holding.own_spec(spec)
+        self.encoders = nn.ModuleList(Encoder(own, deployed) for _ in self.inputs)
         self.W_dec = nn.ParameterList(
-            torch.zeros(spec.n_latents, len(self.written(source)), spec.d_out)
+            torch.zeros(own.n_latents, len(self.written(source)), spec.d_out)
             for source in range(len(self.inputs))
             if self.by_rows
         )
@@ -74,6 +90,12 @@ class Coder(Form):
         for source in range(len(self.inputs)):
             self.encoder(source).aux_width = len(self.explained(source)) * spec.d_out
         self.sinks: Sinks | None = None
+        self.dead: list[list[int]] = []
+        """By rank and source, of ranks that share latents: how many are dead, as of the last `recount`."""
+        self.partial: list[Tensor] = []
+        """[S, E] what a pre-bias read of `b_dec`: leaves whose gradients ranks that share latents add up, or those."""
+        for source in range(len(self.inputs) if holding is not None else 0):
+            self.encoder(source).asks, self.encoder(source).aux_width = True, 0
         self.use(Kernels())
 
     # What cache.contracts.Dictionary asks for, beside what it reads and writes.
@@ -92,11 +114,16 @@ class Coder(Form):
             out[source, list(self.written(source))] = squares_T.cpu()
         return out
 
+    @property
+    def n_latents(self) -> int:
+        """F, per source; of a share as many as are here."""
+        return self.spec.n_latents if self.holding is None else self.holding.size
+
     def latent_costs(self, source: int) -> Tensor:
         """[F] float64: encoder row and rows for all destinations."""
         spec = self.spec
         cost = spec.d_in + len(self.written(source)) * spec.d_out
-        return torch.full((spec.n_latents,), float(cost), dtype=torch.float64)
+        return torch.full((self.n_latents,), float(cost), dtype=torch.float64)
 
     @property
     def fixed_cost(self) -> int:
@@ -108,6 +135,8 @@ class Coder(Form):
         frame = self.frame(x_ND)
         x_ND = x_ND if frame is None else frame.enter(x_ND)
         codes = self.encoder(source).encode(x_ND, self.bias(source).detach(), self.rank_norms(source))
+        if self.holding is not None:
+            codes = cut_codes(self, source, codes)
         if self.W_skip is not None or not self.by_rows:
             codes = codes._replace(x=x_ND)
         return (
@@ -122,6 +151,8 @@ class Coder(Form):
     def decode(self, destination: int, codes: Sequence[Codes]) -> Tensor:
         """[N, E] from the codes of `sources(destination)`, in that order."""
         y_NE = self.b_dec[destination].expand(codes[0].tokens, -1)
+        if self.holding is not None:
+            return decode_shared(self, self.holding, destination, codes)
         for source, part in zip(self.sources(destination), codes, strict=True):
             span = self.written(source)
             table = self.W_dec[source].flatten(0, 1)  # row f·T + t: latent f's row for its t-th destination
@@ -130,6 +161,10 @@ class Coder(Form):
             if self.W_skip is not None and source == destination:
                 assert part.x is not None, "codes of a dictionary with a skip connection carry its input"
                 y_NE = torch.addmm(y_NE, part.x, self.W_skip[destination].T)
+        return self.outside(y_NE, codes)
+
+    def outside(self, y_NE: Tensor, codes: Sequence[Codes]) -> Tensor:
+        """Reconstructions as they are outside of the frames that a dictionary gives every token."""
         frame_N2 = codes[0].frame
         return y_NE if frame_N2 is None else Frame(frame_N2[:, :1], frame_N2[:, 1:]).leave(y_NE)
 
@@ -166,19 +201,57 @@ class Coder(Form):
         encoder = self.encoder(source)
         if not self.spec.pre_bias or self.deployed:
             return encoder.b_enc
+        b_dec_D = self.b_dec[source]
+        if (
+            self.holding is not None and torch.is_grad_enabled()
+        ):  # other ranks' latents teach it as well: added up later
+            leaf_SE = self.b_dec.detach().requires_grad_()
+            self.partial.append(leaf_SE)
+            b_dec_D = leaf_SE[source]
         if self.kernels.forced == "plain":
-            return encoder.b_enc - encoder.W_enc @ self.b_dec[source]
-        return folded_bias(encoder.b_enc, encoder.W_enc, self.b_dec[source], encoder.sink)
+            return encoder.b_enc - encoder.W_enc @ b_dec_D
+        return folded_bias(encoder.b_enc, encoder.W_enc, b_dec_D, encoder.sink)
 
-    def forward(self, xs: Sequence[Tensor], chosen: Sequence[Chosen | None] | None = None) -> Pass:
-        """Training codes and reconstructions of one batch; xs: per source [N, D]; `chosen`: selections made before."""
+    def partial_gradient(self) -> Tensor:
+        """[S, E] what this rank's latents add to the gradient of b_dec by reading it."""
+        total_SE = torch.zeros_like(self.b_dec)
+        for leaf_SE in self.partial:
+            found_SE = leaf_SE.grad if leaf_SE.requires_grad else leaf_SE
+            if found_SE is not None:
+                total_SE += found_SE
+        return total_SE
+
+    @torch.no_grad()
+    def recount(self) -> None:
+        """Tell one another how many latents are dead, where ranks share them: after a load, or a change from outside.
+        A collective."""
+        if self.holding is not None:
+            encoders = [self.encoder(source) for source in range(len(self.inputs))]
+            counts = torch.stack([torch.count_nonzero(e.dead(e.dead_after)) for e in encoders])
+            self.dead = self.holding.group.gather(counts).tolist()
+
+    def dead_of(self, source: int) -> int:
+        """How many of a source's latents are dead on all ranks that share them."""
+        return sum(counts[source] for counts in self.dead)
+
+    def forward(
+        self, xs: Sequence[Tensor], chosen: Sequence[Chosen | None] | None = None, beside: Beside | None = None
+    ) -> Pass:
+        """Training codes and reconstructions of one batch; xs: per source [N, D]; `chosen`: selections made before.
+
+        `beside`: what ranks that share latents add up together with the reconstructions.
+        """
+        if self.holding is not None and (chosen is None or any(one is None for one in chosen)):
+            chosen = choose(self, [xs])[0]
         if chosen is None and self.spec.pool == "joint":
             chosen = choose(self, [xs])[0]
         before = chosen or [None] * len(xs)
         fired = tuple(self.fire(source, x_ND, before[source]) for source, x_ND in enumerate(xs))
+        if self.holding is not None:
+            return shared_pass(self, self.holding, xs, fired, beside)
         with stage("decode"):
             *prefixes, y_NSE = self._reconstructed(xs, fired, self.spec.prefix_ends)
-            wide = [part._replace(selection=part.wide.selection, z=part.wide.z) for part in fired if part.wide]
+            wide = wide_of(fired)
             second = self._reconstructed(xs, wide)[0] if wide else None
         return Pass(fired, y_NSE, tuple(prefixes), second)
 
@@ -189,12 +262,19 @@ class Coder(Form):
         """
         sums = [self.without_codes(xs)]
         sums += [torch.zeros_like(sums[0]) for _ in ends[1:]]
+        return list(itertools.accumulate(self.written_by(sums, xs, codes, ends)))
+
+    def written_by(
+        self, sums: list[Tensor], xs: Sequence[Tensor], codes: Sequence[Fired], ends: Sequence[int]
+    ) -> list[Tensor]:
+        """The sums [N, S, E], which may be changed in place, each with what the codes of its segment of latents add;
+        of one segment, all of them, where there are no `ends`."""
         for source, (part, x_ND) in enumerate(zip(codes, xs, strict=True)):
             if ends:
                 sums = self.add_segments(sums, source, part, x_ND, ends)
             else:
                 sums = [self.add(sums[0], source, part, x_ND)]
-        return list(itertools.accumulate(sums))
+        return sums
 
     def add_segments(
         self, sums: Sequence[Tensor], source: int, part: Fired, x_ND: Tensor, ends: Sequence[int]
@@ -265,18 +345,18 @@ class Coder(Form):
     # How weights begin, fold and are stored.
 
     def draw(self, source: int, rng: torch.Generator) -> None:
-        """Set a source's initial encoder and decoder, before the decoder's constraint."""
+        """Set a source's initial encoder and decoder, before the decoder's constraint; of a share its own rows."""
         enc, dec = drawing.resolved(self.spec, self.starts)
         W_enc, W_dec = self.encoder(source).W_enc, self.W_dec[source]
         if enc == "tied":
-            W_dec.copy_(drawing.rows(dec, W_dec.flatten(1).shape, self.spec, rng).view_as(W_dec))
+            W_dec.copy_(drawing.rows(dec, W_dec.flatten(1).shape, self.spec, rng, self.holding).view_as(W_dec))
             W_enc.copy_(W_dec.flatten(1))
             return
-        W_enc.copy_(drawing.rows(enc, W_enc.shape, self.spec, rng))
+        W_enc.copy_(drawing.rows(enc, W_enc.shape, self.spec, rng, self.holding))
         if dec == "tied":  # for several destinations: each one's part of a row, unless the encoder's spans them all
             W_dec.copy_(W_enc.unflatten(1, (-1, W_dec.shape[2])).expand_as(W_dec))
         else:
-            W_dec.copy_(drawing.rows(dec, W_dec.flatten(1).shape, self.spec, rng).view_as(W_dec))
+            W_dec.copy_(drawing.rows(dec, W_dec.flatten(1).shape, self.spec, rng, self.holding).view_as(W_dec))
 
     def constrain(self, source: int) -> None:
         """Set the norm of decoder rows to 1, as far as the spec wants it."""

@@ -27,6 +27,7 @@ class Crosscoder(Coder):
     causal = False
     joint = True
     own_site = True
+    shareable = True
     admits = frozenset({"norm", "tied", "tied_encoder"})
     starts = ("tied", "rows")
 

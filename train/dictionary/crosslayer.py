@@ -14,6 +14,7 @@ class CrossLayer(Coder):
     """L sources and L destinations, the former writing forward."""
 
     joint = True
+    shareable = True
     admits = frozenset({"skip", "unit_per_target", "tied", "aux_scope", "pool"})
     starts = ("latents", "uniform")
 

@@ -6,11 +6,17 @@ Decoders: `rows`, random directions of norm 1; `tied`, the encoder's rows (for e
 `uniform`, in ±1/√(S·E) with S destinations.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from thresher.cache.errors import UserError
+from thresher.train.dictionary.holding import Holding
 from thresher.train.dictionary.spec import DictionarySpec
+
+_DRAWN = 1 << 20
+"""Numbers drawn at a time where most are not kept; a multiple of 16."""
 
 
 def resolved(spec: DictionarySpec, auto: tuple[str, str]) -> tuple[str, str]:
@@ -38,19 +44,44 @@ def resolved(spec: DictionarySpec, auto: tuple[str, str]) -> tuple[str, str]:
     return enc, dec
 
 
-def rows(how: str, shape: torch.Size, spec: DictionarySpec, rng: torch.Generator) -> Tensor:
-    """[F, M] weights by name, all but `tied`."""
+def rows(
+    how: str, shape: torch.Size, spec: DictionarySpec, rng: torch.Generator, holding: Holding | None = None
+) -> Tensor:
+    """[F, M] weights by name, all but `tied`; `holding`: those of its latents out of the same draws as for all."""
     if how == "zero":
         return torch.zeros(shape)
     if how == "rows":
-        return torch.nn.functional.normalize(torch.randn(shape, generator=rng), dim=1)
+        drawn = (
+            torch.randn(shape, generator=rng) if holding is None else drawn_rows(torch.randn, shape[1], rng, holding)
+        )
+        return torch.nn.functional.normalize(drawn, dim=1)
     bound = {
         "width": spec.d_in**-0.5,
         "latents": spec.n_latents**-0.5,
         "kaiming": (6 / spec.n_latents) ** 0.5,
         "uniform": (len(spec.writes) * spec.d_out) ** -0.5,
     }[how]
+    if holding is not None:
+        return (drawn_rows(torch.rand, shape[1], rng, holding) * 2 - 1) * bound
     return uniform(shape, bound, rng)
+
+
+def drawn_rows(draw: Callable[..., Tensor], width: int, rng: torch.Generator, holding: Holding) -> Tensor:
+    """[n, width] a rank's rows of `draw([F, width])`, number for number, without the rest of it in memory.
+
+    torch makes normal numbers sixteen at a time, and where they do not come out even the last sixteen anew; so pieces
+    begin at multiples of sixteen, and the last one has sixteen or more.
+    """
+    total, first, stop = holding.width * width, holding.first * width, holding.stop * width
+    out, start = torch.empty(stop - first), 0
+    while start < total:
+        size = total - start if total - start < _DRAWN + 16 else _DRAWN
+        piece = draw(size, generator=rng)
+        low, high = max(start, first), min(start + size, stop)
+        if low < high:
+            out[low - first : high - first] = piece[low - start : high - start]
+        start += size
+    return out.view(-1, width)
 
 
 def uniform(shape: torch.Size, bound: float, rng: torch.Generator) -> Tensor:

@@ -95,6 +95,8 @@ class Chosen(NamedTuple):
     """As in `Fired`."""
     norms: Tensor | None = None
     """As in `Fired`."""
+    main: Tensor | None = None
+    """[A] bool: the entries of the main code, where Multi-TopK's second one was cut over several ranks."""
 
     def scores(self) -> Tensor:
         """[A] what the entries of a selection compete by."""
@@ -123,6 +125,8 @@ class Encoder(nn.Module):
         self.aux_width = spec.d_out if spec.aux_scope == "own" else 0  # 0: a list of codes, and no block
         self.multi = spec.multi_topk > 0 and not deployed
         self.forecast = None if deployed else Forecast(spec.dead_after)
+        self.asks = False
+        """Whether the dead are counted where they lie even if the host has to wait: ranks that share latents do."""
         self.register_load_state_dict_post_hook(_look_once)
         self.matmul_dtype: torch.dtype | None = None
         self.register_buffer("low", None, persistent=False)
@@ -196,7 +200,7 @@ class Encoder(nn.Module):
             budget, scores_nF = self.rule.budget(tokens), a_nF if norms_F is None else a_nF * norms_F
             selection = None
             if self.multi:
-                selection = firing.select_topk(scores_nF, min(MULTI * self._count(), a_nF.shape[1]), self.kernels)
+                selection = firing.select_topk(scores_nF, min(MULTI * self.count(), a_nF.shape[1]), self.kernels)
             elif budget is None:
                 selection = self.rule.select(scores_nF)
             else:
@@ -238,14 +242,14 @@ class Encoder(nn.Module):
             every = dead._replace(latents=torch.arange(latents.shape[0], device=latents.device))
             return choose_silent(a_Nn, every, self.aux_k, self.kernels, self.aux_width)._replace(latents=latents)
 
-    def _count(self) -> int:
+    def count(self) -> int:
         """k of a rule that counts per token."""
         assert isinstance(self.rule, TopK)
         return self.rule.k
 
     def _wanted(self, tokens: int) -> Dead | None:
         """Dead latents whose codes AuxK's fast form takes from here; None: none."""
-        fast = self.aux_k and self.kernels.forced != "plain" and self.rule.aux_floor() is None
+        fast = self.aux_k and (self.kernels.forced != "plain" or self.asks) and self.rule.aux_floor() is None
         return self.asleep(tokens) if fast else None
 
     def forward(
@@ -259,12 +263,12 @@ class Encoder(nn.Module):
             chosen = self.choose(x_ND, bias_F, norms_F=norms_F)
         elif chosen.silent is None:
             chosen = chosen._replace(silent=self._wake(x_ND, bias_F))
-        selection, values, silent, woken, norms_F = chosen
+        selection, values, silent, woken, norms_F, main = chosen
         a = gathered_linear(x_ND, self.W_enc, bias_F, values, selection, self.kernels, self.sink)
         wide = None
         if self.multi and selection is not None:
             wide = Wide(selection, self.rule.fire(a, selection, self.b_enc)[0])
-            selection, entries = narrowed(selection, chosen.scores(), self._count())
+            selection, entries = narrowed(selection, chosen.scores(), self.count() if main is None else main)
             a = a.index_select(0, entries)
         fired = self.rule.fire(a, selection, self.b_enc)
         return Fired(selection, a, *fired, x_ND.shape[0], silent, wide, norms_F, woken)
@@ -302,21 +306,22 @@ class Encoder(nn.Module):
         return Tally(count_F, fired.tokens, seen(scores, fired.tokens, fired.woken))
 
     @torch.no_grad()
-    def advance(self, parts: Sequence[Tally], left_out: Tensor | None = None) -> Tensor:
+    def advance(self, parts: Sequence[Tally], left_out: Tensor | None = None, of_all: Seen | None = None) -> Tensor:
         """Move the running threshold and the dead counters on by one optimiser step.
 
         `left_out`: bool scalar, whether its update was; the counters then stay, for they count tokens trained on, and
-        codes that were cut off say nothing of who fired. Returns the number of active entries, a scalar on the device.
+        codes that were cut off say nothing of who fired. `of_all`: what the rule is told, where other ranks hold
+        further latents. Returns the number of active entries, a scalar on the device.
         """
         count_F, tokens, told = whole_of(parts)
         if told is not None:
-            self.rule.observe(told)
+            self.rule.observe(told if of_all is None else of_all)
         fired_F = count_F > 0
         if left_out is None:
             self.tokens_since_fired.add_(tokens).masked_fill_(fired_F, 0)
         else:
             self.tokens_since_fired.add_((~left_out) * tokens).masked_fill_(fired_F & ~left_out, 0)
-        if self.forecast is not None:
+        if self.forecast is not None and not self.asks:
             self.forecast.advance(self.tokens_since_fired, tokens)
         return count_F.sum(dtype=torch.float64)
 
@@ -335,7 +340,7 @@ class Encoder(nn.Module):
 
     def asleep(self, tokens: int) -> Dead | None:
         """Latents that count as dead in a batch of so many tokens, found without asking a device; None: none."""
-        if self.forecast is None or not padded.must_not_ask(self.tokens_since_fired):
+        if self.forecast is None or self.asks or not padded.must_not_ask(self.tokens_since_fired):
             latents = self.dead_latents()
             return None if latents is None else Dead(latents)
         length = self.forecast.capacity(self.tokens_since_fired, tokens)
@@ -346,5 +351,6 @@ def _look_once(encoder: nn.Module, _: object) -> None:
     """After a load, which may wait: count what may be dead, so that no step has to do without a bound."""
     assert isinstance(encoder, Encoder)
     counters = encoder.tokens_since_fired
-    if encoder.forecast is not None and padded.must_not_ask(counters) and not encoder.forecast.known:
+    waits = not padded.must_not_ask(counters) or encoder.asks
+    if encoder.forecast is not None and not waits and not encoder.forecast.known:
         encoder.forecast.recount(counters)

@@ -35,7 +35,7 @@ def deploy(
     `reads`: by source, of several sites `joined` ones; `writes`: by destination.
     """
     device = coder.b_dec.device
-    out = build(coder.spec, coder.label, deployed=True).to(device=device, dtype=dtype)
+    out = build(coder.spec, coder.label, deployed=True, holding=coder.holding).to(device=device, dtype=dtype)
     for destination, site in enumerate(writes):
         shift, scale = site.shift.to(device), site.scale.to(device)
         b_dec = coder.b_dec[destination].double() * scale + shift

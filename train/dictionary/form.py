@@ -37,6 +37,8 @@ class Form(nn.Module):
     """Firing rules that make no sense here, with the reason."""
     decomposes: ClassVar[bool] = False
     """Whether it is made of the target's matrices, and trained by train/endtoend/decomposed.py."""
+    shareable: ClassVar[bool] = False
+    """Whether several processes may hold its latents in shares (holding.py): what it writes is a sum over latents."""
     starts: ClassVar[tuple[str, str]] = ("width", "zero")
     """Initial encoder and decoder of `"auto"` (drawing.py)."""
 

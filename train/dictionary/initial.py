@@ -58,4 +58,10 @@ def initialise(
         if not spec.pre_bias and spec.init_b_enc == "centred":
             encoder.b_enc.copy_(-(encoder.W_enc @ reads[source].mean.to(encoder.W_enc)))
         a_NF = encoder.preactivations(samples[source], coder.bias(source))
-        encoder.rule.start(float(a_NF.var(0).mean().sqrt()), encoder.b_enc)
+        encoder.rule.start(deviation(coder, a_NF), encoder.b_enc)
+
+
+def deviation(coder: Coder, a_NF: Tensor) -> float:
+    """Standard deviation of pre-activations, from the mean of their variances; of shared latents a collective."""
+    variances_F = a_NF.var(0)
+    return float((variances_F if coder.holding is None else coder.holding.whole(variances_F)).mean().sqrt())

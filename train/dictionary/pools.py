@@ -4,6 +4,7 @@ Every part of every source keeps as many entries as the whole batch may keep in 
 those, so the selection is the one of the whole block [N, F] of a source, or [N, L, F] of a joint pool, entry for entry.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from thresher.train.dictionary.encoder import Chosen, Tally
+from thresher.train.dictionary.offers import cut_latents, settled, some
 from thresher.train.dictionary.rules.base import merged
 from thresher.train.kernels import padded
-from thresher.train.kernels.sparse import Selection
 
 if TYPE_CHECKING:
     from thresher.train.dictionary.coder import Coder
@@ -40,9 +41,13 @@ def choose(
     if budget is not None:
         joint = coder.spec.pool == "joint"
         pools = [[one for column in found for one in column]] if joint else found
+        if cut_pools is None and coder.holding is not None:
+            cut_pools = functools.partial(cut_latents, coder, coder.holding, tokens)
         kept = [cut(pool, budget) for pool in pools] if cut_pools is None else cut_pools(pools, budget)
         every = iter([one for pool in kept for one in pool])
         found = [[next(every) for _ in column] for column in found]
+    if coder.holding is not None:
+        found = settled(coder, coder.holding, found)
     return [list(row) for row in zip(*found, strict=True)]
 
 
@@ -64,13 +69,8 @@ def cut(parts: Sequence[Chosen], count: int) -> list[Chosen]:
 def only(part: Chosen, keep: Tensor, count: int) -> Chosen:
     """A selection reduced to the entries in a mask [A], `count` at most."""
     assert part.selection is not None
-    old = part.selection
-    if isinstance(old, padded.Padded):
-        selection, values = padded.only(old, part.values, keep, count)
-        return part._replace(selection=selection, values=values)
-    counts = torch.zeros(old.tokens, dtype=torch.int64, device=keep.device).index_add_(0, old.rows, keep.long())
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return part._replace(selection=Selection(old.latents[keep], offsets, old.width), values=part.values[keep])
+    selection, values = some(part.selection, part.values, keep, count)
+    return part._replace(selection=selection, values=values)
 
 
 def shared(tallies: Sequence[Sequence[Tally]]) -> list[list[Tally]]:

@@ -16,6 +16,7 @@ class SAE(Coder):
     own_site = True
     raw_codes = True
     unit_rows = True
+    shareable = True
     admits = frozenset({"pre_bias", "tied", "tied_encoder"})
     starts = ("tied", "rows")
 
@@ -24,4 +25,5 @@ class SAE(Coder):
 class Transcoder(Coder):
     """ŷ from x, one dictionary for each matched pair; starts as the mean. Input and output differ: nothing is tied."""
 
+    shareable = True
     admits = frozenset({"skip", "tied", "tied_encoder"})

@@ -20,6 +20,7 @@ from thresher.cache.records import nearest
 
 if TYPE_CHECKING:
     from thresher.train.dictionary.coder import Coder
+    from thresher.train.dictionary.holding import Holding
     from thresher.train.dictionary.spec import DictionarySpec
 
 _BUILT_IN = ("single", "crosslayer", "crosscoder", "molt", "decomposition")
@@ -62,6 +63,7 @@ def topology(kind: str) -> type["Coder"]:
     return known[kind]
 
 
-def build(spec: "DictionarySpec", name: str = "", deployed: bool = False) -> "Coder":
-    """The module that a spec describes, with zero weights."""
-    return topology(spec.kind)(spec, name, deployed)
+def build(spec: "DictionarySpec", name: str = "", deployed: bool = False, holding: "Holding | None" = None) -> "Coder":
+    """The module that a spec describes, with zero weights; `holding`: the part of it that one rank holds."""
+    cls = topology(spec.kind)
+    return cls(spec, name, deployed) if holding is None else cls(spec, name, deployed, holding)

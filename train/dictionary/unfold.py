@@ -26,6 +26,8 @@ from torch import Tensor
 from thresher.train.counting import entries
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.fold import code_factor
+from thresher.train.dictionary.holding import Holding
+from thresher.train.dictionary.initial import deviation
 from thresher.train.dictionary.rules.counted import TopK
 from thresher.train.normalise import Affine
 
@@ -66,14 +68,16 @@ def unfold(
         new.tokens_since_fired.copy_(old.tokens_since_fired)
         a_nF = new.preactivations(samples[source], coder.bias(source)) if samples else None
         if a_nF is not None:
-            new.rule.start(float(a_nF.var(0).mean().sqrt()), new.b_enc)
+            new.rule.start(deviation(coder, a_nF), new.b_enc)
         theta = old.rule.thresholds()
         if theta is None and isinstance(old.rule, TopK) and a_nF is not None:
-            theta_F = _of_rank(a_nF, old.rule.k).double().expand(coder.n_latents)
+            theta_F = _of_rank(a_nF, old.rule.k, coder.holding).double().expand(coder.n_latents)
         elif theta is None:
             continue
         else:
             theta_F = theta.double().cpu() / factor * _safe(given.norms[source])
+        if coder.holding is not None and new.rule.follows:  # it has one threshold for all, whoever holds them
+            theta_F = coder.holding.whole(theta_F)
         new.rule.adopt(theta_F, new.b_enc)
 
 
@@ -128,7 +132,12 @@ def _safe(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, 1.0).double()
 
 
-def _of_rank(a_nF: Tensor, k: float) -> Tensor:
-    """The value that k pre-activations per token reach, on average over some tokens."""
-    values = torch.relu(a_nF).flatten()
-    return values.topk(max(1, entries(k, a_nF.shape[0]))).values[-1]
+def _of_rank(a_nF: Tensor, k: float, holding: Holding | None) -> Tensor:
+    """The value that k pre-activations per token reach, on average over some tokens; of shared latents a collective."""
+    values, rank = torch.relu(a_nF).flatten(), max(1, entries(k, a_nF.shape[0]))
+    if holding is not None:
+        offered = values.new_zeros(rank)
+        own = values.topk(min(rank, values.shape[0])).values
+        offered[: own.shape[0]] = own
+        values = holding.group.gather(offered).flatten()
+    return values.topk(rank).values[-1]

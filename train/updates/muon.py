@@ -11,10 +11,14 @@ A matrix is what updates/rule.py says: W_enc [F, D] and, of W_dec [F, T, E], eve
 a source writes to one place has nothing to do with the scale of what it writes to another.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from thresher.train.config import TrainConfig
+from thresher.train.dictionary.holding import Holding
+from thresher.train.mesh import Group
 from thresher.train.updates.adam import Adam
 from thresher.train.updates.rule import Parameters, Rule
 
@@ -63,10 +67,26 @@ class Muon(Rule):
             m.lerp_(g, 1 - self.momentum)
             own_rate = (rate * go).to(m.dtype)
             parameter.detach().mul_(1 - own_rate * self.decay)
-            for weight, ahead in zip(_sheets(parameter.detach()), _sheets(g.lerp_(m, self.momentum)), strict=True):
-                low = torch.bfloat16 if ahead.device.type == "cuda" else ahead.dtype
-                weight.sub_(own_rate * (_SIZE * max(weight.shape) ** 0.5) * orthogonal(ahead, low).to(weight.dtype))
+            sheets = _sheets(g.lerp_(m, self.momentum))
+            for weight, step in zip(_sheets(parameter.detach()), self.orthogonal(parameter, sheets), strict=True):
+                weight.sub_(own_rate * (_SIZE * self.longest(parameter, weight) ** 0.5) * step.to(weight.dtype))
         self.vectors.move(rate, norm)
+
+    def orthogonal(self, parameter: nn.Parameter, sheets: list[Tensor]) -> Iterable[Tensor]:
+        """`orthogonal` of every matrix of a parameter, one at a time unless ranks share its rows."""
+        holding = self._holding_of(parameter)
+        low = torch.bfloat16 if sheets[0].device.type == "cuda" else sheets[0].dtype
+        if holding is None:
+            return (orthogonal(sheet, low) for sheet in sheets)
+        return orthogonal_rows(sheets, low, holding.group)
+
+    def _holding_of(self, parameter: nn.Parameter) -> Holding | None:
+        return None if self.parameters.is_replicated(parameter) else self.parameters.holding
+
+    def longest(self, parameter: nn.Parameter, weight: Tensor) -> int:
+        """The longer side of a matrix of a parameter, all of its rows counted."""
+        holding = self._holding_of(parameter)
+        return max(weight.shape[0] if holding is None else holding.width, weight.shape[1])
 
     def plain(self, rate: float) -> "PlainMuon":
         """The three lines, and Adam's."""
@@ -87,10 +107,10 @@ class PlainMuon:
             assert g is not None
             m.copy_(mu * m + (1 - mu) * g)
             ahead = (1 - mu) * g + mu * m
-            for weight, part in zip(_sheets(parameter.detach()), _sheets(ahead), strict=True):
-                rows, columns = weight.shape
-                step = orthogonal(part, torch.bfloat16 if part.is_cuda else part.dtype).to(weight.dtype)
-                weight.copy_((1 - eta * self.rule.decay) * weight - eta * 0.2 * max(rows, columns) ** 0.5 * step)
+            steps = self.rule.orthogonal(parameter, _sheets(ahead))
+            for weight, step in zip(_sheets(parameter.detach()), steps, strict=True):
+                size = 0.2 * self.rule.longest(parameter, weight) ** 0.5
+                weight.copy_((1 - eta * self.rule.decay) * weight - eta * size * step.to(weight.dtype))
         self.rule.vectors.plain(eta).step()
 
 
@@ -103,6 +123,23 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         A = X @ X.T
         X = _A * X + (_B * A + _C * (A @ A)) @ X
     return X if wide else X.T
+
+
+def orthogonal_rows(sheets: list[Tensor], dtype: torch.dtype, group: Group) -> list[Tensor]:
+    """`orthogonal` of matrices [F, C] of which every rank has some rows; five collectives for all of them.
+
+    Gram matrices over the columns, XᵀX [C, C], are sums over rows, and (bA + cA²) X = X (bB + cB²) with A = XXᵀ and
+    B = XᵀX; the trace of the first is the norm's square.
+    """
+    X = torch.stack([sheet.to(dtype) for sheet in sheets])
+    for step in range(_STEPS):
+        B = X.mT @ X
+        group.add_up([B])
+        if step == 0:
+            norm = B.diagonal(dim1=1, dim2=2).sum(1).sqrt().clamp_min(_TINY)[:, None, None]
+            X, B = X / norm, B / norm.square()
+        X = _A * X + X @ (_B * B + _C * (B @ B))
+    return list(X.unbind())
 
 
 def _sheets(weight: Tensor) -> list[Tensor]:

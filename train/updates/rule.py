@@ -21,6 +21,7 @@ from thresher.train.dictionary.coder import Coder
 from thresher.train.kernels import cpu
 from thresher.train.kernels.choice import Implementation
 from thresher.train.kernels.gradients import Facts
+from thresher.train.meeting import Meeting
 
 
 class Turn(NamedTuple):
@@ -45,6 +46,10 @@ class Parameters:
         self.apart = coder.spec.unit_per_target
         named = list(coder.named_parameters())
         self.matrices = [p for name, p in named if p.dim() > 1 and not _is_bias(name)]
+        self.holding = coder.holding
+        self.replicated = [p for p in (coder.b_dec, coder.W_skip) if p is not None]
+        self.meeting: Meeting | None = None
+        """Of a step of ranks that share latents: adds up what each knows of the norm."""
         self._encoders = {(encoder := coder.encoder(source)).W_enc: encoder for source in range(len(coder.inputs))}
 
     def with_gradient(self) -> list[nn.Parameter]:
@@ -87,6 +92,33 @@ class Parameters:
             along = along - (facts.dots + along * facts.weights)
         squares = facts.squares + 2 * along * facts.dots + along.square() * facts.weights
         return Turn(parameter, unit, along.to(parameter.dtype), float(squares.clamp_min(0.0).sum()))
+
+    def turns(self) -> tuple[list[Turn], float]:
+        """Of all parameters with a gradient, and ‖gradient‖² of the dictionary; of shared latents a collective."""
+        if self.meeting is None:
+            turns = [self.turn(parameter) for parameter in self.with_gradient()]
+            return turns, sum(turn.square for turn in turns)
+        turns = [self.turn(parameter) for parameter in self.with_gradient() if not self.is_replicated(parameter)]
+        square = float(self.meeting.hold(sum(turn.square for turn in turns)))
+        common = [self.turn(parameter) for parameter in self.with_gradient() if self.is_replicated(parameter)]
+        return turns + common, square + sum(turn.square for turn in common)
+
+    def norm(self) -> Tensor:
+        """‖gradient‖ of the dictionary from the gradients as they are; of shared latents a collective."""
+        if self.meeting is None:
+            return torch.nn.utils.get_total_norm([p.grad for p in self.all if p.grad is not None])
+        square = self.meeting.hold(self._square([p for p in self.all if not self.is_replicated(p)]))
+        return (square + self._square(self.replicated)).sqrt().to(self.all[0].dtype)
+
+    def _square(self, parameters: list[nn.Parameter]) -> Tensor:
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for p in parameters if p.grad is not None
+        ]
+        return torch.stack(norms).sum() if norms else self.all[0].new_zeros((), dtype=torch.float64)
+
+    def is_replicated(self, parameter: nn.Parameter) -> bool:
+        """Whether every rank that shares the latents has it."""
+        return any(parameter is weight for weight in self.replicated)
 
     def copy(self, parameter: nn.Parameter) -> Tensor | None:
         """A weight's copy in a shorter format, which an update on a device has to write too."""
@@ -165,8 +197,8 @@ class Rule:
 
     def by_cpu_rows(self, finite: Tensor, update: Callable[[Turn, float], None]) -> Tensor:
         """On a CPU: the norm from all turns, then each turn's update with the factor that clips its gradient."""
-        turns = [self.parameters.turn(parameter) for parameter in self.parameters.with_gradient()]
-        norm = self.parameters.all[0].new_tensor(sum(turn.square for turn in turns) ** 0.5)
+        turns, square = self.parameters.turns()
+        norm = self.parameters.all[0].new_tensor(square**0.5)
         if not bool(finite & norm.isfinite()):
             return torch.full_like(norm, torch.inf)
         scale = 1.0 if self.clip is None else 1 / max(1.0, float(norm) / self.clip)

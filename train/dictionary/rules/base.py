@@ -23,6 +23,7 @@ from thresher.train.kernels.sparse import Selection
 
 if TYPE_CHECKING:
     from thresher.train.dictionary.coder import Coder, Pass
+    from thresher.train.dictionary.encoder import Fired
     from thresher.train.dictionary.spec import DictionarySpec
     from thresher.train.kernels.residual import Left
 
@@ -94,6 +95,9 @@ class Rule(nn.Module):
     """Whether `observe` has to see each step's codes."""
     uses: ClassVar[tuple[str, ...]] = ()
     """Which of the settings in `SPECIAL` mean something to it."""
+    shareable: ClassVar[bool] = False
+    """Whether several processes may hold its latents in shares: it selects every entry by itself, or by count as
+    `budget` and `per_token` say, and what it gathers of a step is a `Seen`."""
     bounded: ClassVar[bool] = False
     """Whether the number of entries is known before they are selected."""
 
@@ -125,6 +129,10 @@ class Rule(nn.Module):
         """Entries that a batch of so many tokens may keep in all, where its tokens compete; None: they do not."""
         return None
 
+    def per_token(self) -> int | None:
+        """Entries of every token that are kept, the largest of all its latents; None: it does not count so."""
+        return None
+
     def select(self, a_NF: Tensor) -> Selection | None:
         """Entries that training looks at; None for all."""
         return firing.select_above(a_NF, 0.0, self.room, kernels=self.kernels)
@@ -146,6 +154,11 @@ class Rule(nn.Module):
         `lefts`: what the pass `done` left of every destination; `divisors`: what makes of Σ‖e‖² there a loss in the
         unit of the reconstruction.
         """
+        return None
+
+    def decoded_terms(self, coder: "Coder", fired: "Sequence[Fired]", zero_NSE: Tensor) -> Tensor | None:
+        """[N, S, E] what `terms` decode of codes, on top of zeros: the sum over latents that ranks which share them
+        give `terms` in `Pass.sums`; None: nothing."""
         return None
 
     def observe(self, seen: Seen) -> None:

@@ -36,7 +36,7 @@ class Global(Rule):
     """Every entry above one threshold, driven to k per token."""
 
     name = "global"
-    by_count = follows = calibrated = True
+    by_count = follows = calibrated = shareable = True
     uses = ("k_anneal", "k_start")
 
     def __init__(self, spec: "DictionarySpec") -> None:

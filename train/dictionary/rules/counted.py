@@ -45,7 +45,7 @@ def count_of(spec: "DictionarySpec") -> Count:
 class PerToken(Rule):
     """A whole number of entries of every token, chosen from that token alone: the same in training and when served."""
 
-    by_count = bounded = whole_k = True
+    by_count = bounded = whole_k = shareable = True
     thresholded = False
     uses = ("rank_by", "k_anneal", "k_start")
 
@@ -69,17 +69,22 @@ class TopK(PerToken):
         self.k = round(self.count.at(step))
 
     def select(self, a_NF: Tensor) -> Selection:
-        """k entries per token."""
-        return firing.select_topk(a_NF, self.k, self.kernels)
+        """k entries per token, of a share of the latents as many at most."""
+        return firing.select_topk(a_NF, min(self.k, a_NF.shape[1]), self.kernels)
+
+    def per_token(self) -> int:
+        """k."""
+        return self.k
 
     def fire_frozen(self, a_NF: Tensor) -> tuple[Selection, Tensor]:
         """The k largest of each token, on a CPU without those that are not positive, which have no code."""
+        k = min(self.k, a_NF.shape[1])
         if not frozen.can_choose(a_NF):
-            selection = firing.select_topk(a_NF, self.k)
-        elif (found := frozen.largest(a_NF, self.k)) is not None:
+            selection = firing.select_topk(a_NF, k)
+        elif (found := frozen.largest(a_NF, k)) is not None:
             return found
         else:
-            selection = firing.compress(firing.plain_topk(a_NF, self.k))  # what is not a number is among the largest
+            selection = firing.compress(firing.plain_topk(a_NF, k))  # what is not a number is among the largest
         return selection, selection.take(a_NF).relu_()
 
 
@@ -117,7 +122,7 @@ class BatchTopK(Rule):
     """The ⌊kN⌋ largest positive entries of the batch; of all L layers together the ⌊kNL⌋ largest."""
 
     name = "batchtopk"
-    by_count = bounded = follows = calibrated = True
+    by_count = bounded = follows = calibrated = shareable = True
     uses = ("pool", "rank_by", "k_anneal", "k_start", "threshold_decay")
 
     def __init__(self, spec: "DictionarySpec") -> None:

@@ -24,6 +24,7 @@ from thresher.train.kernels.sparse import Selection, add_decoded, spread
 
 if TYPE_CHECKING:
     from thresher.train.dictionary.coder import Coder, Pass
+    from thresher.train.dictionary.encoder import Fired
     from thresher.train.dictionary.spec import DictionarySpec
     from thresher.train.kernels.residual import Left
 
@@ -34,6 +35,7 @@ class Gated(Rule):
 
     name = "gated"
     penalties = ("l1",)
+    shareable = True
 
     def __init__(self, spec: "DictionarySpec") -> None:
         super().__init__(spec)
@@ -67,6 +69,14 @@ class Gated(Rule):
         """relu(π_g)."""
         return torch.relu(a)
 
+    def decoded_terms(self, coder: "Coder", fired: "Sequence[Fired]", zero_NSE: Tensor) -> Tensor:
+        """[N, S, E] what gates decode to, less what codes do."""
+        for source, part in enumerate(fired):
+            change = torch.relu(part.a) - part.z.detach()
+            W_dec, first = coder.W_dec[source].detach(), coder.written(source).start
+            zero_NSE = add_decoded(zero_NSE, change, W_dec, part.selection, first, coder.kernels)
+        return zero_NSE
+
     def terms(self, coder: "Coder", done: "Pass", lefts: Sequence["Left"], divisors: Sequence[float]) -> Tensor:
         """The reconstruction from the gates, the mean over destinations.
 
@@ -74,10 +84,9 @@ class Gated(Rule):
         what it leaves is the pass's residual less that.
         """
         assert len(lefts) == done.y.shape[1], "gates learn from residuals, whatever else is trained on"
-        change_NSE = torch.zeros_like(done.y.detach())
-        for source, part in enumerate(done.fired):
-            change = torch.relu(part.a) - part.z.detach()
-            W_dec, first = coder.W_dec[source].detach(), coder.written(source).start
-            change_NSE = add_decoded(change_NSE, change, W_dec, part.selection, first, coder.kernels)
+        known = None if done.sums is None else done.sums.rule
+        change_NSE = (
+            self.decoded_terms(coder, done.fired, torch.zeros_like(done.y.detach())) if known is None else known
+        )
         errors = [(left.residual - change_NSE[:, index]).square().sum() for index, left in enumerate(lefts)]
         return torch.stack([error / divisor for error, divisor in zip(errors, divisors, strict=True)]).mean()

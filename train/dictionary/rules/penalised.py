@@ -22,6 +22,7 @@ class ReLU(Rule):
 
     name = "relu"
     penalties = ("l1", "lp")
+    shareable = True
 
 
 @register
@@ -30,6 +31,7 @@ class JumpReLU(Rule):
 
     name = "jumprelu"
     penalties = ("l0", "target_l0", "tanh")
+    shareable = True
     uses = ("preact", "theta", "bandwidth", "theta_unit")
 
     def __init__(self, spec: "DictionarySpec") -> None:
