@@ -4,14 +4,18 @@
 
 A group trains whole dictionaries of its own (train/division.py). Within it `data` ranks split the rows of a batch, each
 with all weights, and all-reduce gradients once a step; `latents` ranks split the latents of every dictionary, encoder
-and decoder rows together, see the same rows and all-reduce the stacked reconstructions.
+and decoder rows together, see the same rows and all-reduce the stacked reconstructions. Left out: rows and latents that
+do not divide evenly, which training can share too.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from thresher.train.dictionary.topologies import topology
+from thresher.cache.errors import UserError
+from thresher.train.dictionary.holding import holding_of
+from thresher.train.dictionary.spec import DictionarySpec
 from thresher.train.division import division, work
+from thresher.train.mesh import Group
 from thresher.train.plan import RunPlan
 
 
@@ -63,7 +67,15 @@ def _fits(plan: RunPlan, way: Layout) -> bool:
     local = plan.train.objective == "local"
     if plan.train.batch_rows % way.data or (way.data > 1 and not local):
         return False
-    return way.latents == 1 or (local and topology(plan.spec.kind).by_rows and plan.spec.n_latents % way.latents == 0)
+    return way.latents == 1 or (local and plan.spec.n_latents % way.latents == 0 and _shared(plan.spec, way.latents))
+
+
+def _shared(spec: DictionarySpec, ranks: int) -> bool:
+    """Whether training would let so many ranks hold the latents of a dictionary."""
+    try:
+        return holding_of(spec, Group(0, ranks)) is not None
+    except UserError:
+        return False
 
 
 def _divisors(number: int) -> list[int]:
