@@ -24,11 +24,12 @@ from thresher.train.bounds import Bounds
 from thresher.train.crew import Crew, Task
 from thresher.train.display import TrainingDisplay
 from thresher.train.exchange import Share
-from thresher.train.fit import Views, sites_of
+from thresher.train.fit import sites_of
 from thresher.train.jobs import Job, kernels_of
 from thresher.train.mesh import Mesh
 from thresher.train.profile import Trace
 from thresher.train.stages import stage, timed_by, unwatch
+from thresher.train.views import Views
 
 _SETTLED_STEPS = 3  # after which every operation of a step has been chosen
 

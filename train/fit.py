@@ -26,7 +26,7 @@ from thresher.train.kernels.workspace import Workspace
 from thresher.train.losses import Losses, losses, own_sums
 from thresher.train.meeting import Meeting
 from thresher.train.mesh import Mesh
-from thresher.train.normalise import Affine, Mode, affine, joined, modes
+from thresher.train.normalise import Affine, joined, modes
 from thresher.train.optim import Optimiser, base_rate, rate_factor
 from thresher.train.parts import split, survey, wanted
 from thresher.train.penalties import weighed
@@ -36,34 +36,10 @@ from thresher.train.rows import Rows
 from thresher.train.stages import stage
 from thresher.train.state import Checkpoint
 from thresher.train.streamed import RowsOf, Writers
+from thresher.train.views import Inputs, Views, space_of
+from thresher.train.window import Window
 
 _SAMPLE_ROWS = 1024
-_SPACE_ROWS = 8192
-"""Rows that mean and variance are estimated from in a space that the cache's statistics do not cover."""
-
-
-class Views:
-    """One batch in the training spaces that its dictionaries use, each made once."""
-
-    def __init__(self, acts: Mapping[str, Tensor]) -> None:
-        self.acts = acts
-        self._made: dict[tuple[str, str], Tensor] = {}
-
-    def get(self, site: str, mode: str, space: Affine) -> Tensor:
-        """[N, D] float32 rows of a site in training space."""
-        key = (site, mode)
-        if key not in self._made:
-            self._made[key] = space.apply(self.acts[site].to(torch.float32))
-        return self._made[key]
-
-
-class Inputs(NamedTuple):
-    """A batch in one dictionary's training space."""
-
-    xs: list[Tensor]
-    """[N, D] per source."""
-    ys: list[Tensor]
-    """[N, E] per destination."""
 
 
 class Gradients(NamedTuple):
@@ -80,42 +56,6 @@ class Gradients(NamedTuple):
         """All parts together."""
         sums = [torch.stack([getattr(part, name) for part in self.terms]).sum(0) for name in Losses._fields]
         return Told([whole_of(parts) for parts in self.tallies], Losses(*sums), self.overflowed)
-
-
-class _Window:
-    """Sums on the device since the last report: nothing is read back until someone asks."""
-
-    def __init__(self, sources: int, destinations: int, device: torch.device) -> None:
-        self.steps = self.tokens = 0
-        self.fvu = torch.zeros(destinations, dtype=torch.float64, device=device)
-        self.active = torch.zeros(sources, dtype=torch.float64, device=device)
-        self.other = torch.zeros(4, dtype=torch.float64, device=device)
-        self.ratios: dict[str, Tensor] = {}
-        """Numerator and denominator of further numbers, [2] by name."""
-
-    def add_ratio(self, name: str, numerator: Tensor, denominator: float) -> None:
-        """One step's share of a number that is a ratio of sums."""
-        pair = torch.stack([numerator.double(), torch.full_like(numerator, denominator, dtype=torch.float64)])
-        self.ratios[name] = self.ratios[name] + pair if name in self.ratios else pair
-
-    def add(self, parts: Sequence[Losses], active: Tensor, norm: Tensor, tokens: int) -> None:
-        """One step, in parts that add up; `active` [sources] entries that fired."""
-        for terms in parts:
-            self.fvu += terms.fvu.double() * tokens
-            self.other[:2] += torch.stack([terms.aux, terms.penalty]).double()
-        self.active += active
-        self.other[2] += norm.double()
-        self.steps += 1
-        self.tokens += tokens
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """[sources] mean L0 and [destinations] mean FVU."""
-        tokens = max(self.tokens, 1)
-        return self.active / tokens, self.fvu / tokens
-
-    def terms(self) -> Tensor:
-        """Mean AuxK, penalty and gradient norm per step, and the share of updates left out for lack of room."""
-        return self.other / max(self.steps, 1)
 
 
 class Fit:
@@ -143,9 +83,9 @@ class Fit:
         self.modes = modes(spec.normalise)
         holding = holding_of(spec, self.mesh.latents)
         self.coder = build(spec, plan.name, holding=holding).to(device)
-        self.spaces = {site: _space(self.modes[0], reader, site) for site in spec.reads}
+        self.spaces = {site: space_of(self.modes[0], reader, site) for site in spec.reads}
         self.reads = [joined([self.spaces[site] for site in sites]) for sites in self.coder.inputs]
-        self.writes = [_space(self.modes[1], reader, site) for site in spec.writes]
+        self.writes = [space_of(self.modes[1], reader, site) for site in spec.writes]
         low = plan.train.dtype == "bfloat16" or (plan.train.dtype == "auto" and device.type == "cuda")
         for source in range(len(self.coder.inputs)):
             self.coder.encoder(source).matmul_dtype = torch.bfloat16 if low else None
@@ -161,7 +101,7 @@ class Fit:
         spec.check_steps(self.total)
         self.done = 0
         self.position = 0
-        self._window = _Window(len(self.coder.inputs), len(spec.writes), device)
+        self._window = Window(len(self.coder.inputs), len(spec.writes), device)
         self._rate = 0.0
 
     def make_optimiser(self) -> Optimiser:
@@ -371,35 +311,9 @@ class Fit:
         spec, sources = self.plan.spec, len(self.coder.inputs)
         dead = self.dead_share()
         theta = self._mean_thresholds(dead)
-        active, fvus = self._window.means()
-        flat = torch.cat([dead, torch.stack(theta), active, fvus]).tolist()
-        shares = flat[:sources]
-        numbers = flat[sources : 2 * sources], flat[2 * sources : 3 * sources], flat[3 * sources :]
-        theta_mean, l0, fvu = (sum(row) / len(row) for row in numbers)
-        aux, penalty, norm, left_out = self._window.terms().tolist()
-        out: dict[str, Any] = {
-            "step": self.done,
-            "rows": self.position,
-            "fvu": fvu,
-            "l0": l0,
-            "dead": sum(shares) / len(shares),
-            "aux": aux,
-            "penalty": penalty,
-            "gradient_norm": norm,
-            "left_out": left_out,
-            "lr": self._rate,
-            "threshold": theta_mean,
-        }
-        out |= {name: (pair[0] / pair[1]).item() for name, pair in self._window.ratios.items()}
-        if len(spec.layers) > sources:
-            out |= {f"fvu.{site}": value for site, value in zip(spec.writes, numbers[2], strict=True)}
-        elif sources > len(spec.layers):
-            out |= {f"l0.S{source}": value for source, value in enumerate(numbers[1])}
-        elif sources > 1:
-            for index, layer in enumerate(spec.layers):
-                per_layer = {"fvu": numbers[2][index], "l0": numbers[1][index], "dead": shares[index]}
-                out |= {f"{key}.L{layer:02d}": value for key, value in per_layer.items()}
-        self._window = _Window(sources, len(spec.writes), self.coder.b_dec.device)
+        state = {"step": self.done, "rows": self.position}
+        out = state | self._window.numbers(spec, dead, torch.stack(theta)) | {"lr": self._rate}
+        self._window = Window(sources, len(spec.writes), self.coder.b_dec.device)
         return out
 
     def dead_share(self) -> Tensor:
@@ -463,14 +377,6 @@ class Fit:
         self.optimiser.load_moments(parts["optimiser"])
         self.coder.recount()
         self.done, self.position = checkpoint.step, checkpoint.position
-
-
-def _space(mode: Mode, reader: Source, site: str) -> Affine:
-    """A site's training space; always the same for a source."""
-    sample = None
-    if mode == "per_token":
-        sample = reader.gather("train", site, reader.sample("train", _SPACE_ROWS))
-    return affine(mode, reader.statistics(site), site, sample)
 
 
 def lacking_room(fired: Sequence[Fired]) -> list[Tensor]:

@@ -19,10 +19,11 @@ from thresher.train.agreement import short_of_memory
 from thresher.train.display import TrainingDisplay
 from thresher.train.exchange import Share
 from thresher.train.files import write_config
-from thresher.train.fit import Fit, Inputs
+from thresher.train.fit import Fit
 from thresher.train.metrics import MetricLog, Silence
 from thresher.train.plan import RunPlan
 from thresher.train.state import save_checkpoint
+from thresher.train.views import Inputs
 
 
 class Job:

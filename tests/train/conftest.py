@@ -19,9 +19,10 @@ from thresher.cache.reader import CacheReader
 from thresher.cache.writer import CacheWriter
 from thresher.train.config import TrainConfig
 from thresher.train.dictionary.spec import DictionaryConfig
-from thresher.train.fit import Fit, Inputs, Views
+from thresher.train.fit import Fit
 from thresher.train.plan import RunPlan, plan_runs
 from thresher.train.run import RunResult, train
+from thresher.train.views import Inputs, Views
 
 if TYPE_CHECKING:
     from thresher.harvest.target import TransformerTarget

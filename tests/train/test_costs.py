@@ -26,9 +26,10 @@ from thresher.train.costs.prospect import Job, counted, prospects, recommended, 
 from thresher.train.costs.sizes import sizes_of
 from thresher.train.costs.work import step, traffic
 from thresher.train.dictionary.spec import DictionaryConfig
-from thresher.train.fit import Fit, Views, sites_of
+from thresher.train.fit import Fit, sites_of
 from thresher.train.plan import RunPlan, plan_runs
 from thresher.train.state import save_checkpoint
+from thresher.train.views import Views
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -17,10 +17,11 @@ from tests.train.test_parts import RULES
 from thresher.cache.reader import CacheReader
 from thresher.train.candidates import keep_own
 from thresher.train.exchange import Share
-from thresher.train.fit import Fit, Inputs
+from thresher.train.fit import Fit
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.firing import plain_batch_topk
 from thresher.train.mesh import Mesh
+from thresher.train.views import Inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

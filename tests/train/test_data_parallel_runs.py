@@ -26,11 +26,12 @@ from thresher.cache.roster import Roster
 from thresher.cache.world import World
 from thresher.train.division import cells_for
 from thresher.train.files import WEIGHTS, read_config
-from thresher.train.fit import Fit, Inputs
+from thresher.train.fit import Fit
 from thresher.train.mesh import Mesh, ParallelConfig, cell_of
 from thresher.train.plan import RunPlan
 from thresher.train.run import RunResult, train
 from thresher.train.state import checkpoint_steps
+from thresher.train.views import Inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from tests.train.conftest import plans_for
 from tests.train.dense import Dense, Rules, named, rate
 from thresher.cache.reader import CacheReader
-from thresher.train.fit import Fit, Inputs, Views
+from thresher.train.fit import Fit
+from thresher.train.views import Inputs, Views
 
 STEPS, ROWS = 12, 192
 FIRING: dict[str, dict[str, Any]] = {

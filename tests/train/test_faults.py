@@ -17,10 +17,11 @@ from thresher.train.auxk import dead_latents
 from thresher.train.dictionary.coder import Coder
 from thresher.train.dictionary.initial import initialise
 from thresher.train.dictionary.topologies import build
-from thresher.train.fit import Fit, Inputs, Views
+from thresher.train.fit import Fit
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses
 from thresher.train.penalties import penalties
+from thresher.train.views import Inputs, Views
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

@@ -17,11 +17,12 @@ from thresher.cache.errors import UserError
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.holding import holding_of
 from thresher.train.exchange import Share
-from thresher.train.fit import Fit, Inputs
+from thresher.train.fit import Fit
 from thresher.train.kernels import firing, padded
 from thresher.train.mesh import Mesh
 from thresher.train.plan import RunPlan
 from thresher.train.state import Checkpoint
+from thresher.train.views import Inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

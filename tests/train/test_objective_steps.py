@@ -21,9 +21,10 @@ from thresher.cache.interrupts import Interrupted
 from thresher.cache.reader import CacheReader
 from thresher.train.anneal import WINDOW, Anneal
 from thresher.train.dictionary.spec import DictionarySpec
-from thresher.train.fit import Fit, Inputs
+from thresher.train.fit import Fit
 from thresher.train.resample import resample
 from thresher.train.run import train
+from thresher.train.views import Inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

@@ -13,8 +13,9 @@ from thresher.cache.errors import UserError
 from thresher.cache.reader import CacheReader
 from thresher.train.dictionary.coder import Coder
 from thresher.train.files import load_run
-from thresher.train.fit import Fit, Views
+from thresher.train.fit import Fit
 from thresher.train.run import RunResult, train
+from thresher.train.views import Views
 
 
 def run(cache: CacheReader, out: Path, console: Console, **settings: Any) -> tuple[Coder, RunResult]:

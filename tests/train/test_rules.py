@@ -21,12 +21,13 @@ from thresher.train.dictionary.rules import BatchTopK, Global, GroupMax, JumpReL
 from thresher.train.dictionary.rules.base import seen
 from thresher.train.dictionary.topologies import build
 from thresher.train.files import load_run
-from thresher.train.fit import Fit, Inputs, Views
+from thresher.train.fit import Fit
 from thresher.train.kernels import firing, padded
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses, residuals
 from thresher.train.run import train
 from thresher.train.state import load_checkpoint
+from thresher.train.views import Inputs, Views
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

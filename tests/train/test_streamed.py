@@ -24,10 +24,11 @@ from thresher.train.dictionary.drawing import drawn_rows
 from thresher.train.dictionary.holding import Holding
 from thresher.train.dictionary.initial import generator
 from thresher.train.files import load_run, save_run
-from thresher.train.fit import Fit, Views
+from thresher.train.fit import Fit
 from thresher.train.mesh import Group, Mesh
 from thresher.train.state import Checkpoint, load_checkpoint, save_checkpoint
 from thresher.train.streamed import Writers, publish_together, read_rows
+from thresher.train.views import Views
 
 BOUNDS = (0, 3, 4, 9)
 """Latents of three ranks."""

@@ -29,13 +29,14 @@ from thresher.train.endtoend.admission import check_group
 from thresher.train.endtoend.contexts import Text
 from thresher.train.endtoend.group import group
 from thresher.train.files import load_run
-from thresher.train.fit import Fit, Inputs, Views, sites_of
+from thresher.train.fit import Fit, sites_of
 from thresher.train.kernels import firing as firing_kernels
 from thresher.train.kernels import padded
 from thresher.train.kernels.choice import Kernels
 from thresher.train.losses import losses
 from thresher.train.plan import RunPlan
 from thresher.train.run import train
+from thresher.train.views import Inputs, Views
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

@@ -33,12 +33,13 @@ from thresher.train.endtoend.contexts import Part
 from thresher.train.endtoend.group import Group
 from thresher.train.endtoend.members import sites_of
 from thresher.train.endtoend.scores import Scored, Scores, scores
-from thresher.train.fit import Fit, Gradients, Inputs
+from thresher.train.fit import Fit, Gradients
 from thresher.train.kernels.workspace import Workspace
 from thresher.train.losses import Losses
 from thresher.train.optim import Optimiser
 from thresher.train.plan import RunPlan
 from thresher.train.stages import stage
+from thresher.train.views import Inputs
 
 
 class DecompositionFit(Fit):

@@ -24,9 +24,10 @@ from thresher.train.endtoend.clean import Cached, clean
 from thresher.train.endtoend.contexts import Part, Step, Text
 from thresher.train.endtoend.members import Member, detached, sites_of
 from thresher.train.endtoend.scores import Scored, Scores, scores
-from thresher.train.fit import Fit, Gradients, Inputs, lacking_room
+from thresher.train.fit import Fit, Gradients, lacking_room
 from thresher.train.losses import Losses, Whole
 from thresher.train.stages import stage
+from thresher.train.views import Inputs
 
 
 class _Sums:

@@ -12,10 +12,11 @@ from torch import Tensor
 from thresher.cache.contracts import side_by_side
 from thresher.train.dictionary.coder import Pass
 from thresher.train.dictionary.encoder import Fired
-from thresher.train.fit import Fit, Inputs
+from thresher.train.fit import Fit
 from thresher.train.losses import Losses, Whole, reconstruction, regularisation, residuals
 from thresher.train.normalise import Frame, token_frame
 from thresher.train.stages import stage
+from thresher.train.views import Inputs
 
 
 class Member:
