@@ -13,6 +13,8 @@ import pytest
 from tests.harvest.conftest import tiny
 from thresher.cache.errors import UserError
 from thresher.cache.reader import CacheReader
+from thresher.commands.harvest import harvest_recipe
+from thresher.commands.wiring import read_recipe
 from thresher.harvest.target import TargetConfig, load_target
 
 RECIPE = """
@@ -46,17 +48,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_target_held_by_two_processes_gives_the_cache_of_one(folder: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for shared, launch in (
-        ("false", []),
-        ("true", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
-    ):
+    for shared in ("false", "true"):
         recipe = folder / f"{shared}.toml"
         recipe.write_text(RECIPE.format(model=folder / "llama", tokens=folder / "tokens.jsonl", shared=shared))
-        line = [sys.executable, *launch, "-m", "thresher", "harvest", str(recipe), "--cache", str(folder / shared)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Harvested") == 1, "the one who leads speaks"
+    harvest_recipe(read_recipe(str(folder / "false.toml"), []), folder / "false")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "thresher"]
+    line += ["harvest", str(folder / "true.toml"), "--cache", str(folder / "true")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Harvested") == 1, "the one who leads speaks"
     alone, together = CacheReader.open(folder / "false"), CacheReader.open(folder / "true")
     assert together.verify() == []
     assert together.fingerprint == alone.fingerprint

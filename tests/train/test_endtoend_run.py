@@ -104,8 +104,8 @@ def test_a_group_goes_on_from_a_step_that_all_have_saved(
 
     saved = []
 
-    def killed(path: Path, checkpoint: Any) -> None:
-        save_checkpoint(path, checkpoint)
+    def killed(path: Path, checkpoint: Any, **how: Any) -> None:
+        save_checkpoint(path, checkpoint, **how)
         saved.append(path.name)
         if len(saved) == 3:  # both after step 5, one after step 10
             raise Killed
