@@ -31,7 +31,7 @@ lint: $(VENV)/ready
 
 # A type checker needs to see the root under its installed name; the link gives it that.
 types: $(VENV)/ready
-	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p thresher.cache -p thresher.harvest -p thresher.train -p thresher.evaluate -p thresher.interop -p thresher.recipes -p thresher.sharing -p thresher.commands -m thresher.cli
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p thresher.cache -p thresher.harvest -p thresher.train -p thresher.evaluate -p thresher.interop -p thresher.recipes -p thresher.sharing -p thresher.toy -p thresher.commands -m thresher.cli
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

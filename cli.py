@@ -30,6 +30,7 @@ from thresher.commands import (
     recipes,
     sharing,
     target,
+    toy,
     train,
 )
 from thresher.commands.options import complain, examples, place
@@ -54,6 +55,7 @@ app.command(epilog=estimate.EXAMPLES)(estimate.estimate)
 app.command(epilog=sharing.PUSH_EXAMPLES)(sharing.push)
 app.command(epilog=sharing.PULL_EXAMPLES)(sharing.pull)
 app.add_typer(target.app, name="target")
+app.add_typer(toy.app, name="toy")
 app.add_typer(cache.app, name="cache")
 app.add_typer(recipes.app, name="recipes")
 

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "interop": {"interop", "train", "cache"},
     "recipes": {"recipes", "cache"},
     "sharing": {"sharing", "cache", "train"},
-    "commands": {"commands", "interop", "sharing", "recipes", "cache", *STAGES},
+    "toy": {"toy", "cache", "evaluate"},
+    "commands": {"commands", "toy", "interop", "sharing", "recipes", "cache", *STAGES},
 }
 
 
@@ -49,6 +50,12 @@ def test_sharing_knows_run_directories_and_nothing_else_of_training() -> None:
     for path in modules("sharing"):
         of_training = {name for name in imported(path) if name.startswith("thresher.train")}
         assert {".".join(name.split(".")[:3]) for name in of_training} <= known, path
+
+
+def test_the_toy_knows_the_colours_of_the_reports_and_nothing_else_of_evaluation() -> None:
+    for path in modules("toy"):
+        of_evaluation = {name for name in imported(path) if name.startswith("thresher.evaluate")}
+        assert {".".join(name.split(".")[:3]) for name in of_evaluation} <= {"thresher.evaluate.palette"}, path
 
 
 def test_contracts_and_records_import_no_arrays_on_disk() -> None:

@@ -11,7 +11,7 @@ from tests.pages import DOCS, ROOT, nav, pages
 
 PAGES = pages()
 HEADINGS = re.findall(r"^### `(.+)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
-ROOMS = ("cache", "commands", "evaluate", "harvest", "interop", "recipes", "sharing", "train")
+ROOMS = ("cache", "commands", "evaluate", "harvest", "interop", "recipes", "sharing", "toy", "train")
 ELSEWHERE = {"No space left": "the operating system's words"}
 
 
