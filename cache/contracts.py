@@ -114,6 +114,29 @@ Edit = Callable[[Tensor], Tensor | None] | Overwriting
 the same shape, or None to leave it as it is."""
 
 
+class Truths(NamedTuple):
+    """What a toy model is known to compute: T directions, each followed through all sites."""
+
+    of: str
+    """What they are, in words: features."""
+    directions: Mapping[str, Tensor]
+    """[T, width] by site name, float64: what the site holds where this truth alone is present; 0 where it has no part.
+    """
+    present: Callable[[Tensor], Tensor]
+    """Of tokens [N] int64, which truths are present in each, [N, T] bool."""
+
+
+class Directions(NamedTuple):
+    """The weights of one source of a dictionary on raw activations, to be compared with a truth."""
+
+    encoder: Tensor
+    """[F, D] encoder rows."""
+    decoder: Mapping[str, Tensor]
+    """[F, E] decoder rows by written site."""
+    skip: Mapping[str, Tensor]
+    """[E, D] of a skip connection by written site; {} without."""
+
+
 class Target(Protocol):
     """The model being explained: name its sites, read them, run it with some of them edited."""
 
@@ -158,6 +181,10 @@ class Target(Protocol):
     def mlp_matrices(self, layer: int) -> MLPMatrices:
         """The weights of a layer's MLP. Raises UserError for one that is not two matrices with a nonlinearity between
         them."""
+        ...
+
+    def truths(self, sites: Sequence[Site]) -> Truths | None:
+        """The exact solution, of a toy model; None of a language model. Of a toy, `logits` are its output [B, T, D]."""
         ...
 
     def record(self, tokens: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ class DataConfig:
     """Which text, and how it becomes contexts: the table [data] of a recipe."""
 
     source: str = "bundled:books"
-    """A dataset on the hub; a .txt, .jsonl or .parquet file or a directory of them; a save_to_disk directory; or
-    bundled:books."""
+    """A dataset on the hub; a .txt, .jsonl or .parquet file or a directory of them; a save_to_disk directory;
+    bundled:books; or rows:N, the first N input rows of a toy model."""
 
     subset: str | None = None
     """Configuration name of a hub dataset, such as wikitext-103-raw-v1."""

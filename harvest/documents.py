@@ -18,6 +18,9 @@ from thresher.harvest.hub import check_on_hub
 Document = str | Sequence[int]
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+ROWS = "rows:"
+ROWS_OF_A_DOCUMENT = 64
+"""So a full context of a toy model."""
 _ROWS = 1000
 """Rows taken from a table at a time."""
 _WHOLE_BYTES = 256 << 20
@@ -38,6 +41,8 @@ class Source(NamedTuple):
 
 def documents(source: Source) -> Iterator[Document]:
     """Every non-empty document, in stored order. Raises UserError where the source is not what it is taken for."""
+    if is_rows(source.source):
+        return iter(_row_numbers(source.source))
     path = local_path(source.source)
     if path is None:
         rows = _table(_from_hub(source), source, f"{source.source} on the hub")
@@ -48,8 +53,29 @@ def documents(source: Source) -> Iterator[Document]:
     return (document for document in rows if len(document))
 
 
+def is_rows(source: str) -> bool:
+    """Whether a source is `rows:N`, the first N input rows of a toy model."""
+    return source.startswith(ROWS)
+
+
+def _row_numbers(source: str) -> Iterator[Sequence[int]]:
+    """Documents of 64 row numbers."""
+    count = source.removeprefix(ROWS).replace("_", "")
+    if not count.isdecimal() or not 0 < int(count) <= 1 << 31:
+        raise UserError(
+            f"data.source is {source!r}; expected rows:N with N from 1 to 2147483648, the number of input rows of a "
+            "toy model."
+        )
+    return (range(low, min(low + ROWS_OF_A_DOCUMENT, int(count))) for low in range(0, int(count), ROWS_OF_A_DOCUMENT))
+
+
 def local_path(source: str) -> Path | None:
-    """The local path that a source means, None for a name on the hub. Raises UserError for one that is not there."""
+    """The local path that a source means, None for a name on the hub and for rows of a toy model.
+
+    Raises UserError for one that is not there.
+    """
+    if is_rows(source):
+        return None
     if source.startswith("bundled:"):
         return bundled(source, ".jsonl", "data.source")
     path = Path(source).expanduser()

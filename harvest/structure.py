@@ -49,7 +49,7 @@ class Hooks(NamedTuple):
 
 
 class NativeModel(nn.Module, ABC):
-    """A causal language model of our own, which says itself where its tensors are.
+    """A causal language model of our own, or a toy, which says itself where its tensors are.
 
     Called with `input_ids` [B, T], it returns an object with `logits` [B, T, V]. Its `config` has `n_ctx`.
     """
@@ -59,8 +59,8 @@ class NativeModel(nn.Module, ABC):
         """Hook names and their modules, the six taps' among them where the architecture has them."""
 
     @abstractmethod
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding of tokens."""
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens, with a `weight` of as many rows as there are token ids."""
 
 
 class Structure(NamedTuple):

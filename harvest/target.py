@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from thresher.cache.contracts import Edit, MLPMatrices, Overwriting, Site
+from thresher.cache.contracts import Edit, MLPMatrices, Overwriting, Site, Truths
 from thresher.cache.devices import resolve_device
 from thresher.cache.errors import UserError
 from thresher.cache.roster import Roster
@@ -49,6 +49,7 @@ from thresher.harvest.pretrained import fuse_gelu, load_pretrained, quiet
 from thresher.harvest.simple_mlp_files import load_simple_mlp
 from thresher.harvest.sites import TAPS, Located, Point, resolve
 from thresher.harvest.structure import NativeModel, Structure, hidden_faults, read_structure, tap_faults
+from thresher.harvest.toy_stack import ToyStack, is_toy, load_toy, truths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,8 @@ class TargetConfig:
 
     model: str = "bundled:books-128"
     """A name on the Hugging Face hub, a Hugging Face model directory, bundled:books-128; or a LlamaSimpleMLP: its
-    directory, or its file of weights (.safetensors, .pt, .bin) with config.json beside it."""
+    directory, or its file of weights (.safetensors, .pt, .bin) with config.json beside it; or a toy model: its
+    directory, bundled:toy-mlp, …"""
 
     revision: str | None = None
     """Branch, tag or commit on the hub; left out: what the local hub cache has, else the hub's main branch."""
@@ -164,12 +166,16 @@ def load_target(config: TargetConfig, holders: company.Company | None = None) ->
     identity = model_identity(config)
     path = locate(config.model, config.revision)
     model: Any
-    if is_simple_mlp(folder_of(path)):
+    if is_toy(folder_of(path)) or is_simple_mlp(folder_of(path)):
+        kind = "toy model" if is_toy(folder_of(path)) else "LlamaSimpleMLP"
         if config.device_map != spreading.WHOLE or holders is not None:
             which = "tensor_parallel" if holders is not None else "device_map"
             raise UserError(
-                f"target.{which} is set, and {config.model!r} is a LlamaSimpleMLP, which is loaded whole. Leave it out."
+                f"target.{which} is set, and {config.model!r} is a {kind}, which is loaded whole. Leave it out."
             )
+    if is_toy(folder_of(path)):
+        model = load_toy(folder_of(path)).to(dtype)
+    elif is_simple_mlp(folder_of(path)):
         model = load_simple_mlp(folder_of(path), weight_files(path)).to(dtype)
     else:
         with quiet():
@@ -247,6 +253,13 @@ class TransformerTarget:
         return tuple(
             each.site(self._shapes[each.point][2]) for each in sorted(located, key=lambda each: order[each.point])
         )
+
+    def truths(self, sites: Sequence[Site]) -> Truths | None:
+        """As `contracts.Target.truths`."""
+        if not isinstance(self.model, ToyStack):
+            return None
+        with torch.inference_mode():
+            return truths(self.model, {site.name: self._point(site.name) for site in sites})
 
     def describe(self, sites: Sequence[Site]) -> dict[str, str]:
         """Where each site sits, for the record: `transformer.h.5.mlp, input`."""
