@@ -168,7 +168,7 @@ def _options(
         typer.Option(
             "--plugin",
             metavar="FILE.py",
-            help="Import this module first, for rules and topologies of your own; may be repeated.",
+            help="Import this module first, for your own rules or topologies; repeatable.",
         ),
     ] = None,
     version: Annotated[

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from thresher.toy.study import Done
     from thresher.toy.targets import Stack
 
-app = typer.Typer(
-    help="The toy model of computation in superposition: its study and its targets.", no_args_is_help=True
-)
+app = typer.Typer(help="Study a toy model of superposition, and make targets of it.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An experiment, or all.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of mixing, inputs and weights.")]

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from thresher.evaluate.palette import CARD_LIGHT, hue
 
@@ -98,6 +98,7 @@ def input_output(views: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -
             axes.plot([-1, 0, 1], [down, 0, up], color=hue(0).light, lw=0.8, alpha=0.45)
         axes.plot([-1, 0, 1], [0, 0, 1], color="0.25", lw=1.2, ls="--", label="relu")
         axes.plot([], [], color=hue(0).light, lw=1.2, label="a feature's own output")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         _labels(axes, "input a of the only active feature", "its output" if axes is grid[0] else "", title)
     _legend(figure, grid)
     return figure
@@ -247,6 +248,12 @@ def _curves(axes: Axes, traces: Sequence[Trace], dashed: Sequence[Trace], *, log
         axes.plot(*zip(*points, strict=True), lw=1.3, ls="--", color=hue(i + 4).light, label=name)
     if log:
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        if high < 100 * low:  # labels of minor ticks would run into each other
+            ticks = [digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5)]
+            axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _level(axes: Axes, level: tuple[str, float] | None) -> None:
