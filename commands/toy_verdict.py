@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from thresher.cache.errors import UserError
+from thresher.cache.place import Place
 from thresher.commands.options import WandbMode, out, refuse_several
 from thresher.commands.wiring import texts_for
 
@@ -25,7 +26,7 @@ def judge_known(
     paths: Sequence[Path],
     tables: Mapping[str, Any],
     target: "TransformerTarget",
-    cache: Path | None,
+    cache: Place | None,
     report: Path,
     own: "DataConfig | None",
     wandb: WandbMode = "disabled",
