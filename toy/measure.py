@@ -11,7 +11,7 @@ computed. The sampling error is the standard deviation of a row's loss over √r
 since a squared value has the mean 1/3 and either sign half of the rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -105,15 +105,14 @@ def sampled(
     return [loss for own in sums for loss in _losses(own, done, inputs)]
 
 
-def check_one_mode(losses: Sequence[Loss]) -> str:
-    """The mode of losses that are to stand in one plot. Raises UserError for a mixture."""
-    modes = {loss.mode for loss in losses}
-    if len(modes) != 1:
+def check_one_mode(records: Iterable[Mapping[str, object]]) -> None:
+    """Raise UserError for losses (as `Loss.record` has them) of several modes, which are to stand in one plot."""
+    modes = sorted({str(record["mode"]) for record in records})
+    if len(modes) > 1:
         raise UserError(
-            f"losses under {' and '.join(sorted(modes))} inputs are to stand in one plot; expected one mode, since "
-            "neither is a bound of the other. Measure all of them under the same inputs."
+            f"losses under {' and '.join(modes)} inputs are to stand in one plot; expected one mode, since neither is a "
+            "bound of the other. Measure all of them under the same inputs."
         )
-    return modes.pop()
 
 
 def _unit_losses(weights: Weights, target: Target) -> tuple[Tensor, Tensor]:

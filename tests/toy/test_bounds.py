@@ -6,9 +6,10 @@ import torch
 from thresher.cache.errors import UserError
 from thresher.toy import bounds
 from thresher.toy.baselines import half_identity, semi_nmf, svd
+from thresher.toy.experiments.base import line
 from thresher.toy.inputs import Inputs
 from thresher.toy.labels import Labels, mixing_matrix
-from thresher.toy.measure import Loss, Target, check_one_mode, sampled, single_active
+from thresher.toy.measure import Loss, Target, sampled, single_active
 from thresher.toy.model import Weights, initial_weights, linear_map
 
 N, M = 100, 50
@@ -119,10 +120,10 @@ def test_an_svd_is_optimal_as_a_linear_map_and_oriented_like_the_model() -> None
 
 
 def test_modes_do_not_mix() -> None:
-    single, sparse = Loss(0.1, 0.0, "single", 0.01, 0), Loss(0.1, 0.0, "bernoulli", 0.01, 10)
-    assert check_one_mode([sparse, sparse]) == "bernoulli"
+    single, sparse = ({"model": "one", **Loss(0.1, 0.0, mode, 0.01, 10).record()} for mode in ("single", "bernoulli"))
+    assert line([sparse, sparse], "one") == [(0.01, 0.1)] * 2
     with pytest.raises(UserError, match="one mode"):
-        check_one_mode([single, sparse])
+        line([single, sparse], "one")
 
 
 def test_more_neurons_than_features_are_no_baseline() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from thresher.toy.inputs import Inputs
 from thresher.toy.lab import Lab
 from thresher.toy.labels import Labels
-from thresher.toy.measure import Loss, Target, sampled, single_active
+from thresher.toy.measure import Loss, Target, check_one_mode, sampled, single_active
 from thresher.toy.model import Weights, stacked
 from thresher.toy.sizes import Size
 from thresher.toy.training import Fit, Trained
@@ -132,7 +132,8 @@ def curves(
 
 
 def line(records: Sequence[Mapping[str, Any]], model: str, x: str = "p") -> list[tuple[float, float]]:
-    """(x, loss) of one model, ascending."""
+    """(x, loss) of one model, ascending; `records` are all that its plot may show, so of one mode."""
+    check_one_mode(records)
     return sorted((one[x], one["loss"]) for one in records if one["model"] == model and one.get("loss") is not None)
 
 
