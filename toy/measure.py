@@ -110,8 +110,8 @@ def check_one_mode(records: Iterable[Mapping[str, object]]) -> None:
     modes = sorted({str(record["mode"]) for record in records})
     if len(modes) > 1:
         raise UserError(
-            f"losses under {' and '.join(modes)} inputs are to stand in one plot; expected one mode, since neither is a "
-            "bound of the other. Measure all of them under the same inputs."
+            f"losses under {' and '.join(modes)} inputs are to stand in one plot; expected one mode, since neither is "
+            "a bound of the other. Measure all of them under the same inputs."
         )
 
 
