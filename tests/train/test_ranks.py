@@ -225,7 +225,7 @@ def torchrun(folder: Path, cache: CacheReader, restarts: int, harm: str) -> subp
     return done
 
 
-@pytest.mark.parametrize("harm", ["kill", "hang"])
+@pytest.mark.parametrize("harm", ["kill", pytest.param("hang", marks=pytest.mark.long)])  # tests/cache/test_hanging.py
 def test_the_others_save_and_end_when_a_rank_comes_to_harm_and_any_number_of_ranks_goes_on(
     cache: CacheReader, whole: Path, tmp_path: Path, console: Console, harm: str
 ) -> None:
