@@ -17,7 +17,9 @@ from rich.console import Console
 from thresher.cache.arrays import read_plain
 from thresher.cache.errors import UserError
 from thresher.cache.index import strike
+from thresher.cache.place import place_at
 from thresher.cache.reader import CacheReader, find_complete
+from thresher.cache.remote.place import ObjectPlace
 from thresher.cache.stats import unpack
 from thresher.cache.stored import parts
 from thresher.harvest import extend as extend_module
@@ -61,6 +63,15 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     after = files(path)
     assert {name: after[name] for name in before} == before, "the base was rewritten"
     return path
+
+
+def test_an_object_store_is_extended_to_the_same_bytes(extended: Path) -> None:
+    place = place_at("memory://extended/cache")
+    for config, data, further in ((BASE, DATA, False), (ALL, DATA, True), (ALL, MORE, True)):
+        harvest(TARGET, data, config, path=place, console=QUIET, extend=further)
+    assert isinstance(place, ObjectPlace)
+    assert {name: (place / name).read_bytes() for name in place.listing()} == files(extended)
+    assert CacheReader.open(place).verify() == []
 
 
 def test_added_sites_equal_those_of_one_harvest_bit_by_bit(whole: Path, extended: Path) -> None:
