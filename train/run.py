@@ -15,7 +15,7 @@ Before it writes into a directory of an earlier job, all of them have read what 
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -88,13 +88,7 @@ def train(
     runs without `resume`. Raises Interrupted after SIGINT or SIGTERM, with everything saved.
     """
     names = [plan.name for plan in plans]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(
-            f"Several dictionaries have the name {twice[0]!r}. Give their [[sweep]] blocks different names."
-        )
-    if wandb != "disabled":
-        check_trial(names)
+    _check_names(names, wandb)
     where = resolve_device(device, "--device")
     groups = together(plans)
     if groups and target is None:
@@ -133,22 +127,7 @@ def train(
             mesh.everyone.wait()
         jobs = [_open(*one, out / one[0].name, fit, wandb, stack) for one, fit in zip(todo, fits, strict=True)]
         give_back_freed_memory()
-        streams: dict[Stream, list[Job]] = {}
-        for job in jobs:
-            if job.plan.group in groups:
-                continue
-            key = Stream(job.plan.train.batch_rows, job.plan.seed, job.fit.position)
-            streams.setdefault(key, []).append(job)
-        for stream, group in streams.items():
-            feed(group, stream, shared)
-            results |= _finished(group, out, shared)
-        for name in groups:
-            group = [job for job in jobs if job.plan.group == name]
-            if group:
-                assert setting is not None
-                joint = setting.group([job.fit for job in group])
-                feed_group(group, joint, shared)
-                results |= _finished(group, out, shared, joint.trained_rows if _reads_patched(group) else None)
+        results |= _fed(jobs, groups, setting, out, shared)
         if roster.world.speaks:
             roster.wait()
     elsewhere = [plan for plan in plans if roster.world.speaks and owners.get(plan.name, cell) != cell]
@@ -156,6 +135,40 @@ def train(
     if elsewhere:
         show_all(results, names, console)
     return [results[name] for name in names if name in results]
+
+
+def _check_names(names: Sequence[str], wandb: WandbMode) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"Several dictionaries have the name {twice[0]!r}. Give their [[sweep]] blocks different names."
+        )
+    if wandb != "disabled":
+        check_trial(names)
+
+
+def _fed(
+    jobs: Sequence[Job], groups: Collection[str], setting: Setting | None, out: Path, on: Shared
+) -> dict[str, RunResult]:
+    """Results by name of all jobs: stream by stream, then group by group of those trained through the model."""
+    results: dict[str, RunResult] = {}
+    streams: dict[Stream, list[Job]] = {}
+    for job in jobs:
+        if job.plan.group in groups:
+            continue
+        key = Stream(job.plan.train.batch_rows, job.plan.seed, job.fit.position)
+        streams.setdefault(key, []).append(job)
+    for stream, group in streams.items():
+        feed(group, stream, on)
+        results |= _finished(group, out, on)
+    for name in groups:
+        group = [job for job in jobs if job.plan.group == name]
+        if group:
+            assert setting is not None
+            joint = setting.group([job.fit for job in group])
+            feed_group(group, joint, on)
+            results |= _finished(group, out, on, joint.trained_rows if _reads_patched(group) else None)
+    return results
 
 
 def _reused(
